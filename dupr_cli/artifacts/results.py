@@ -1,0 +1,83 @@
+"""Results file: what was measured, on what, with what. `results.json` in the output folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dupr_cli.artifacts.files import write_json
+from dupr_cli.errors import UsageError
+
+FORMAT_VERSION = 1
+RESULTS = "results.json"
+
+
+def image_ids_digest(image_ids: Iterable[str]) -> str:
+    """sha256 over the image ids in order: two results with the same digest used the same images."""
+    return hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class DatasetIdentity:
+    """Which images were used: the address as given, the split, and what it resolved to."""
+
+    address: str
+    split: str
+    images: int
+    objects: int
+    image_ids_sha256: str
+
+
+@dataclass(frozen=True)
+class WeightsResult:
+    """The outcome for one of the compared weights.
+
+    metrics: AP, AP50, AP75 in percent. per_class: the same for each class.
+    """
+
+    weights: str
+    weights_sha256: str | None
+    architecture: str
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    seconds: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """results.json as a whole."""
+
+    protocol: str
+    metric: str
+    train: DatasetIdentity
+    test: DatasetIdentity
+    classes: list[str]
+    results: list[WeightsResult]
+    recipe: dict[str, object]
+    recipe_sha256: str
+    seeds: list[int]
+    dupr_version: str
+    environment: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> Path:
+        path = folder / RESULTS
+        write_json(path, asdict(self))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """From results.json or the folder that holds it. Raises UsageError when it is not one."""
+        file = path / RESULTS if path.is_dir() else path
+        try:
+            values = json.loads(file.read_bytes())
+            values["train"] = DatasetIdentity(**values["train"])
+            values["test"] = DatasetIdentity(**values["test"])
+            values["results"] = [WeightsResult(**entry) for entry in values["results"]]
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{file} is not a results file of dupr ({error}).") from error

@@ -1,0 +1,178 @@
+"""Run directory: what a pre-training run leaves behind, and its checkpoints.
+
+    recipe.yaml  environment.json  metrics.jsonl  events.out.tfevents.*
+    checkpoints/step-00000100/   model.safetensors  optimizer.safetensors  state.json
+    latest -> checkpoints/step-00000100
+
+A checkpoint is written under a temporary name, flushed and renamed: what bears the final name is
+whole. state.json lists size and sha256 of the other files, so that damage done later is seen.
+docs/formats.md has every field.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dupr_cli import __version__
+from dupr_cli.artifacts.files import (
+    atomic_directory,
+    fsync_directory,
+    sha256_file,
+    write_json,
+    write_text,
+)
+from dupr_cli.errors import UsageError
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+CHECKPOINTS = "checkpoints"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """state.json: everything about a checkpoint that is not a tensor.
+
+    step: optimiser steps done; the position in the data follows from it and the seed.
+    """
+
+    step: int
+    architecture: str
+    input_mean: list[float]
+    input_std: list[float]
+    input_size: int
+    recipe_sha256: str
+    files: dict[str, dict[str, object]]
+    dupr_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    state: CheckpointState
+
+    @classmethod
+    def read(cls, path: Path, verify: bool = False) -> Checkpoint:
+        """Raises UsageError when the checkpoint is not whole.
+
+        verify: also compare sha256 sums, which reads the files once.
+        """
+        try:
+            state = CheckpointState(**json.loads((path / STATE_FILE).read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{path}: {STATE_FILE} is not readable ({error}).") from error
+        for name, facts in state.files.items():
+            file = path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != facts["bytes"]:
+                found = "missing" if size is None else f"{size} bytes"
+                raise UsageError(
+                    f"{file}: the checkpoint is damaged: {found} instead of {facts['bytes']} bytes."
+                )
+            if verify and sha256_file(file) != facts["sha256"]:
+                raise UsageError(f"{file}: the checkpoint is damaged: its sha256 has changed.")
+        return cls(path, state)
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / STATE_FILE).is_file()
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, whether whole or not."""
+    return sorted((run / CHECKPOINTS).glob("step-*"))
+
+
+def newest_checkpoint(run: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run directory.
+
+    Raises UsageError when the folder is no run directory, or none of its checkpoints is whole.
+    """
+    paths = list_checkpoints(run)
+    problems = []
+    for path in reversed(paths):
+        try:
+            return Checkpoint.read(path)
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError(f"{run}: no checkpoint is whole. " + " ".join(problems))
+    raise UsageError(
+        f"{run}: not a run directory with checkpoints (no {CHECKPOINTS}/step-*/). "
+        f"A run writes its first one after train.checkpoint_every steps."
+    )
+
+
+def write_checkpoint(
+    run: Path,
+    state: CheckpointState,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    keep: int,
+) -> Path:
+    """Write checkpoints/step-N, point `latest` at it, and delete all but the newest `keep`.
+
+    state.files is filled in here. Tensors are moved to the CPU.
+    """
+    path = run / CHECKPOINTS / f"step-{state.step:08d}"
+    if path.exists():  # damaged, or resume would have started after it
+        shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(path) as folder:
+        files: dict[str, dict[str, object]] = {}
+        for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
+            plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(plain, folder / name)
+            size = (folder / name).stat().st_size
+            files[name] = {"bytes": size, "sha256": sha256_file(folder / name)}
+        write_json(folder / STATE_FILE, {**asdict(state), "files": files})
+    link = run / f".{LATEST}.{os.getpid()}.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(CHECKPOINTS) / path.name)
+    link.replace(run / LATEST)
+    fsync_directory(run)
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+class MetricsLog:
+    """metrics.jsonl: one line of JSON per log step, appended and flushed."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / METRICS_FILE
+
+    def read(self) -> list[dict[str, float]]:
+        """All whole lines; a last line that a crash cut short is left out."""
+        if not self.path.exists():
+            return []
+        lines = []
+        for line in self.path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def rewind(self, step: int) -> None:
+        """Drop lines after `step`: a continued run writes them again."""
+        if self.path.exists():
+            kept = [json.dumps(line) for line in self.read() if line["step"] <= step]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def append(self, values: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")

@@ -1,0 +1,442 @@
+"""Shards: plain WebDataset tars, each with an index beside it, under one manifest.
+
+    OUT/train-000000.tar         <key>.jpg, <key>.json, with labels also <key>.boxes.json
+    OUT/train-000000.index.json  key, offset and length of every member: random access
+    OUT/manifest.json            splits, shards with sample count, bytes, sha256; skipped; recipe
+    OUT/skipped.jsonl            one line per file left out: path, reason
+
+An index is written after its tar has its final name, so it also marks the shard as whole; the
+manifest is written last and marks the set as whole. Tars hold no times, users or modes of the
+machine: the same samples give the same bytes. Shards that dupr did not write (no manifest, no
+index) are indexed by one scan when they are opened. docs/formats.md has every field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from webdataset.shardlists import expand_urls
+
+from dupr_cli.artifacts.files import atomic_file, sha256_file, write_json, write_text
+from dupr_cli.errors import RunError, UsageError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SKIPPED = "skipped.jsonl"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class Box:
+    """One labelled object. x_min, y_min, x_max, y_max: pixel edges, 0-based, half-open."""
+
+    name: str
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+    difficult: bool = False
+    truncated: bool = False
+    crowd: bool = False
+
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        return (self.x_min, self.y_min, self.x_max, self.y_max)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a shard, not decoded. boxes is None where the source had no labels."""
+
+    key: str
+    extension: str
+    image: bytes
+    source: str = ""
+    width: int = 0
+    height: int = 0
+    boxes: tuple[Box, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source file that was left out of the shards, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class ShardIndex:
+    """Where each sample of one shard lies: byte offset and length of its members in the tar.
+
+    source_end: items of the source that were used up when the shard was full (0 for a scan).
+    """
+
+    keys: list[str] = field(default_factory=list)
+    extensions: list[str] = field(default_factory=list)
+    images: list[tuple[int, int]] = field(default_factory=list)
+    infos: list[tuple[int, int] | None] = field(default_factory=list)
+    boxes: list[tuple[int, int] | None] = field(default_factory=list)
+    bytes: int = 0
+    sha256: str = ""
+    source_end: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def read(cls, path: Path) -> ShardIndex:
+        """Raises RunError when the file is not a whole index."""
+        try:
+            values = json.loads(path.read_bytes())
+            index = cls(**values)
+            index.skipped = [Skipped(**entry) for entry in values["skipped"]]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RunError(
+                f"{path} is not a whole shard index ({error}). Delete it: the shard is then "
+                f"scanned when it is opened."
+            ) from error
+        return index
+
+    def write(self, path: Path) -> None:
+        write_text(path, json.dumps(asdict(self), separators=(",", ":")) + "\n")
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_suffix(".index.json")
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+class _TarWriter:
+    """Appends members with no trace of the machine, and tells where their bytes lie."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    def add(self, name: str, data: bytes) -> tuple[int, int]:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(data), 0o644
+        self._tar.addfile(info, io.BytesIO(data))
+        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return self._file.tell() - padded, len(data)
+
+    def close(self) -> None:
+        self._tar.close()
+
+
+def write_shard(
+    path: Path, samples: Sequence[Sample], source_end: int, skipped: Sequence[Skipped]
+) -> ShardIndex:
+    """Write one shard and its index; each appears under its name only when whole."""
+    index = ShardIndex(source_end=source_end, skipped=list(skipped))
+    with atomic_file(path) as file:
+        tar = _TarWriter(file)
+        for sample in samples:
+            info = {
+                "source": sample.source,
+                "width": sample.width,
+                "height": sample.height,
+                "sha256": hashlib.sha256(sample.image).hexdigest(),
+            }
+            index.keys.append(sample.key)
+            index.extensions.append(sample.extension)
+            index.images.append(tar.add(f"{sample.key}.{sample.extension}", sample.image))
+            index.infos.append(tar.add(f"{sample.key}.json", _json(info)))
+            if sample.boxes is None:
+                index.boxes.append(None)
+            else:
+                objects = {"objects": [_box_to_json(box) for box in sample.boxes]}
+                index.boxes.append(tar.add(f"{sample.key}.boxes.json", _json(objects)))
+        tar.close()
+        index.bytes = file.tell()
+    index.sha256 = sha256_file(path)
+    index.write(index_path(path))
+    return index
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _box_to_json(box: Box) -> dict[str, object]:
+    return {
+        "class": box.name,
+        "box": list(box.corners),
+        "difficult": box.difficult,
+        "truncated": box.truncated,
+        "crowd": box.crowd,
+    }
+
+
+def _box_from_json(value: dict[str, object]) -> Box:
+    x_min, y_min, x_max, y_max = (float(v) for v in cast(list[float], value["box"]))
+    flags = {flag: bool(value.get(flag, False)) for flag in ("difficult", "truncated", "crowd")}
+    return Box(str(value["class"]), x_min, y_min, x_max, y_max, **flags)
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard as the manifest lists it."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json: what a finished set of shards holds."""
+
+    splits: dict[str, list[ShardEntry]]
+    classes: list[str]
+    skipped: int
+    skip_reasons: dict[str, int]
+    source: str
+    recipe: dict[str, object]
+    fingerprint: str
+    dupr_version: str
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / MANIFEST, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises UsageError when the file is damaged or of a later format."""
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_bytes())
+            if values["format_version"] > FORMAT_VERSION:
+                raise UsageError(
+                    f"{path}: the shards have format version {values['format_version']}, this "
+                    f"dupr reads up to {FORMAT_VERSION}. Update dupr."
+                )
+            splits = {
+                name: [ShardEntry(**entry) for entry in entries]
+                for name, entries in values.pop("splits").items()
+            }
+            return cls(splits=splits, **values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"{path} is not a whole manifest ({error}). Run `dupr prepare` again."
+            ) from error
+
+    @property
+    def samples(self) -> int:
+        return sum(entry.samples for entries in self.splits.values() for entry in entries)
+
+
+def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
+    lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in skipped]
+    write_text(folder / SKIPPED, "".join(line + "\n" for line in lines))
+
+
+def scan_tar(path: Path) -> ShardIndex:
+    """Index a tar that came without one. Raises RunError naming the sample where it breaks off."""
+    index = ShardIndex(bytes=path.stat().st_size)
+    by_key: dict[str, int] = {}
+    last = "its start"
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
+                place = (member.offset_data, member.size)
+                if member.offset_data + member.size > index.bytes:
+                    raise tarfile.ReadError("unexpected end of data")
+                if suffix in IMAGE_EXTENSIONS and key not in by_key:
+                    by_key[key] = len(index.keys)
+                    index.keys.append(key)
+                    index.extensions.append(suffix)
+                    index.images.append(place)
+                    index.infos.append(None)
+                    index.boxes.append(None)
+                elif suffix == "boxes.json" and key in by_key:
+                    index.boxes[by_key[key]] = place
+                elif suffix == "json" and key in by_key:
+                    index.infos[by_key[key]] = place
+                last = f"member {member.name}"
+    except (tarfile.TarError, EOFError) as error:
+        raise RunError(
+            f"{path}: the shard is cut off or damaged after {last}: {error}. "
+            f"Copy it again or make it anew."
+        ) from error
+    return index
+
+
+class ShardSet:
+    """Samples of one split, by number: random access over any number of shards.
+
+    Indexes are read when a shard is first touched, so that opening costs the same for one shard
+    and for a thousand. Safe to pass to worker processes: each opens its own files.
+    """
+
+    def __init__(self, shards: Sequence[Path], counts: Sequence[int], name: str) -> None:
+        self.shards = list(shards)
+        self.counts = list(counts)
+        self.name = name
+        self._starts = [sum(counts[:i]) for i in range(len(counts))]
+        self._indexes: dict[int, ShardIndex] = {}
+        self._files: dict[int, int] = {}
+        self._owner = os.getpid()
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def index(self, shard: int) -> ShardIndex:
+        if shard not in self._indexes:
+            tar = self.shards[shard]
+            beside = index_path(tar)
+            self._indexes[shard] = ShardIndex.read(beside) if beside.exists() else scan_tar(tar)
+        return self._indexes[shard]
+
+    def keys(self) -> Iterator[str]:
+        for shard in range(len(self.shards)):
+            yield from self.index(shard).keys
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(shard, position in it) of a sample number."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        shard = bisect_right(self._starts, number) - 1
+        # Empty shards share their start with the next one: bisect lands on the last of them.
+        return shard, number - self._starts[shard]
+
+    def _read(self, shard: int, place: tuple[int, int], key: str) -> bytes:
+        if self._owner != os.getpid():
+            self._files, self._owner = {}, os.getpid()
+        path = self.shards[shard]
+        try:
+            if shard not in self._files:
+                if len(self._files) >= 64:
+                    os.close(self._files.pop(next(iter(self._files))))
+                self._files[shard] = os.open(path, os.O_RDONLY)
+            data = os.pread(self._files[shard], place[1], place[0])
+        except OSError as error:
+            raise RunError(f"{path}: sample {key} cannot be read: {error.strerror}.") from error
+        if len(data) != place[1]:
+            raise RunError(
+                f"{path}: the shard is cut off at sample {key}: {len(data)} of {place[1]} bytes "
+                f"are there. Copy it again or run `dupr prepare` again."
+            )
+        return data
+
+    def __getitem__(self, number: int) -> Sample:
+        shard, position = self.place(number)
+        index = self.index(shard)
+        key = index.keys[position]
+        image = self._read(shard, index.images[position], key)
+        boxes_at, info_at = index.boxes[position], index.infos[position]
+        boxes, info = None, {}
+        try:
+            if boxes_at is not None:
+                objects = json.loads(self._read(shard, boxes_at, key))["objects"]
+                boxes = tuple(_box_from_json(value) for value in objects)
+            if info_at is not None:
+                info = json.loads(self._read(shard, info_at, key))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self.shards[shard]}: the JSON of sample {key} is damaged ({error})."
+            ) from error
+        return Sample(
+            key,
+            index.extensions[position],
+            image,
+            source=str(info.get("source", "")),
+            width=int(info.get("width", 0)),
+            height=int(info.get("height", 0)),
+            boxes=boxes,
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_files": {}}
+
+
+def is_shard_folder(path: Path) -> bool:
+    """Whether a folder holds shards: a manifest, or tars and no loose images beside them."""
+    return (path / MANIFEST).is_file() or any(path.glob("*.tar"))
+
+
+def open_shards(address: str, split: str | None = None) -> ShardSet:
+    """Shards at a folder, a tar, or a brace pattern such as data/train-{000000..000009}.tar.
+
+    split: a split of the manifest; shards without a manifest have no splits and it is ignored.
+    Raises UsageError when nothing is there, the split is unknown, or a shard is not as long as
+    the manifest says.
+    """
+    folder = Path(address)
+    if folder.is_dir():
+        if (folder / MANIFEST).is_file():
+            return _open_manifest(folder, split)
+        if (folder / UNFINISHED).is_file():
+            raise UsageError(
+                f"{folder}: `dupr prepare` did not finish here. Give the same prepare command "
+                f"again; it goes on where it stopped."
+            )
+        tars = sorted(folder.glob("*.tar"))
+        if not tars:
+            raise UsageError(
+                f"{folder}: no shards here (no {MANIFEST}, no .tar). Make them with "
+                f"`dupr prepare IMAGES {folder}`."
+            )
+    else:
+        tars = [Path(url) for url in expand_urls(address)]
+        missing = [tar for tar in tars if not tar.is_file()]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UsageError(f"{missing[0]}: there is no such shard{more}.")
+    indexes = [
+        ShardIndex.read(index_path(tar)) if index_path(tar).exists() else scan_tar(tar)
+        for tar in tars
+    ]
+    opened = ShardSet(tars, [len(index) for index in indexes], str(address))
+    opened._indexes = dict(enumerate(indexes))
+    if not len(opened):
+        raise UsageError(
+            f"{address}: the shards hold no images (members named <key>.jpg, .png or .webp)."
+        )
+    return opened
+
+
+# Marks an output folder whose shards are still being written.
+UNFINISHED = ".prepare.json"
+
+
+def _open_manifest(folder: Path, split: str | None) -> ShardSet:
+    manifest = Manifest.read(folder)
+    splits = manifest.splits
+    if split is None:
+        entries = [entry for listed in splits.values() for entry in listed]
+    elif split in splits:
+        entries = splits[split]
+    else:
+        raise UsageError(f"{folder}: there is no split {split!r}; it has {', '.join(splits)}.")
+    for entry in entries:
+        path = folder / entry.file
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry.bytes:
+            found = "is missing" if size is None else f"is cut off or changed: {size} bytes"
+            raise UsageError(
+                f"{path} {found}, {entry.bytes} bytes by the manifest. Copy it again, or run "
+                f"`dupr prepare` again with --overwrite."
+            )
+    name = f"{folder}:{split}" if split else str(folder)
+    return ShardSet([folder / e.file for e in entries], [e.samples for e in entries], name)

@@ -1,0 +1,203 @@
+"""Weights files and weights addresses: what `export` writes and `evaluate` reads.
+
+A weights file is a `.safetensors` of one backbone, in torchvision's names without fc, whose
+header metadata tells layout, architecture, input statistics and where it came from. `read_weights`
+takes every form in which the command line accepts weights: such a file, a run directory (its
+newest checkpoint), or one checkpoint. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dupr_cli import __version__
+from dupr_cli.artifacts.files import sha256_file, write_bytes
+from dupr_cli.artifacts.run import MODEL_FILE, Checkpoint, is_checkpoint, newest_checkpoint
+from dupr_cli.errors import UsageError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class WeightsMetadata:
+    """The header metadata of a weights file; every value is a string there."""
+
+    layout: str
+    architecture: str
+    input_mean: tuple[float, ...]
+    input_std: tuple[float, ...]
+    input_size: int
+    channel_order: str = "RGB"
+    encoder: str = "query"
+    step: int = 0
+    recipe_sha256: str = ""
+    dupr_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+    def to_header(self) -> dict[str, str]:
+        return {
+            "format": "pt",
+            "dupr_format_version": str(self.format_version),
+            "layout": self.layout,
+            "architecture": self.architecture,
+            "input_mean": json.dumps(self.input_mean),
+            "input_std": json.dumps(self.input_std),
+            "input_size": str(self.input_size),
+            "channel_order": self.channel_order,
+            "encoder": self.encoder,
+            "step": str(self.step),
+            "recipe_sha256": self.recipe_sha256,
+            "dupr_version": self.dupr_version,
+        }
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, str]) -> WeightsMetadata:
+        """Raises KeyError or ValueError when the header is not that of a weights file."""
+        return cls(
+            layout=header["layout"],
+            architecture=header["architecture"],
+            input_mean=tuple(json.loads(header["input_mean"])),
+            input_std=tuple(json.loads(header["input_std"])),
+            input_size=int(header["input_size"]),
+            channel_order=header["channel_order"],
+            encoder=header["encoder"],
+            step=int(header["step"]),
+            recipe_sha256=header["recipe_sha256"],
+            dupr_version=header["dupr_version"],
+            format_version=int(header["dupr_format_version"]),
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Backbone weights in torchvision's names, and where they come from."""
+
+    address: str
+    metadata: WeightsMetadata
+    tensors: dict[str, Tensor] = field(repr=False)
+    sha256: str = ""
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
+    """Write a weights file; it appears at `path` only when whole."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, metadata=metadata.to_header()))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header metadata of a file. Raises UsageError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"{path}: not a whole safetensors file ({error}). It may be cut off or of another "
+            f"format; copy it again or export it anew."
+        ) from error
+
+
+def read_weights(address: str, encoder: str = "query") -> Weights:
+    """Backbone weights from a run directory, a checkpoint or a weights file.
+
+    encoder: which encoder's backbone of a run or checkpoint; a weights file has one only.
+    Raises UsageError, naming what was found, when there are no readable weights at `address`.
+    """
+    path = Path(address)
+    if not path.exists():
+        raise UsageError(
+            f"{address}: there is no such run directory, checkpoint or weights file "
+            f"(the word `none` means random weights)."
+        )
+    if path.is_dir():
+        if is_checkpoint(path):
+            return _from_checkpoint(address, Checkpoint.read(path), encoder)
+        return _from_checkpoint(address, newest_checkpoint(path), encoder)
+    if path.name == MODEL_FILE and is_checkpoint(path.parent):
+        return _from_checkpoint(address, Checkpoint.read(path.parent), encoder)
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"{address}: weights are read from .safetensors files only; pickled files "
+            f"(.pth, .pt, .pkl) can run code when they are loaded."
+        )
+    tensors, header = read_safetensors(path)
+    try:
+        metadata = WeightsMetadata.from_header(header)
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"{address}: the header does not say what the weights are ({error}); it is not a "
+            f"weights file made by `dupr export`."
+        ) from error
+    if metadata.layout != "torchvision":
+        raise UsageError(
+            f"{address}: the layout is {metadata.layout!r}; only torchvision can be read."
+        )
+    return Weights(address, metadata, tensors, sha256_file(path))
+
+
+def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weights:
+    model = checkpoint.path / MODEL_FILE
+    tensors, _ = read_safetensors(model)
+    prefix = f"{encoder}.backbone."
+    backbone = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    if not backbone:
+        raise UsageError(f"{model}: there are no tensors named {prefix}*.")
+    state = checkpoint.state
+    metadata = WeightsMetadata(
+        layout="torchvision",
+        architecture=state.architecture,
+        input_mean=tuple(state.input_mean),
+        input_std=tuple(state.input_std),
+        input_size=state.input_size,
+        encoder=encoder,
+        step=state.step,
+        recipe_sha256=state.recipe_sha256,
+        dupr_version=state.dupr_version,
+    )
+    return Weights(address, metadata, backbone, sha256_file(model))
+
+
+def load_backbone(module: torch.nn.Module, weights: Weights) -> int:
+    """Load weights into a backbone, every tensor or none; returns how many there were.
+
+    Raises UsageError with the names that do not match, when the weights are of another
+    architecture or incomplete.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - weights.tensors.keys())
+    unknown = sorted(weights.tensors.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(weights.tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & weights.tensors.keys()
+        if own[name].shape != weights.tensors[name].shape
+    ]
+    if missing or unknown or shapes:
+        matched = len(own) - len(missing) - len(shapes)
+        parts = [
+            f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+            for names, what in (
+                (missing, "missing"),
+                (unknown, "unknown"),
+                (shapes, "of another shape"),
+            )
+            if names
+        ]
+        raise UsageError(
+            f"{weights.address}: the weights say {weights.metadata.architecture}, but only "
+            f"{matched} of {len(own)} tensors match: {'; '.join(parts)}. "
+            f"Nothing was loaded."
+        )
+    module.load_state_dict(weights.tensors)
+    return len(own)

@@ -1,0 +1,41 @@
+"""Recipes: what a stage is told to do, as YAML checked by pydantic before anything starts.
+
+`load_recipe` reads a file or a shipped recipe by name, follows `extends`, applies `--set`
+overrides, and returns the validated model with the origin of every key; a mistake becomes a
+`RecipeError` that names file, line, key, the value found and what was expected.
+"""
+
+from dupr_cli.recipe.base import Level, Section
+from dupr_cli.recipe.evaluate import EvaluateRecipe
+from dupr_cli.recipe.export import ExportRecipe
+from dupr_cli.recipe.load import (
+    RECIPE_MODELS,
+    Recipe,
+    RecipeError,
+    find_recipe,
+    load_recipe,
+    recipe_digest,
+    recipe_schema,
+    recipe_yaml,
+    shipped_recipes,
+)
+from dupr_cli.recipe.prepare import PrepareRecipe
+from dupr_cli.recipe.pretrain import PretrainRecipe
+
+__all__ = [
+    "RECIPE_MODELS",
+    "EvaluateRecipe",
+    "ExportRecipe",
+    "Level",
+    "PrepareRecipe",
+    "PretrainRecipe",
+    "Recipe",
+    "RecipeError",
+    "Section",
+    "find_recipe",
+    "load_recipe",
+    "recipe_digest",
+    "recipe_schema",
+    "recipe_yaml",
+    "shipped_recipes",
+]

@@ -1,0 +1,42 @@
+"""What every recipe is made of: strict sections, the field's level names, shared value types."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Level = Literal["res2", "res3", "res4", "res5"]
+LEVELS: tuple[Level, ...] = ("res2", "res3", "res4", "res5")
+
+# Cells of a ResNet feature map are this many image pixels apart.
+LEVEL_STRIDES: dict[Level, int] = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change after validation."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+def reject(key: str, message: str) -> NoReturn:
+    """Fail a cross-field check at the recipe key `key`, written relative to the section.
+
+    The key travels with the error, so that the message can name the line where it was set.
+    """
+    raise PydanticCustomError("dupr_check", "{message}", {"message": message, "key": key})

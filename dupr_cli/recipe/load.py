@@ -1,0 +1,421 @@
+"""Reading recipes: YAML with line numbers, `extends`, `--set`, and messages that point.
+
+Sections of a recipe merge with those of the recipe it extends; a map of levels (weights, bins) or
+a list replaces the inherited one whole, because {res5: 1.0} means "res5 only". `--set a.b.c=value`
+sets one key after that, and may reach into a map.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from dupr_cli.errors import UsageError
+from dupr_cli.recipe.base import Section
+from dupr_cli.recipe.evaluate import EvaluateRecipe
+from dupr_cli.recipe.export import ExportRecipe
+from dupr_cli.recipe.prepare import PrepareRecipe
+from dupr_cli.recipe.pretrain import PretrainRecipe
+
+Recipe = PrepareRecipe | PretrainRecipe | ExportRecipe | EvaluateRecipe
+
+RECIPE_MODELS: dict[str, type[Section]] = {
+    "prepare": PrepareRecipe,
+    "pretrain": PretrainRecipe,
+    "export": ExportRecipe,
+    "evaluate": EvaluateRecipe,
+}
+
+Path_ = tuple[str, ...]
+R = typing.TypeVar("R", bound=Section)
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be used; the message lists every problem found, each with its place."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a key was set: a file and a line, or an option of the command line."""
+
+    file: str
+    line: int | None
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}" if self.line else self.file
+
+
+@dataclass
+class _Document:
+    """One recipe file: plain values, and the origin of every key in it."""
+
+    values: dict[str, object]
+    origins: dict[Path_, Origin]
+    name: str
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's core schema: `1e-4` is a number, `on` and `no` are strings."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, name: str) -> _Document:
+    """Values and key origins of one YAML text. Raises RecipeError for what is not a mapping."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        origins: dict[Path_, Origin] = {}
+        if root is None:
+            return _Document({}, origins, name)
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(f"{name}, line 1: a recipe is a mapping of keys to values.")
+        values = _construct(loader, root, (), name, origins)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{name}{line}: not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not valid YAML: {error}.") from error
+    finally:
+        loader.dispose()
+    assert isinstance(values, dict)
+    return _Document(values, origins, name)
+
+
+def _construct(
+    loader: _Loader, node: yaml.Node, at: Path_, name: str, origins: dict[Path_, Origin]
+) -> object:
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node, deep=True))
+            place = Origin(name, key_node.start_mark.line + 1)
+            if key in result:
+                first = origins[(*at, key)].line
+                raise RecipeError(
+                    f"{place}: {'.'.join((*at, key))} is given twice; line {first} has it too."
+                )
+            origins[(*at, key)] = place
+            result[key] = _construct(loader, value_node, (*at, key), name, origins)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            origins[(*at, str(index))] = Origin(name, item.start_mark.line + 1)
+        return [
+            _construct(loader, item, (*at, str(index)), name, origins)
+            for index, item in enumerate(node.value)
+        ]
+    value: object = loader.construct_object(node, deep=True)
+    return value
+
+
+def _shipped_root() -> Path:
+    """Folder of the shipped recipes: inside the wheel, or the checkout's own."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes(stage: str | None = None) -> dict[str, Path]:
+    """Names of the shipped recipes (of one stage) and their files."""
+    pattern = f"{stage or '*'}/*.yaml"
+    return {path.stem: path for path in sorted(_shipped_root().glob(pattern))}
+
+
+def find_recipe(name_or_file: str, stage: str | None = None) -> Path:
+    """The file of a recipe that is given by path or by the name of a shipped one.
+
+    Raises RecipeError, naming the nearest shipped recipe, when there is neither.
+    """
+    path = Path(name_or_file)
+    if path.is_file():
+        return path
+    named = shipped_recipes(stage)
+    if name_or_file in named:
+        return named[name_or_file]
+    elsewhere = shipped_recipes()
+    if stage and name_or_file in elsewhere:
+        other = elsewhere[name_or_file].parent.name
+        raise RecipeError(f"{name_or_file} is a recipe for dupr {other}, not for dupr {stage}.")
+    if path.suffix in (".yaml", ".yml") or "/" in name_or_file:
+        raise RecipeError(f"{name_or_file}: there is no such recipe file.")
+    near = difflib.get_close_matches(name_or_file, named, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise RecipeError(
+        f"{name_or_file} is neither a file nor a shipped recipe.{hint} "
+        f"`dupr recipe list` shows the shipped ones."
+    )
+
+
+def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> Iterator[_Document]:
+    """The documents that make up a recipe, from the one it finally extends to itself."""
+    resolved = path.resolve()
+    if resolved in seen:
+        loop = " extends ".join(p.name for p in (*seen[seen.index(resolved) :], resolved))
+        raise RecipeError(f"{path}: recipes extend one another in a circle: {loop}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"{path}: the recipe cannot be read: {reason}.") from error
+    document = _parse(text, str(path))
+    parent = document.values.pop("extends", None)
+    if parent is not None:
+        place = document.origins[("extends",)]
+        if not isinstance(parent, str):
+            raise RecipeError(f"{place}: extends is {parent!r}, but it names one recipe or file.")
+        beside = path.parent / parent
+        try:
+            target = beside if beside.is_file() else find_recipe(parent, stage)
+        except RecipeError as error:
+            raise RecipeError(f"{place}: extends: {error}") from error
+        yield from _read_chain(target, stage, (*seen, resolved))
+    yield document
+
+
+def _section_at(model: type[BaseModel], at: Path_) -> type[BaseModel] | None:
+    """The section that a path of keys leads to, None when it leads to a value."""
+    section: type[BaseModel] = model
+    for key in at:
+        field = section.model_fields.get(key)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        section = annotation
+    return section
+
+
+def _merge(
+    model: type[BaseModel], base: dict[str, object], over: dict[str, object], at: Path_ = ()
+) -> dict[str, object]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        is_section = _section_at(model, (*at, key)) is not None
+        if is_section and isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = _merge(model, old, value, (*at, key))
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply_override(values: dict[str, object], origins: dict[Path_, Origin], option: str) -> None:
+    key, separator, text = option.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise RecipeError(f"--set {option}: write it as key=value, for example seed=1.")
+    try:
+        loader = _Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {option}: the value is not valid YAML.") from error
+    parts = tuple(key.split("."))
+    target = values
+    for part in parts[:-1]:
+        inner = target.get(part)
+        # A copy: the parsed documents stay what the files say.
+        target[part] = dict(inner) if isinstance(inner, dict) else {}
+        target = typing.cast(dict[str, object], target[part])
+    target[parts[-1]] = value
+    origins[parts] = Origin(f"--set {option}", None)
+
+
+def _with_defaults_for_maps(model: type[BaseModel], values: dict[str, object], option: str) -> None:
+    """Fill the default of a map that `--set` reaches into, so that its other entries stay."""
+    parts = option.partition("=")[0].strip().split(".")
+    section: type[BaseModel] | None = model
+    target = values
+    for part in parts[:-1]:
+        field = section.model_fields.get(part) if section else None
+        if field is None or not isinstance(target, dict):
+            return
+        inner = field.annotation
+        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+        if not is_section and part not in target and isinstance(field.default, dict):
+            target[part] = dict(field.default)
+        target = typing.cast(dict[str, object], target.setdefault(part, {}))
+        section = typing.cast(type[BaseModel], inner) if is_section else None
+
+
+def load_recipe(model: type[R], name_or_file: str | None, overrides: Sequence[str] = ()) -> R:
+    """Read, merge, override and validate one recipe of the stage that `model` belongs to.
+
+    name_or_file: a YAML file, the name of a shipped recipe, or None for the defaults.
+    overrides: `key=value` strings, applied in order after the files.
+    Raises RecipeError with one line per problem.
+    """
+    stage = str(model.model_fields["stage"].default)
+    documents: list[_Document] = []
+    if name_or_file is not None:
+        documents = list(_read_chain(find_recipe(name_or_file, stage), stage))
+    values: dict[str, object] = {}
+    origins: dict[Path_, Origin] = {}
+    for document in documents:
+        found = document.values.get("stage", stage)
+        if found != stage:
+            raise RecipeError(
+                f"{document.origins[('stage',)]}: stage is {found!r}, but a recipe for "
+                f"dupr {stage} is needed here."
+            )
+        values = _merge(model, values, document.values)
+        origins.update(document.origins)
+    for option in overrides:
+        _with_defaults_for_maps(model, values, option)
+        _apply_override(values, origins, option)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        default = Origin(documents[-1].name if documents else f"the {stage} recipe", None)
+        problems = [
+            _explain(model, details, origins, default)
+            for details in error.errors()
+            if not _is_union_echo(details)
+        ]
+        raise RecipeError("\n".join(dict.fromkeys(problems))) from error
+
+
+def _is_union_echo(details: ErrorDetails) -> bool:
+    # A union reports its None branch too: the other branch's message says what is wrong.
+    return details["type"] == "none_required"
+
+
+def _explain(
+    model: type[BaseModel], details: ErrorDetails, origins: dict[Path_, Origin], default: Origin
+) -> str:
+    """One line: place, key, value found, what was expected, the nearest valid key."""
+    context = details.get("ctx", {})
+    at = _key_path(model, details["loc"])
+    if details["type"] == "dupr_check":
+        at = (*at, *str(context["key"]).split("."))
+        place = _origin_of(at, origins, default)
+        message = f"{place}: {'.'.join(at)} is {context['message']}"
+        return message if message.endswith(".") else message + "."
+    key = ".".join(at)
+    place = _origin_of(at, origins, default)
+    if details["type"] == "extra_forbidden":
+        return f"{place}: {key} is not a key of this recipe.{_nearest_key(model, at)}"
+    if details["type"] == "missing":
+        return f"{place}: {key} is missing; it has no default."
+    found = json.dumps(details["input"], default=str)
+    if "[key]" in map(str, details["loc"]):
+        valid = str(context.get("expected", ""))
+        near = difflib.get_close_matches(at[-1], re.findall(r"'(\w+)'", valid), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{place}: {key} is not a key here; expected one of {valid}.{hint}"
+    hint = ""
+    if details["type"] == "literal_error":
+        options = re.findall(r"'([^']+)'", str(context.get("expected", "")))
+        near = difflib.get_close_matches(str(details["input"]), options, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+    expected = details["msg"][0].lower() + details["msg"][1:]
+    return f"{place}: {key} is {found}, but {expected.replace('input', 'it')}.{hint}"
+
+
+def _key_path(model: type[BaseModel], location: tuple[int | str, ...]) -> Path_:
+    """Recipe keys of a pydantic error location, without the names of union branches."""
+    keys: list[str] = []
+    section: type[BaseModel] | None = model
+    inside_value = False
+    for part in location:
+        text = str(part)
+        if text == "[key]":
+            continue
+        if inside_value and not isinstance(part, int) and not re.fullmatch(r"\w+", text):
+            continue
+        if inside_value and text in {"int", "float", "str", "bool"}:
+            continue
+        keys.append(text)
+        if section is not None:
+            section = _section_at(section, (text,))
+            inside_value = section is None
+    return tuple(keys)
+
+
+def _origin_of(at: Path_, origins: dict[Path_, Origin], default: Origin) -> Origin:
+    for length in range(len(at), 0, -1):
+        if at[:length] in origins:
+            return origins[at[:length]]
+    return default
+
+
+def _all_keys(model: type[BaseModel], at: Path_ = ()) -> Iterator[Path_]:
+    for name in model.model_fields:
+        yield (*at, name)
+        section = _section_at(model, (name,))
+        if section is not None:
+            yield from _all_keys(section, (*at, name))
+
+
+def _nearest_key(model: type[BaseModel], at: Path_) -> str:
+    section = _section_at(model, at[:-1])
+    siblings = list(section.model_fields) if section else []
+    near = difflib.get_close_matches(at[-1], siblings, n=1, cutoff=0.7)
+    if near:
+        return f" Did you mean {'.'.join((*at[:-1], near[0]))}?"
+    elsewhere = [path for path in _all_keys(model) if path[-1] == at[-1]]
+    if elsewhere:
+        return f" Did you mean {'.'.join(elsewhere[0])}?"
+    every = {path[-1]: path for path in _all_keys(model)}
+    near = difflib.get_close_matches(at[-1], every, n=1, cutoff=0.7)
+    if near:
+        return f" Did you mean {'.'.join(every[near[0]])}?"
+    where = ".".join(at[:-1])
+    return f" Keys {f'of {where}' if where else 'here'}: {', '.join(siblings)}."
+
+
+def recipe_yaml(recipe: Section) -> str:
+    """The resolved recipe as YAML, every key written out."""
+    values = recipe.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=88)
+
+
+def recipe_digest(recipe: Section) -> str:
+    """sha256 of the resolved recipe, the same for the same values in any order or file."""
+    values = recipe.model_dump(mode="json", exclude={"description"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_schema(stage: str) -> dict[str, object]:
+    """JSON Schema of one stage's recipe files, for editors.
+
+    A file may leave out what it inherits, so nothing is required, and may carry `extends`.
+    """
+    schema = RECIPE_MODELS[stage].model_json_schema()
+    for definition in (schema, *schema.get("$defs", {}).values()):
+        definition.pop("required", None)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"dupr {stage} recipe"
+    schema["properties"] = {
+        "extends": {
+            "type": "string",
+            "description": "Start from another recipe: a shipped name, or a file beside this one.",
+        },
+        **schema["properties"],
+    }
+    return schema

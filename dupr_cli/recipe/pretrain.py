@@ -1,0 +1,250 @@
+"""The recipe of `dupr pretrain`: method, optimisation, data.
+
+The defaults are the paper-scale values; docs/method.md tells where each comes from.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dupr_cli.recipe.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LEVEL_STRIDES,
+    Backbone,
+    Fraction,
+    Level,
+    Section,
+    Seed,
+    reject,
+)
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Temperature = Annotated[float, Field(gt=0.0, le=10.0)]
+Head = Literal["mlp", "linear"]
+
+
+class ModelSection(Section):
+    backbone: Backbone = "resnet50"
+    """torchvision ResNet, randomly initialised, stride in the 3x3 convolution."""
+
+
+class ViewsSection(Section):
+    size: Annotated[int, Field(ge=32, le=1024)] = 224
+    """Side of the square views, pixels."""
+    scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    """Smallest and largest share of the image's area that a crop covers."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width over height of a crop."""
+    min_overlap: Fraction = 0.25
+    """The shared region is at least this share of the side, in both directions of both views."""
+    overlap_attempts: Positive = 10
+    """Pairs of crops drawn until one overlaps enough; then the image is left out of the patch
+    loss for this step."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> ViewsSection:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            reject("scale", f"{list(self.scale)}, but it must be [smallest, largest], above 0")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            reject("ratio", f"{list(self.ratio)}, but it must be [smallest, largest], above 0")
+        return self
+
+
+class ColorJitterSection(Section):
+    probability: Fraction = 0.8
+    brightness: NonNegative = 0.4
+    contrast: NonNegative = 0.4
+    saturation: NonNegative = 0.4
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+
+
+class BlurSection(Section):
+    probability: Fraction = 0.5
+    sigma: tuple[Annotated[float, Field(gt=0, le=8)], Annotated[float, Field(gt=0, le=8)]] = (
+        0.1,
+        2.0,
+    )
+    """Smallest and largest standard deviation, pixels of the view."""
+
+
+class AugmentationSection(Section):
+    color_jitter: ColorJitterSection = ColorJitterSection()
+    grayscale_probability: Fraction = 0.2
+    blur: BlurSection = BlurSection()
+    flip_probability: Fraction = 0.5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted per channel, in units of the full range."""
+    std: tuple[
+        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
+    ] = IMAGENET_STD
+    """Divided by per channel."""
+
+
+class ImageReidSection(Section):
+    weights: dict[Level, NonNegative] = {"res2": 0.1, "res3": 0.4, "res4": 0.7, "res5": 1.0}
+    """alpha of each level; a level that is absent or 0 has no image loss."""
+    temperature: Temperature = 0.2
+    head: Head = "mlp"
+    """mlp: Linear(C, C), ReLU, Linear(C, D); linear: Linear(C, D)."""
+
+
+class PatchReidSection(Section):
+    weights: dict[Level, NonNegative] = {"res4": 1.0, "res5": 1.0}
+    """beta of each level; a level that is absent or 0 has no patch loss."""
+    bins: dict[Level, Positive] = {"res2": 3, "res3": 3, "res4": 14, "res5": 7}
+    """S of each level: the shared region is pooled into S x S patches."""
+    temperature: Temperature = 0.2
+    head: Head = "mlp"
+    """mlp: 1x1 convolutions C to C, ReLU, C to D; linear: one, C to D."""
+
+
+class BatchNormSection(Section):
+    groups: Positive = 8
+    """The batch is normalised in this many groups, as if on that many devices."""
+    permute_keys: bool = True
+    """Shuffle the key batch, so that a key's group says nothing about its query's."""
+
+
+class MethodSection(Section):
+    name: Literal["dupr"] = "dupr"
+    views: ViewsSection = ViewsSection()
+    augmentation: AugmentationSection = AugmentationSection()
+    image: ImageReidSection = ImageReidSection()
+    patch: PatchReidSection = PatchReidSection()
+    embedding_dim: Positive = 128
+    momentum: Fraction = 0.999
+    """The key encoder is momentum * key + (1 - momentum) * query after each step."""
+    queue_length: Positive = 65_536
+    """Keys in each queue; there is one queue per level and kind."""
+    patch_keys_per_image: Positive = 1
+    """Patches of each key image, drawn at random, that enter a level's patch queue per step."""
+    batch_norm: BatchNormSection = BatchNormSection()
+
+
+class OptimizerSection(Section):
+    lr: Annotated[float, Field(gt=0)] = 0.03
+    """At the given batch size; it is not scaled behind your back."""
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which lr rises linearly to its value."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+
+class DataSection(Section):
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    """Images per step, over all devices."""
+    split: str = "train"
+    """Split of the shards to train on."""
+    holdout: Annotated[int, Field(ge=0)] = 512
+    """Images kept out of training, the same in every run on the same shards, for the patch
+    retrieval probe. At most a tenth of the data is taken."""
+    workers: Annotated[int, Field(ge=0)] = 8
+    """Processes that decode and crop; 0 does it in the main process."""
+    shuffle_shards: Positive = 16
+    """Samples are shuffled within this many shards at a time, and shards among each other."""
+
+
+class TrainSection(Section):
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    """Length of the run: give epochs or steps, not both."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the encoders' forward pass (autocast); losses are always float32."""
+    channels_last: bool = True
+    log_every: Positive = 20
+    """Steps between lines of metrics.jsonl."""
+    probe_every: Positive = 2000
+    """Steps between measurements of held-out patch retrieval; also at the start and the end."""
+    checkpoint_every: Positive = 1000
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: Positive = 3
+    """Newest checkpoints kept."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.epochs is None) == (self.steps is None):
+            found = "neither is given" if self.steps is None else "both are given"
+            reject("steps", f"{self.steps}, but give train.steps or train.epochs: {found}")
+        return self
+
+
+class PretrainRecipe(Section):
+    """Deeply unsupervised patch re-identification: image and patch Re-ID at several levels."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    description: str = ""
+    """One line for `dupr recipe list`."""
+    model: ModelSection = ModelSection()
+    method: MethodSection = MethodSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    data: DataSection = DataSection()
+    train: TrainSection
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _levels_and_bins(self) -> PretrainRecipe:
+        method = self.method
+        active = [w for w in (*method.image.weights.values(), *method.patch.weights.values()) if w]
+        if not active:
+            reject("method.image.weights", "0 at every level, as is method.patch.weights: no loss")
+        for level, weight in method.patch.weights.items():
+            if not weight:
+                continue
+            if level not in method.patch.bins:
+                reject(
+                    "method.patch.bins",
+                    f"{dict(method.patch.bins)}, but method.patch.weights has a loss at {level}; "
+                    f"give bins for {level}",
+                )
+            cells = -(-method.views.size // LEVEL_STRIDES[level])
+            bins = method.patch.bins[level]
+            if bins > cells:
+                shared = method.views.min_overlap * method.views.size / LEVEL_STRIDES[level]
+                reject(
+                    f"method.patch.bins.{level}",
+                    f"{bins}, but a view of {method.views.size} pixels has {cells} x {cells} "
+                    f"cells at {level} (stride {LEVEL_STRIDES[level]}), and the smallest shared "
+                    f"region {shared:.1f}. Use at most {cells}, or raise method.views.size",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> PretrainRecipe:
+        batch, method = self.data.batch_size, self.method
+        for keys, what in (
+            (batch, "data.batch_size"),
+            (batch * method.patch_keys_per_image, "data.batch_size x method.patch_keys_per_image"),
+        ):
+            if method.queue_length % keys:
+                nearest = max(keys, method.queue_length // keys * keys)
+                reject(
+                    "method.queue_length",
+                    f"{method.queue_length}, which is not a multiple of the {keys} keys that "
+                    f"enter in one step ({what}); use {nearest}, for example",
+                )
+        if batch % method.batch_norm.groups:
+            reject(
+                "method.batch_norm.groups",
+                f"{method.batch_norm.groups}, which does not divide data.batch_size = {batch}",
+            )
+        if batch // method.batch_norm.groups < 2:
+            reject(
+                "method.batch_norm.groups",
+                f"{method.batch_norm.groups}, which leaves one image per group of "
+                f"data.batch_size = {batch}; batch norm needs at least 2",
+            )
+        for level in method.patch.bins:
+            if method.patch_keys_per_image > method.patch.bins[level] ** 2 and (
+                method.patch.weights.get(level)
+            ):
+                reject(
+                    "method.patch_keys_per_image",
+                    f"{method.patch_keys_per_image}, but {level} has only "
+                    f"{method.patch.bins[level] ** 2} patches per image (method.patch.bins)",
+                )
+        return self
