@@ -1,0 +1,206 @@
+"""The batches of a run: which images, in which order, cropped how.
+
+Everything here is a pure function of (seed, epoch, sample number): the order of an epoch, the crops
+and the augmentation of a sample. The number of loader workers and interruptions do not change it;
+a run continues at any step by asking for that step's samples.
+"""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dupr_cli.artifacts.shards import ShardSet
+from dupr_cli.errors import RunError
+from dupr_cli.pretrain.augmentation import draw_parameters
+from dupr_cli.pretrain.geometry import Crop, random_crop_pair
+from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
+
+# An unreadable image is replaced by the next number; so many in a row are no accident.
+_MAX_REPLACEMENTS = 20
+# The probe's views come from an epoch that training never reaches.
+_PROBE_EPOCH = 2**31
+
+Request = tuple[int, int]  # epoch, sample number
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Two cropped views of each image, on the CPU.
+
+    views: (N, 2, 3, S, S) uint8. crops: (N, 2, 4) float32, x0, y0, x1, y1 in source pixels.
+    parameters: (N, 2, PARAMETERS) float32, see `augmentation`. unreadable: images that could not be
+    decoded and were replaced.
+    """
+
+    views: Tensor
+    crops: Tensor
+    parameters: Tensor
+    unreadable: int
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader for a CUDA device."""
+        return Batch(self.views.pin_memory(), self.crops, self.parameters, self.unreadable)
+
+
+def crop_and_resize(image: Image.Image, crop: Crop, size: int) -> Image.Image:
+    """Resize one crop to size x size, antialiased; the source's pixels stay where they are.
+
+    crop: x0, y0, x1, y1 in pixels of the image as the file has it. The image may be decoded at a
+    reduced scale; the crop is scaled with it.
+    """
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=crop)
+
+
+def decode(data: bytes) -> Image.Image:
+    """RGB image from the bytes of a sample. Raises OSError or ValueError when they are damaged."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> NDArray[np.int64]:
+    """Sample numbers of one epoch: shards shuffled, then samples within `window` shards at a time.
+
+    counts: samples per shard. Reads stay within a window of files, and every sample comes once.
+    """
+    random = np.random.default_rng([seed, epoch])
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    shards = random.permutation(len(counts))
+    parts = []
+    for first in range(0, len(shards), window):
+        numbers = [np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window]]
+        parts.append(random.permutation(np.concatenate(numbers)))
+    return np.concatenate(parts)
+
+
+def held_out(total: int, wanted: int) -> NDArray[np.int64]:
+    """Sample numbers kept for the probe: `wanted`, at most a tenth; the same for any seed."""
+    count = min(wanted, total // 10)
+    return np.sort(np.random.default_rng(0).choice(total, count, replace=False))
+
+
+class BatchOrder:
+    """Requests of every training step, from a given step on, without end.
+
+    Images that do not fill a batch at the end of an epoch start the next one: nothing is dropped.
+    """
+
+    def __init__(self, shards: ShardSet, recipe: PretrainRecipe) -> None:
+        """Raises RunError when there are fewer images than one batch needs."""
+        self._counts, self._seed = shards.counts, recipe.seed
+        self._window, self._batch = recipe.data.shuffle_shards, recipe.data.batch_size
+        self._held_out = held_out(len(shards), recipe.data.holdout)
+        self.images = len(shards) - len(self._held_out)
+        if self.images < self._batch:
+            raise RunError(
+                f"{shards.name}: {self.images} images to train on ({len(self._held_out)} of "
+                f"{len(shards)} are held out), fewer than data.batch_size = {self._batch}. "
+                f"Use more images or a smaller batch."
+            )
+        self.first_step = 0
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        order = epoch_order(self._counts, self._seed, epoch, self._window)
+        return order[~np.isin(order, self._held_out)]
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        position = self.first_step * self._batch
+        epoch = position // self.images
+        order = self._epoch(epoch)
+        while True:
+            batch: list[Request] = []
+            while len(batch) < self._batch:
+                if position // self.images != epoch:
+                    epoch = position // self.images
+                    order = self._epoch(epoch)
+                batch.append((epoch, int(order[position % self.images])))
+                position += 1
+            yield batch
+
+
+class ViewPairs(Dataset[Batch]):
+    """Decodes a sample and cuts its two views."""
+
+    def __init__(self, shards: ShardSet, method: MethodSection, seed: int) -> None:
+        self._shards, self._method, self._seed = shards, method, seed
+
+    def __getitem__(self, request: Request) -> Batch:
+        epoch, number = request
+        problems: list[str] = []
+        for attempt in range(_MAX_REPLACEMENTS):
+            sample = self._shards[(number + attempt) % len(self._shards)]
+            try:
+                image = decode(sample.image)
+                break
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                problems.append(f"{sample.key}: {error}")
+        else:
+            raise RunError(
+                f"{self._shards.name}: {_MAX_REPLACEMENTS} images in a row could not be decoded, "
+                f"the first is {problems[0]}. `dupr prepare` leaves such images out."
+            )
+        random = np.random.default_rng([self._seed, epoch, number])
+        method = self._method
+        crops = random_crop_pair(image.width, image.height, method.views, random)
+        parameters = np.stack([draw_parameters(method.augmentation, random) for _ in range(2)])
+        views = [
+            np.asarray(crop_and_resize(image, tuple(crop.tolist()), method.views.size))
+            for crop in crops
+        ]
+        return Batch(
+            torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(crops),
+            torch.from_numpy(parameters),
+            len(problems),
+        )
+
+
+def collate(samples: list[Batch]) -> Batch:
+    return Batch(
+        torch.stack([s.views for s in samples]),
+        torch.stack([s.crops for s in samples]),
+        torch.stack([s.parameters for s in samples]),
+        sum(s.unreadable for s in samples),
+    )
+
+
+def _ignore_signals(_worker: int) -> None:
+    # A signal to the process group is the main process's to handle: it still needs its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def training_batches(
+    shards: ShardSet, recipe: PretrainRecipe, first_step: int, pin_memory: bool
+) -> tuple[DataLoader[Batch], BatchOrder]:
+    """The loader of all batches from `first_step` on, and the order it follows."""
+    order = BatchOrder(shards, recipe)
+    order.first_step = first_step
+    loader: DataLoader[Batch] = DataLoader(
+        ViewPairs(shards, recipe.method, recipe.seed),
+        batch_sampler=order,
+        num_workers=recipe.data.workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+        prefetch_factor=4 if recipe.data.workers else None,
+    )
+    return loader, order
+
+
+def probe_batches(shards: ShardSet, recipe: PretrainRecipe) -> list[Batch]:
+    """Fixed view pairs of the held-out images, in batches of the training size."""
+    pairs = ViewPairs(shards, recipe.method, seed=0)
+    samples = [pairs[_PROBE_EPOCH, int(n)] for n in held_out(len(shards), recipe.data.holdout)]
+    size = recipe.data.batch_size
+    return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
