@@ -24,9 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from webdataset.shardlists import expand_urls
-
-from dupr_cli.artifacts.files import atomic_file, sha256_file, write_json, write_text
+from dupr_cli.artifacts.files import fsync_directory, write_json, write_text
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
@@ -79,6 +77,7 @@ class ShardIndex:
     """Where each sample of one shard lies: byte offset and length of its members in the tar.
 
     source_end: items of the source that were used up when the shard was full (0 for a scan).
+    skipped: files left out on the way. classes: names of the objects in it.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -90,6 +89,7 @@ class ShardIndex:
     sha256: str = ""
     source_end: int = 0
     skipped: list[Skipped] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -120,52 +120,108 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-class _TarWriter:
-    """Appends members with no trace of the machine, and tells where their bytes lie."""
+class _HashingFile:
+    """A file being written from start to end, its sha256 on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._file, self._digest, self.length = file, hashlib.sha256(), 0
 
-    def add(self, name: str, data: bytes) -> tuple[int, int]:
-        info = tarfile.TarInfo(name)
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self.length += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.length
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes one shard, sample by sample; the tar and its index appear only when whole.
+
+    Without samples there is no tar: only an index, which records what was skipped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._index = path, ShardIndex()
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file: BinaryIO | None = None
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _open(self) -> None:
+        self._file = self._temporary.open("wb")
+        self._hashing = _HashingFile(self._file)
+        self._tar = tarfile.open(  # noqa: SIM115
+            fileobj=cast(BinaryIO, self._hashing), mode="w", format=tarfile.PAX_FORMAT
+        )
+
+    def _append(self, name: str, data: bytes) -> tuple[int, int]:
+        info = tarfile.TarInfo(name)  # no time, user or mode of this machine
         info.size, info.mode = len(data), 0o644
         self._tar.addfile(info, io.BytesIO(data))
         padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return self._file.tell() - padded, len(data)
+        return self._hashing.length - padded, len(data)
 
-    def close(self) -> None:
-        self._tar.close()
+    def add(self, sample: Sample) -> None:
+        if self._file is None:
+            self._open()
+        index = self._index
+        info = {
+            "source": sample.source,
+            "width": sample.width,
+            "height": sample.height,
+            "sha256": hashlib.sha256(sample.image).hexdigest(),
+        }
+        index.keys.append(sample.key)
+        index.extensions.append(sample.extension)
+        index.images.append(self._append(f"{sample.key}.{sample.extension}", sample.image))
+        index.infos.append(self._append(f"{sample.key}.json", _json(info)))
+        if sample.boxes is None:
+            index.boxes.append(None)
+        else:
+            objects = {"objects": [_box_to_json(box) for box in sample.boxes]}
+            index.boxes.append(self._append(f"{sample.key}.boxes.json", _json(objects)))
+            index.classes = sorted({*index.classes, *(box.name for box in sample.boxes)})
+
+    def finish(self, source_end: int, skipped: Sequence[Skipped]) -> ShardIndex:
+        """Give tar and index their names. source_end, skipped: see ShardIndex."""
+        index = self._index
+        index.source_end, index.skipped = source_end, list(skipped)
+        if self._file is not None:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            index.bytes, index.sha256 = self._hashing.length, self._hashing.sha256
+            self._temporary.replace(self._path)
+            fsync_directory(self._path.parent)
+        index.write(index_path(self._path))
+        return index
+
+    def abandon(self) -> None:
+        """Leave no trace of an unfinished shard."""
+        if self._file is not None:
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def write_shard(
-    path: Path, samples: Sequence[Sample], source_end: int, skipped: Sequence[Skipped]
+    path: Path, samples: Sequence[Sample], source_end: int = 0, skipped: Sequence[Skipped] = ()
 ) -> ShardIndex:
-    """Write one shard and its index; each appears under its name only when whole."""
-    index = ShardIndex(source_end=source_end, skipped=list(skipped))
-    with atomic_file(path) as file:
-        tar = _TarWriter(file)
+    """Write one shard of samples that are all at hand, and its index."""
+    writer = ShardWriter(path)
+    try:
         for sample in samples:
-            info = {
-                "source": sample.source,
-                "width": sample.width,
-                "height": sample.height,
-                "sha256": hashlib.sha256(sample.image).hexdigest(),
-            }
-            index.keys.append(sample.key)
-            index.extensions.append(sample.extension)
-            index.images.append(tar.add(f"{sample.key}.{sample.extension}", sample.image))
-            index.infos.append(tar.add(f"{sample.key}.json", _json(info)))
-            if sample.boxes is None:
-                index.boxes.append(None)
-            else:
-                objects = {"objects": [_box_to_json(box) for box in sample.boxes]}
-                index.boxes.append(tar.add(f"{sample.key}.boxes.json", _json(objects)))
-        tar.close()
-        index.bytes = file.tell()
-    index.sha256 = sha256_file(path)
-    index.write(index_path(path))
-    return index
+            writer.add(sample)
+        return writer.finish(source_end, skipped)
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def _json(value: object) -> bytes:
@@ -398,6 +454,9 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
                 f"`dupr prepare IMAGES {folder}`."
             )
     else:
+        # Imported where it is needed: it brings torch along, which prepare does without.
+        from webdataset.shardlists import expand_urls
+
         tars = [Path(url) for url in expand_urls(address)]
         missing = [tar for tar in tars if not tar.is_file()]
         if missing:
