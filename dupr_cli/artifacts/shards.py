@@ -20,7 +20,7 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -49,6 +49,27 @@ class Box:
     @property
     def corners(self) -> tuple[float, float, float, float]:
         return (self.x_min, self.y_min, self.x_max, self.y_max)
+
+    def upright(self, orientation: int, width: int, height: int) -> Box:
+        """The box after the image is turned upright.
+
+        orientation: EXIF tag 274, 1 to 8. width, height: of the image as stored, pixels.
+        Source: EXIF 2.3, tag Orientation.
+        """
+        xs, ys = (self.x_min, self.x_max), (self.y_min, self.y_max)
+        mirrored = (width - self.x_max, width - self.x_min)
+        upended = (height - self.y_max, height - self.y_min)
+        turned = {
+            2: (mirrored, ys),
+            3: (mirrored, upended),
+            4: (xs, upended),
+            5: (ys, xs),
+            6: (upended, xs),
+            7: (upended, mirrored),
+            8: (ys, mirrored),
+        }
+        (x_min, x_max), (y_min, y_max) = turned.get(orientation, (xs, ys))
+        return replace(self, x_min=x_min, y_min=y_min, x_max=x_max, y_max=y_max)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _to_sample(
     if orientation != 1 or image.mode != "RGB" or extension is None:
         data, extension, image = _rewrite(image, recipe)
     if boxes is not None and orientation != 1:
-        boxes = tuple(turn_box(box, orientation, *stored_size) for box in boxes)
+        boxes = tuple(box.upright(orientation, *stored_size) for box in boxes)
     width, height = image.size
     return Sample(item.key, extension, data, item.name, width, height, boxes)
 
@@ -98,27 +98,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def turn_box(box: Box, orientation: int, width: int, height: int) -> Box:
-    """A box of the stored image in the upright one.
-
-    orientation: EXIF tag 274, 1 to 8. width, height: of the stored image, pixels.
-    Source: EXIF 2.3, tag Orientation.
-    """
-    x0, y0, x1, y1 = box.corners
-    mirrored = (width - x1, width - x0)
-    upended = (height - y1, height - y0)
-    xs, ys = (x0, x1), (y0, y1)
-    turned = {
-        1: (xs, ys),
-        2: (mirrored, ys),
-        3: (mirrored, upended),
-        4: (xs, upended),
-        5: (ys, xs),
-        6: (upended, xs),
-        7: (upended, mirrored),
-        8: (ys, mirrored),
-    }
-    (left, right), (top, bottom) = turned.get(orientation, (xs, ys))
-    return Box(box.name, left, top, right, bottom, box.difficult, box.truncated, box.crowd)

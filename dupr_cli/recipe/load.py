@@ -419,3 +419,21 @@ def recipe_schema(stage: str) -> dict[str, object]:
         **schema["properties"],
     }
     return schema
+
+
+def recipe_stage(name_or_file: str) -> str:
+    """The stage that a recipe is for, from its own `stage` key or that of one it extends.
+
+    Raises RecipeError when none says it.
+    """
+    path = find_recipe(name_or_file)
+    for document in reversed(list(_read_chain(path, None))):
+        stage = document.values.get("stage")
+        if stage in RECIPE_MODELS:
+            return str(stage)
+        if stage is not None:
+            raise RecipeError(
+                f"{document.origins[('stage',)]}: stage is {stage!r}, but it must be one of "
+                f"{', '.join(RECIPE_MODELS)}."
+            )
+    raise RecipeError(f"{path}: stage is missing; give one of {', '.join(RECIPE_MODELS)}.")

@@ -1,0 +1,205 @@
+"""What all commands share: global options, error messages, exit codes, JSON.
+
+A command is a function that returns its result; `command` registers it, adds the global options to
+its signature, turns a `DuprError` into its message and exit code, and prints the result, as JSON
+with --json and by the command's own `show` otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import inspect
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, NoReturn, TypeVar
+
+import typer
+
+from dupr_cli.errors import DuprError, RunError
+from dupr_cli.progress import Reporter
+
+T = TypeVar("T")
+
+GLOBAL = "Global"
+COMMON = "Common"
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=GLOBAL)
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="More detail.", rich_help_panel=GLOBAL)
+]
+Traceback = Annotated[
+    bool,
+    typer.Option("--traceback", help="Python's traceback with an error.", rich_help_panel=GLOBAL),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="The result as JSON on standard output, nothing else.",
+        rich_help_panel=GLOBAL,
+    ),
+]
+
+Recipe = Annotated[
+    str | None,
+    typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped one."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe key, for example data.workers=4. Repeatable.",
+        rich_help_panel=COMMON,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Overrides the recipe's seed.", rich_help_panel=COMMON),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=COMMON),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=0, help="Processes that load images.", rich_help_panel=COMMON),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what is at the output.", rich_help_panel=COMMON),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the resolved recipe and the plan, and do nothing.",
+        rich_help_panel=COMMON,
+    ),
+]
+
+
+@dataclasses.dataclass
+class Globals:
+    """The global options, as given before or after the command's name."""
+
+    quiet: bool = False
+    verbose: bool = False
+    traceback: bool = False
+    json: bool = False
+
+
+# Set by the root command's options, before a command runs.
+root_globals = Globals()
+
+
+def make_reporter(options: Globals) -> Reporter:
+    from dupr_cli.cli.console import ConsoleReporter
+
+    return ConsoleReporter(-1 if options.quiet or options.json else 1 if options.verbose else 0)
+
+
+def command(
+    application: typer.Typer, command_name: str, show: Callable[[T], None]
+) -> Callable[[Callable[..., T]], Callable[..., None]]:
+    """Register a function as a command of `application`.
+
+    The function may take `reporter: Reporter` besides its options. show: prints its result for
+    people.
+    """
+
+    def register(function: Callable[..., T]) -> Callable[..., None]:
+        signature = inspect.signature(function)
+        # Return types stay unevaluated: they are imported for type checkers only.
+        own = [
+            p.replace(annotation=eval(p.annotation, function.__globals__))
+            for p in signature.parameters.values()
+            if p.name != "reporter"
+        ]
+        extra = [("quiet", Quiet), ("verbose", Verbose), ("traceback", Traceback), ("json", Json)]
+        added = [
+            inspect.Parameter(
+                option, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind
+            )
+            for option, kind in extra
+        ]
+
+        @functools.wraps(function)
+        def wrapper(**arguments: object) -> None:
+            options = Globals(
+                **{
+                    field.name: bool(arguments.pop(field.name, False))
+                    or bool(getattr(root_globals, field.name))
+                    for field in dataclasses.fields(Globals)
+                }
+            )
+            if "reporter" in signature.parameters:
+                arguments["reporter"] = make_reporter(options)
+            try:
+                result = function(**arguments)
+                _print_result(result, show, options.json)
+            except (DuprError, OSError, MemoryError, KeyboardInterrupt) as error:
+                _fail(error, options.traceback)
+
+        wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        application.command(command_name)(wrapper)
+        return wrapper
+
+    return register
+
+
+def _print_result(result: T, show: Callable[[T], None], as_json: bool) -> None:
+    if as_json:
+        from dupr_cli.cli.console import print_json
+
+        if dataclasses.is_dataclass(result) and not isinstance(result, type):
+            print_json(dataclasses.asdict(result))
+        else:
+            print_json(result)
+    else:
+        show(result)
+
+
+def _fail(error: BaseException, traceback: bool) -> NoReturn:
+    from dupr_cli.cli.console import print_error
+
+    if traceback:
+        import traceback as module
+
+        module.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        print_error("interrupted; the same command goes on from what is finished.")
+        sys.exit(128 + signal.SIGINT)
+    if isinstance(error, OSError):
+        error = _explain_os_error(error)
+    if isinstance(error, MemoryError):
+        error = RunError("out of memory. Use smaller batches or images, or fewer workers.")
+    print_error(str(error))
+    sys.exit(error.exit_code if isinstance(error, DuprError) else 1)
+
+
+def _explain_os_error(error: OSError) -> DuprError:
+    where = f"{error.filename}: " if error.filename else ""
+    advice = {
+        errno.ENOSPC: "Free some space and give the same command again; it goes on.",
+        errno.EDQUOT: "Free some space and give the same command again; it goes on.",
+        errno.EROFS: "Give an output on a file system that can be written.",
+        errno.EACCES: "Give a place that you may read and write.",
+        errno.EPERM: "Give a place that you may read and write.",
+    }.get(error.errno or 0, "Nothing that was finished before is lost.")
+    return RunError(f"{where}{error.strerror or error}. {advice}")
+
+
+def overrides(given: Sequence[str] | None, **keys: tuple[str, object | None]) -> list[str]:
+    """--set options, followed by those that options of their own stand for.
+
+    keys: option name = (recipe key, value); None means the option was not given.
+    """
+    extra = [f"{key}={value}" for key, value in keys.values() if value is not None]
+    return [*(given or []), *extra]

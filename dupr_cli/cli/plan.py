@@ -1,0 +1,27 @@
+"""What --dry-run prints: the resolved recipe and the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from dupr_cli.cli.console import print_text
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from dupr_cli.recipe import Section
+
+
+def show_plan(recipe: Section, plan: DataclassInstance) -> None:
+    """Both as YAML, which the recipe part can be saved from."""
+    from dupr_cli.recipe import recipe_yaml
+
+    facts: dict[str, Any] = dataclasses.asdict(plan)
+    width = max(len(name) for name in facts)
+    lines = [
+        f"#   {name:<{width}}  {value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in facts.items()
+    ]
+    print_text("\n".join(["# Plan (nothing is done):", *lines, recipe_yaml(recipe)]))

@@ -1,0 +1,121 @@
+"""`dupr pretrain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dupr_cli.cli.command import (
+    Device,
+    DryRun,
+    Overwrite,
+    Seed,
+    Set,
+    Workers,
+    command,
+    overrides,
+)
+from dupr_cli.cli.plan import show_plan
+from dupr_cli.errors import UsageError
+from dupr_cli.progress import Reporter
+
+if TYPE_CHECKING:
+    from dupr_cli.pretrain import PretrainResult
+
+
+def add_to(app: typer.Typer) -> None:
+    command(app, "pretrain", show)(pretrain)
+
+
+def pretrain(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one."),
+    ] = None,
+    recipe_option: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="The same as RECIPE.", show_default=False),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="SHARDS",
+            help="Shards: a directory, a .tar, or a pattern such as 'train-{000000..000009}.tar'.",
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="RUN_DIR", help="Run directory, new or to be continued."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Length of the run; overrides epochs and steps."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option("--checkpoint-every", min=1, help="Steps between checkpoints.")
+    ] = None,
+    set_: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    *,
+    reporter: Reporter,
+) -> PretrainResult | None:
+    """Pre-train a backbone on shards.
+
+    The same command after an interruption goes on from the newest checkpoint in RUN_DIR.
+    Ctrl-C and SIGTERM end the step, save and stop.
+
+    [bold]Examples[/]
+
+      dupr pretrain dupr-r18-cpu-smoke --data shards/ --out runs/smoke
+
+      dupr pretrain my-recipe.yaml --data shards/ --out runs/a --set optimizer.lr=0.06 --seed 1
+    """
+    from dupr_cli import pretrain as stage
+    from dupr_cli.recipe import PretrainRecipe, load_recipe
+
+    if recipe and recipe_option:
+        raise UsageError(f"two recipes are given, {recipe} and --recipe {recipe_option}.")
+    name = recipe or recipe_option
+    if name is None:
+        raise UsageError("RECIPE is missing; `dupr recipe list` shows the shipped ones.")
+    if not data:
+        raise UsageError("--data SHARDS is missing; `dupr prepare IMAGES SHARDS` makes them.")
+    if out is None:
+        raise UsageError("--out RUN_DIR is missing: the run is written there.")
+    options = overrides(
+        set_,
+        epochs=("train.epochs", "null" if steps else None),
+        steps=("train.steps", steps),
+        checkpoint_every=("train.checkpoint_every", checkpoint_every),
+        workers=("data.workers", workers),
+        seed=("seed", seed),
+    )
+    resolved = load_recipe(PretrainRecipe, name, options)
+    if dry_run:
+        show_plan(resolved, stage.plan(resolved, data, out, device))
+        return None
+    return stage.run(resolved, data, out, device=device, overwrite=overwrite, reporter=reporter)
+
+
+def show(result: PretrainResult | None) -> None:
+    if result is None:
+        return
+    from dupr_cli.cli.console import print_facts
+
+    metrics = result.metrics
+    facts = [("steps", str(result.steps))]
+    if "loss" in metrics:
+        facts.append(("loss", f"{metrics['loss']:.3f}"))
+    facts += [
+        (f"held-out {name.replace('/', ' ')}", f"{100 * value:.1f}%")
+        for name, value in metrics.items()
+        if name.startswith("retrieval/")
+    ]
+    print_facts([*facts, ("run", result.run), ("checkpoint", result.checkpoint)])

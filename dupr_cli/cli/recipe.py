@@ -1,0 +1,119 @@
+"""`dupr recipe`: list, show, validate, schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from dupr_cli.cli.command import Set, command
+
+Stage = Literal["prepare", "pretrain", "export", "evaluate"]
+
+
+def add_to(app: typer.Typer) -> None:
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+    @group.callback()
+    def recipe() -> None:
+        """List, show and check recipes."""
+
+    command(group, "list", show_list)(list_recipes)
+    command(group, "show", show_text)(show)
+    command(group, "validate", show_text)(validate)
+    command(group, "schema", show_schema)(schema)
+    app.add_typer(group, name="recipe")
+
+
+def list_recipes() -> list[dict[str, str]]:
+    """The recipes that ship with dupr."""
+    from dupr_cli.recipe import RECIPE_MODELS, load_recipe, shipped_recipes
+
+    return [
+        {
+            "stage": path.parent.name,
+            "name": name,
+            "description": str(
+                load_recipe(RECIPE_MODELS[path.parent.name], str(path)).model_dump()["description"]
+            ),
+        }
+        for stage in RECIPE_MODELS
+        for name, path in shipped_recipes(stage).items()
+    ]
+
+
+def show_list(recipes: list[dict[str, str]]) -> None:
+    from dupr_cli.cli.console import print_facts
+
+    print_facts(
+        [(f"{r['stage']:<9} {r['name']}", r["description"]) for r in recipes],
+        title="stage     recipe",
+    )
+
+
+def _stage_of(name: str) -> str:
+    """The stage of a recipe, from its `stage` key or that of the recipe it extends."""
+    from dupr_cli.recipe.load import recipe_stage
+
+    return recipe_stage(name)
+
+
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or a file.")],
+    set_: Set = None,
+    source: Annotated[
+        bool, typer.Option("--source", help="The file itself, with its comments.")
+    ] = False,
+) -> str:
+    """Print a recipe as it will really run: every key, with what it inherits and overrides.
+
+    [bold]Example[/]
+
+      dupr recipe show dupr-r18-cpu-smoke --set optimizer.lr=0.1
+    """
+    from dupr_cli.recipe import RECIPE_MODELS, find_recipe, load_recipe, recipe_yaml
+
+    if source:
+        return find_recipe(name).read_text(encoding="utf-8")
+    return recipe_yaml(load_recipe(RECIPE_MODELS[_stage_of(name)], name, set_ or []))
+
+
+def validate(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file.")], set_: Set = None
+) -> str:
+    """Check a recipe; exit code 2 with every problem and its line when it is wrong."""
+    from dupr_cli.recipe import RECIPE_MODELS, load_recipe
+
+    stage = _stage_of(file)
+    load_recipe(RECIPE_MODELS[stage], file, set_ or [])
+    return f"{file}: a valid recipe for dupr {stage}"
+
+
+def show_text(text: str) -> None:
+    from dupr_cli.cli.console import print_text
+
+    print_text(text)
+
+
+def schema(
+    stage: Annotated[
+        Stage, typer.Argument(metavar="STAGE", help="prepare, pretrain, export or evaluate.")
+    ],
+) -> dict[str, object]:
+    """Print the JSON Schema of a stage's recipes, so that editors complete and check YAML.
+
+    [bold]Example[/]
+
+      dupr recipe schema pretrain > pretrain.schema.json
+
+    and as the first line of a recipe:  # yaml-language-server: $schema=pretrain.schema.json
+    """
+    from dupr_cli.recipe import recipe_schema
+
+    return recipe_schema(stage)
+
+
+def show_schema(schema: dict[str, object]) -> None:
+    from dupr_cli.cli.console import print_json
+
+    print_json(schema)
