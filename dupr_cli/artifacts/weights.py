@@ -89,7 +89,19 @@ class Weights:
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write a weights file; it appears at `path` only when whole."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(plain, metadata=metadata.to_header()))
+    write_bytes(path, _reproducible(save(plain, metadata=metadata.to_header())))
+
+
+def _reproducible(data: bytes) -> bytes:
+    """A safetensors file with its header in sorted order: same weights, same bytes.
+
+    The library writes metadata in the order of a hash map, which differs from run to run. Format:
+    8 bytes of header length (little endian), the header as JSON, the tensors' bytes.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors start aligned
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

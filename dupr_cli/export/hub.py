@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
@@ -111,7 +111,8 @@ def push(path: Path, weights: Weights, repository: str, reporter: Reporter) -> s
             f"the Hub refused the push to {repository} (HTTP {status}).{hint} "
             f"{path} is written; give the command again with --overwrite."
         ) from error
-    except (OSError, HFValidationError) as error:
+    # The client raises its HTTP library's own errors, and which library that is varies by version.
+    except Exception as error:
         raise RunError(
             f"the push to {repository} failed: {error}. {path} is written; give the command again "
             f"with --overwrite."

@@ -17,8 +17,6 @@ from dupr_cli.recipe.base import LEVELS
 # The same operations in the same order: anything above rounding is an error.
 _TOLERANCE = 1e-5
 
-__all__ = ["write"]
-
 
 def write(weights: Weights, path: Path) -> float:
     """Write the weights file at `path` and load it back into torchvision's own model.

@@ -18,6 +18,7 @@ from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.pretrain.augmentation import FLIP, augment
 from dupr_cli.pretrain.data import ViewPairs, decode, held_out
 from dupr_cli.pretrain.geometry import shared_region_boxes
+from dupr_cli.pretrain.probe import retrieval_levels
 from dupr_cli.recipe import PretrainRecipe
 
 _SIDE, _MARGIN, _HEADER = 256, 10, 30
@@ -32,7 +33,7 @@ def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) ->
     shards = open_shards(data)
     method = recipe.method
     pairs = ViewPairs(shards, method, recipe.seed)
-    level = max(method.patch.weights or {"res4": 1.0}, key=lambda v: method.patch.bins[v])
+    level = max(retrieval_levels(method), key=lambda v: method.patch.bins[v])
     bins, size = method.patch.bins[level], method.views.size
     numbers = held_out(len(shards), max(count * 10, recipe.data.holdout))[:count]
     sheet = Image.new(
