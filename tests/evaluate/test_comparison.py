@@ -1,0 +1,244 @@
+"""`dupr_cli.evaluate.run` end to end, on scenes of a few rectangles and a few iterations."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dupr_cli import evaluate
+from dupr_cli.artifacts.results import Results
+from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
+from dupr_cli.backbones import ResNetBackbone
+from dupr_cli.errors import UsageError
+from dupr_cli.recipe import EvaluateRecipe
+from tests.evaluate.scenes import COLOURS, make_tree
+from tests.evaluate.test_labelled import Listening
+
+
+def recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:
+    return EvaluateRecipe.model_validate(
+        {
+            "detector": {
+                "backbone": "auto",
+                "roi_size": 4,
+                "anchor_sizes": [32],
+                "rpn_pre_nms": [50, 50],
+                "rpn_post_nms": [20, 10],
+                "rois_per_image": 8,
+            },
+            "data": {"train_sizes": [72], "test_size": 72, "max_size": 144},
+            "train": {
+                "iterations": iterations,
+                "batch_size": 2,
+                "milestones": [],
+                "workers": 0,
+                "warmup": 0,
+            },
+            "test": {"precise_bn_batches": 1, "pictures": 2, "score_threshold": 0.0},
+            **overrides,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tree(tmp_path_factory.mktemp("set") / "tree")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
+    metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.25,) * 3, 64)
+    write_weights(path, ResNetBackbone("resnet18").state_dict(), metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tree: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Results]:
+    """OUT of one comparison of weights and none, and what `run` returned."""
+    out = tmp_path_factory.mktemp("out") / "eval"
+    return out, evaluate.run(recipe(), [str(weights), "none"], str(tree), out, device="cpu")
+
+
+def test_results_say_what_was_measured(finished: tuple[Path, Results], weights: Path) -> None:
+    out, results = finished
+    assert [entry.weights for entry in results.results] == [str(weights), "none"]
+    assert [entry.architecture for entry in results.results] == ["resnet18", "resnet18"]
+    assert results.metric.startswith("VOC07 11-point AP")
+    assert results.classes == sorted(COLOURS)
+    assert (results.train.images, results.test.images) == (8, 4)
+    for entry in results.results:
+        assert set(entry.metrics) == {"AP", "AP50", "AP75"}
+        assert all(math.isfinite(value) for value in entry.metrics.values())
+    assert Results.read(out) == results
+
+
+def test_every_output_is_there(finished: tuple[Path, Results]) -> None:
+    out, _ = finished
+    table = (out / "table.txt").read_text()
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert all(name in table for name in ("01-backbone", "02-none", *COLOURS))
+    for name in ("detections.png", "losses.png"):
+        assert Image.open(out / name).width > 600
+    rows = json.loads((out / "02-none" / "detections.json").read_text())
+    assert set(rows[0]) == {"image_id", "name", "score", "box"}
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_finished_weights_are_not_run_again(
+    finished: tuple[Path, Results], weights: Path, tree: Path
+) -> None:
+    out, before = finished
+    (out / "results.json").unlink()  # as if it had been killed before the end
+    reporter = Listening()
+    again = evaluate.run(
+        recipe(), [str(weights), "none"], str(tree), out, device="cpu", reporter=reporter
+    )
+    assert again == before
+    assert len(reporter.said) == 2
+    assert all("finished before" in line for line in reporter.said)
+
+
+def test_weights_that_were_added_are_run_alone(
+    finished: tuple[Path, Results], weights: Path, tree: Path
+) -> None:
+    out, before = finished
+    reporter = Listening()
+    addresses = [str(weights), "none", "none"]
+    results = evaluate.run(recipe(), addresses, str(tree), out, device="cpu", reporter=reporter)
+    assert [line for line in reporter.said if line.startswith("train")] == ["train 03-none"]
+    # Paired and deterministic: the same weights under another name give the same AP.
+    assert results.results[2].metrics == before.results[1].metrics
+
+
+def test_another_recipe_is_refused(
+    finished: tuple[Path, Results], weights: Path, tree: Path
+) -> None:
+    out, _ = finished
+    with pytest.raises(UsageError, match=r"(?s)train.iterations: 2 there, 3 now.*--overwrite"):
+        evaluate.run(recipe(3), [str(weights), "none"], str(tree), out, device="cpu")
+
+
+def test_keys_that_do_not_change_the_result_may_change(
+    finished: tuple[Path, Results], weights: Path, tree: Path
+) -> None:
+    out, before = finished
+    operational = recipe()
+    train = operational.train.model_copy(update={"log_every": 1})
+    same = operational.model_copy(update={"train": train})
+    results = evaluate.run(same, [str(weights)], str(tree), out, device="cpu")
+    assert results.results == before.results[:1]
+
+
+def test_other_weights_in_the_same_place_are_refused(
+    finished: tuple[Path, Results], tree: Path, tmp_path: Path
+) -> None:
+    out, _ = finished
+    other = tmp_path / "backbone.safetensors"
+    metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.25,) * 3, 64)
+    write_weights(other, ResNetBackbone("resnet18").state_dict(), metadata)
+    with pytest.raises(UsageError, match=r"01-backbone.*other weights.*--overwrite"):
+        evaluate.run(recipe(), [str(other)], str(tree), out, device="cpu")
+
+
+def test_overwrite_replaces_an_evaluation_but_nothing_else(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    small = recipe(1, detector={**recipe().detector.model_dump(), "backbone": "resnet18"})
+    evaluate.run(small, ["none"], str(tree), out, device="cpu")
+    (out / "notes.txt").write_text("mine")
+    (out / "02-other").mkdir()
+    reseeded = small.model_copy(update={"seed": 1})
+    results = evaluate.run(reseeded, ["none"], str(tree), out, device="cpu", overwrite=True)
+    assert results.seeds == [1]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_folder_with_other_things_is_refused(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no evaluation"):
+        evaluate.run(recipe(), ["none"], str(tree), tmp_path, device="cpu", overwrite=True)
+
+
+def test_weights_of_another_architecture_than_the_recipe_are_refused(
+    tree: Path, weights: Path, tmp_path: Path
+) -> None:
+    fixed = recipe(detector={"backbone": "resnet50"})
+    with pytest.raises(UsageError, match=r"resnet18.*resnet50.*detector\.backbone"):
+        evaluate.plan(fixed, [str(weights)], str(tree), tmp_path / "eval")
+
+
+def test_plan_states_the_facts_and_writes_nothing(
+    tree: Path, weights: Path, tmp_path: Path
+) -> None:
+    plan = evaluate.plan(recipe(8), [str(weights), "none"], str(tree), tmp_path / "eval")
+    assert plan.architectures == ["resnet18", "resnet18"]
+    assert (plan.train_images, plan.test_images, plan.epochs) == (8, 4, 2.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_none_alone_is_a_resnet50(tree: Path, tmp_path: Path) -> None:
+    plan = evaluate.plan(recipe(), ["none"], str(tree), tmp_path / "eval")
+    assert plan.architectures == ["resnet50"]
+
+
+def test_class_of_the_test_split_only_is_reported_and_counted(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    annotation = tree / "Annotations" / "img010.xml"
+    annotation.write_text(annotation.read_text().replace("green", "violet"))
+    small = recipe(1, detector={**recipe().detector.model_dump(), "backbone": "resnet18"})
+    reporter = Listening()
+    results = evaluate.run(
+        small, ["none"], str(tree), tmp_path / "eval", device="cpu", reporter=reporter
+    )
+    assert "violet" in results.classes
+    assert results.results[0].per_class["violet"]["AP"] == 0
+    assert any("violet" in line and "val only" in line for line in reporter.said)
+
+
+def test_images_of_both_splits_are_reported(tree: Path, tmp_path: Path) -> None:
+    reporter = Listening()
+    small = recipe(1, detector={**recipe().detector.model_dump(), "backbone": "resnet18"})
+    evaluate.run(
+        small,
+        ["none"],
+        str(tree),
+        tmp_path / "eval",
+        test_split="train",
+        device="cpu",
+        reporter=reporter,
+    )
+    assert any("8 images" in line and "trained on" in line for line in reporter.said)
+
+
+def test_failure_ends_the_process_although_workers_are_busy(tree: Path, tmp_path: Path) -> None:
+    """An error keeps the loader alive to the end of the process, which must not wait for it."""
+    diverging = recipe().model_dump(mode="json")
+    diverging["detector"]["backbone"] = "resnet18"
+    diverging["train"] |= {"iterations": 50, "lr": 1e12, "workers": 1}
+    script = f"""
+from pathlib import Path
+from dupr_cli import evaluate
+from dupr_cli.recipe import EvaluateRecipe
+recipe = EvaluateRecipe.model_validate({diverging!r})
+evaluate.run(recipe, ["none"], {str(tree)!r}, Path({str(tmp_path / "eval")!r}), device="cpu")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "training has diverged" in done.stderr
+
+
+def test_importing_the_stage_does_not_import_torch() -> None:
+    check = "import sys, dupr_cli.evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

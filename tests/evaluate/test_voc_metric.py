@@ -1,0 +1,348 @@
+"""The metric against stated figures, pycocotools and a plain loop, and trap by trap."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dupr_cli.evaluate.voc_metric import (
+    RECALL_THRESHOLDS,
+    Detections,
+    Points,
+    Truth,
+    average_precision,
+    average_precisions,
+    voc_scores,
+)
+
+PADILLA = Path(__file__).parents[3] / "shared/data/metric_cases/padilla_sample_2"
+
+KitBox = tuple[float, float, float, float]
+
+
+def edges(boxes: list[KitBox]) -> np.ndarray:
+    """The kit's inclusive pixels, counted from 1, as pixel edges (see artifacts.voc_tree)."""
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
+
+
+def truth(boxes: list[KitBox], labels: list[int] | None = None, difficult: list[int] = []) -> Truth:  # noqa: B006
+    labels = labels or [0] * len(boxes)
+    flags = np.isin(np.arange(len(boxes)), difficult)
+    return Truth(edges(boxes), np.array(labels, dtype=np.int64), flags)
+
+
+def detected(
+    boxes: list[KitBox], scores: list[float], labels: list[int] | None = None
+) -> Detections:
+    labels = labels or [0] * len(boxes)
+    return Detections(edges(boxes), np.array(labels, dtype=np.int64), np.array(scores))
+
+
+def ap(
+    truths: list[Truth],
+    detections: list[Detections],
+    iou: float = 0.5,
+    points: Points = "voc10",
+) -> float:
+    value = average_precisions(truths, detections, 1, points, np.array([iou]))
+    return float(value[0, 0])
+
+
+def padilla_lines(folder: str) -> list[list[list[float]]]:
+    files = sorted((PADILLA / folder).glob("*.txt"))
+    return [
+        [[float(v) for v in line.split()[1:]] for line in file.read_text().splitlines()]
+        for file in files
+    ]
+
+
+@pytest.mark.skipif(not PADILLA.is_dir(), reason="shared/data is not beside the checkout")
+@pytest.mark.parametrize(
+    ("points", "iou", "stated"),
+    [
+        ("voc10", 0.1, 0.3371980676),
+        ("voc10", 0.3, 0.2456866804),
+        ("voc10", 0.5, 0.0222222222),
+        ("voc10", 0.75, 0.0),
+        ("voc07", 0.1, 0.3333333333),
+        ("voc07", 0.3, 0.2683982683),
+        ("voc07", 0.5, 0.0303030303),
+        ("voc07", 0.75, 0.0),
+    ],
+)
+def test_stated_figures_of_a_known_case(points: Points, iou: float, stated: float) -> None:
+    # Their x, y, w, h: the last pixel is x + w, and it belongs to the box.
+    truths = [
+        truth([(x, y, x + w, y + h) for x, y, w, h in lines])
+        for lines in padilla_lines("groundtruths")
+    ]
+    detections = [
+        detected([(x, y, x + w, y + h) for _, x, y, w, h in lines], [line[0] for line in lines])
+        for lines in padilla_lines("detections")
+    ]
+    assert ap(truths, detections, iou, points) == pytest.approx(stated, abs=1e-6)
+
+
+def test_areas_count_inclusive_pixels() -> None:
+    # 2 x 1 pixels in 3 x 1: IoU 2/3. Without the +1 the boxes have no area at all.
+    assert ap([truth([(1, 1, 3, 1)])], [detected([(1, 1, 2, 1)], [0.9])]) == 1.0
+
+
+def test_iou_must_exceed_the_threshold() -> None:
+    half = [detected([(1, 1, 10, 10)], [0.9])]
+    assert ap([truth([(1, 1, 10, 20)])], half, iou=0.5) == 0.0
+    assert ap([truth([(1, 1, 10, 20)])], half, iou=0.4999) == 1.0
+
+
+def test_detection_on_a_taken_object_is_wrong_even_if_another_would_do() -> None:
+    # Both detections overlap the first object most; the second also overlaps the other by 0.6.
+    objects = truth([(1, 1, 100, 100), (1, 31, 100, 130)])
+    found = detected([(1, 1, 100, 100), (1, 11, 100, 110)], [0.9, 0.8])
+    assert ap([objects], [found]) == pytest.approx(0.5)  # COCO's matching finds both: 1.0
+
+
+def test_equal_scores_keep_their_order() -> None:
+    right, wrong = (1.0, 1.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0)
+    objects = [truth([right])]
+    assert ap(objects, [detected([right, wrong], [0.5, 0.5])]) == 1.0
+    assert ap(objects, [detected([wrong, right], [0.5, 0.5])]) == pytest.approx(0.5)
+
+
+def test_equal_scores_keep_the_order_of_many_images() -> None:
+    # An unstable sort shows only beyond numpy's small-array cutoff of 16.
+    box = (1.0, 1.0, 10.0, 10.0)
+    truths = [truth([box]) for _ in range(20)] + [truth([]) for _ in range(20)]
+    detections = [detected([box], [0.5]) for _ in range(40)]
+    assert ap(truths, detections) == 1.0
+
+
+def test_detections_on_difficult_objects_are_neither_right_nor_wrong() -> None:
+    objects = truth([(1, 1, 10, 10), (51, 51, 60, 60)], difficult=[1])
+    found = detected([(51, 51, 60, 60), (51, 51, 60, 61), (1, 1, 10, 10)], [0.9, 0.8, 0.7])
+    assert ap([objects], [found]) == 1.0
+
+
+def test_difficult_objects_are_not_missed() -> None:
+    objects = truth([(1, 1, 10, 10), (51, 51, 60, 60)], difficult=[1])
+    assert ap([objects], [detected([(1, 1, 10, 10)], [0.9])]) == 1.0
+
+
+def test_recall_of_three_tenths_does_not_reach_the_fourth_point() -> None:
+    # The fourth recall threshold is 0.30000000000000004, more than 3 / 10.
+    assert RECALL_THRESHOLDS[3] > 0.3
+    boxes = [(100.0 * i + 1, 1.0, 100.0 * i + 50, 50.0) for i in range(10)]
+    found = detected(boxes[:3], [0.9, 0.8, 0.7])
+    assert ap([truth(boxes)], [found], points="voc07") == pytest.approx(3 / 11)
+
+
+def test_area_under_the_curve_takes_the_envelope() -> None:
+    precision, recall = np.array([1.0, 0.5, 2 / 3]), np.array([0.5, 0.5, 1.0])
+    assert average_precision(precision, recall, "voc10") == pytest.approx(0.5 + 0.5 * 2 / 3)
+
+
+def test_class_without_objects_is_left_out_of_the_mean() -> None:
+    box = (1.0, 1.0, 10.0, 10.0)
+    truths = [truth([box, box], labels=[0, 2], difficult=[1])]
+    detections = [detected([box, box, box], [0.9, 0.8, 0.7], labels=[0, 1, 2])]
+    scores = voc_scores(truths, detections, ["cat", "cow", "dog"], "voc07")
+    assert scores.metrics["AP50"] == pytest.approx(100)
+    assert list(scores.per_class) == ["cat"]
+
+
+def test_nothing_detected_scores_zero() -> None:
+    assert ap([truth([(1, 1, 10, 10)])], [detected([], [])], points="voc07") == 0.0
+
+
+@pytest.mark.parametrize("points", ["voc07", "voc10"])
+def test_ground_truth_as_detections_scores_100(points: Points) -> None:
+    random = np.random.default_rng(0)
+    truths, detections = [], []
+    for _ in range(20):
+        low = random.integers(1, 200, (5, 2))
+        boxes = np.concatenate([low, low + random.integers(0, 90, (5, 2))], axis=1)
+        entry = truth([tuple(box) for box in boxes.tolist()], random.integers(0, 3, 5).tolist())
+        truths.append(entry)
+        detections.append(Detections(entry.boxes, entry.labels, random.random(5)))
+    scores = voc_scores(truths, detections, ["a", "b", "c"], points)
+    assert scores.metrics == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+
+
+def reference_ap(
+    truths: list[Truth], detections: list[Detections], label: int, iou: float, points: Points
+) -> float:
+    """The development kit's loop over one class, in its own inclusive coordinates."""
+    claimed: set[tuple[int, int]] = set()
+    ranked = [
+        (float(score), image, box + np.array([1, 1, 0, 0]))
+        for image, found in enumerate(detections)
+        for box, score, of in zip(found.boxes, found.scores, found.labels, strict=True)
+        if of == label
+    ]
+    ranked.sort(key=lambda row: -row[0])
+    outcomes = []
+    for _, image, box in ranked:
+        best, best_iou, best_difficult = -1, -np.inf, False
+        for number, (edge, of) in enumerate(
+            zip(truths[image].boxes, truths[image].labels, strict=True)
+        ):
+            other = edge + np.array([1, 1, 0, 0])
+            width = min(box[2], other[2]) - max(box[0], other[0]) + 1
+            height = min(box[3], other[3]) - max(box[1], other[1]) + 1
+            shared = max(width, 0) * max(height, 0)
+            areas = [(b[2] - b[0] + 1) * (b[3] - b[1] + 1) for b in (box, other)]
+            overlap = shared / (sum(areas) - shared)
+            if of == label and overlap > best_iou:
+                best, best_iou = number, overlap
+                best_difficult = bool(truths[image].difficult[number])
+        if best_iou > iou and best_difficult:
+            continue
+        outcomes.append(best_iou > iou and (image, best) not in claimed)
+        if best_iou > iou:
+            claimed.add((image, best))
+    positives = sum(int(((t.labels == label) & ~t.difficult).sum()) for t in truths)
+    if not positives:
+        return float("nan")
+    right = 0
+    curve = []
+    for rank, outcome in enumerate(outcomes, 1):
+        right += outcome
+        curve.append((right / positives, right / rank))
+    if points == "voc07":
+        tops = [max([p for r, p in curve if r >= t], default=0) for t in np.arange(0, 1.1, 0.1)]
+        return sum(tops) / 11
+    area, before = 0.0, 0.0
+    for number, (recall, _) in enumerate(curve):
+        area += (recall - before) * max(p for _, p in curve[number:])
+        before = recall
+    return area
+
+
+corner = st.integers(1, 12)
+kit_boxes = st.tuples(corner, corner, corner, corner).map(
+    lambda b: (b[0], b[1], b[0] + b[2] - 1, b[1] + b[3] - 1)
+)
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[list[Truth], list[Detections]]:
+    """A few images of crowded, overlapping boxes; scores of few values, so that there are ties."""
+    truths, detections = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        objects = draw(st.lists(st.tuples(kit_boxes, st.integers(0, 1), st.booleans()), max_size=4))
+        found = draw(
+            st.lists(
+                st.tuples(kit_boxes, st.integers(0, 1), st.sampled_from([0.2, 0.5, 0.9])),
+                max_size=6,
+            )
+        )
+        truths.append(
+            truth(
+                [box for box, _, _ in objects],
+                [label for _, label, _ in objects],
+                [n for n, (_, _, difficult) in enumerate(objects) if difficult],
+            )
+        )
+        detections.append(
+            detected(
+                [box for box, _, _ in found],
+                [score for _, _, score in found],
+                [label for _, label, _ in found],
+            )
+        )
+    return truths, detections
+
+
+@settings(deadline=None, max_examples=200)
+@given(scene=scenes(), points=st.sampled_from(["voc07", "voc10"]))
+def test_equals_a_plain_loop(scene: tuple[list[Truth], list[Detections]], points: Points) -> None:
+    truths, detections = scene
+    thresholds = np.array([0.3, 0.5, 0.75])
+    values = average_precisions(truths, detections, 2, points, thresholds)
+    expected = [
+        [reference_ap(truths, detections, label, iou, points) for label in range(2)]
+        for iou in thresholds
+    ]
+    np.testing.assert_allclose(values, expected, atol=1e-12)
+
+
+@st.composite
+def lonely_objects(draw: st.DrawFn) -> tuple[list[Truth], list[Detections]]:
+    """At most one object per image and class: there COCO's and VOC's matching agree."""
+    truths, detections = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        labels = draw(st.lists(st.integers(0, 1), unique=True, max_size=2))
+        found = draw(
+            st.lists(st.tuples(kit_boxes, st.integers(0, 1), st.integers(1, 5)), max_size=6)
+        )
+        truths.append(truth([draw(kit_boxes) for _ in labels], labels))
+        detections.append(
+            detected([b for b, _, _ in found], [s / 5 for *_, s in found], [c for _, c, _ in found])
+        )
+    return truths, detections
+
+
+@settings(deadline=None, max_examples=100)
+@given(scene=lonely_objects())
+def test_equals_pycocotools_where_the_matching_rules_agree(
+    scene: tuple[list[Truth], list[Detections]],
+) -> None:
+    truths, detections = scene
+    # No IoU of such small boxes equals these, so that > and >= say the same.
+    thresholds = np.array([0.3001, 0.5001, 0.7501])
+    values = average_precisions(truths, detections, 2, "voc07", thresholds)
+    np.testing.assert_allclose(values, coco_values(truths, detections, thresholds), atol=1e-9)
+
+
+def coco_values(
+    truths: list[Truth], detections: list[Detections], thresholds: np.ndarray
+) -> np.ndarray:
+    """(T, 2) AP of pycocotools at VOC07's recall points, NaN without ground truth."""
+
+    def row(image: int, box: np.ndarray, label: int) -> dict[str, object]:
+        x0, y0, x1, y1 = box.tolist()
+        size = [x0, y0, x1 - x0, y1 - y0]
+        return {"image_id": image, "category_id": int(label) + 1, "bbox": size}
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        objects = [
+            row(image, box, label)
+            for image, entry in enumerate(truths, 1)
+            for box, label in zip(entry.boxes, entry.labels, strict=True)
+        ]
+        coco.dataset = {
+            "images": [{"id": image} for image in range(1, len(truths) + 1)],
+            "categories": [{"id": 1}, {"id": 2}],
+            "annotations": [
+                {**entry, "id": n, "area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}  # type: ignore[index]
+                for n, entry in enumerate(objects, 1)
+            ],
+            "info": {},
+        }
+        coco.createIndex()
+        results = [
+            {**row(image, box, label), "score": float(score)}
+            for image, entry in enumerate(detections, 1)
+            for box, label, score in zip(entry.boxes, entry.labels, entry.scores, strict=True)
+        ]
+        if not results:
+            present = {int(label) for entry in truths for label in entry.labels}
+            return np.array([[0.0 if c in present else np.nan for c in range(2)]] * len(thresholds))
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.params.iouThrs = thresholds
+        evaluation.params.recThrs = RECALL_THRESHOLDS
+        evaluation.params.areaRng = [[0, 1e10]]
+        evaluation.params.areaRngLbl = ["all"]
+        evaluation.params.maxDets = [100]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, 0].mean(axis=1)  # (T, 2)
+    return np.where(precision < 0, np.nan, precision)
