@@ -60,7 +60,7 @@ Set = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", min=0, help="Overrides the recipe's seed.", rich_help_panel=COMMON),
+    typer.Option("--seed", help="Overrides the recipe's seed.", rich_help_panel=COMMON),
 ]
 Device = Annotated[
     str,
@@ -68,7 +68,7 @@ Device = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=0, help="Processes that load images.", rich_help_panel=COMMON),
+    typer.Option("--workers", help="Processes that load images.", rich_help_panel=COMMON),
 ]
 Overwrite = Annotated[
     bool,

@@ -155,12 +155,3 @@ def print_facts(facts: Sequence[tuple[str, str]], title: str = "") -> None:
     for name, value in facts:
         table.add_row(escape(name), escape(value))
     Console().print(table)
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    Console().print(table)

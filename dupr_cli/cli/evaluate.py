@@ -110,15 +110,7 @@ def voc(
 def show(results: Results | None) -> None:
     if results is None:
         return
-    from dupr_cli.cli.console import print_table, print_text
+    from dupr_cli.cli.console import print_text
+    from dupr_cli.evaluate.report import table
 
-    rows = [
-        [entry.weights, entry.architecture]
-        + [f"{entry.metrics[name]:.1f}" for name in ("AP", "AP50", "AP75")]
-        for entry in results.results
-    ]
-    print_table(["weights", "architecture", "AP", "AP50", "AP75"], rows, title=results.metric)
-    print_text(
-        f"trained on {results.train.images} images of {results.train.split}, "
-        f"tested on {results.test.images} of {results.test.split}"
-    )
+    print_text(table(results, [str(entry.extra["folder"]) for entry in results.results]))

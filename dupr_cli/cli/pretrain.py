@@ -52,10 +52,10 @@ def pretrain(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help="Length of the run; overrides epochs and steps."),
+        typer.Option("--steps", help="Length of the run; overrides epochs and steps."),
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option("--checkpoint-every", min=1, help="Steps between checkpoints.")
+        int | None, typer.Option("--checkpoint-every", help="Steps between checkpoints.")
     ] = None,
     set_: Set = None,
     seed: Seed = None,

@@ -267,8 +267,9 @@ def _annotate(
 
     clipped, dropped: get the image's id for every box that was changed or left out.
     """
-    corners = np.array([box.corners for box in boxes], dtype=np.float64).reshape(-1, 4)
-    corners, (width, height) = _upright(corners, stored, orientation)
+    turned = [box.upright(orientation, *stored).corners for box in boxes]
+    corners = np.array(turned, dtype=np.float64).reshape(-1, 4)
+    width, height = stored[::-1] if orientation >= 5 else stored
     inside = corners.clip(0, [width, height, width, height])
     has_area = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
     clipped += [image_id] * int(np.count_nonzero((inside != corners).any(axis=1) & has_area))
@@ -282,21 +283,3 @@ def _annotate(
         tuple(box.name for box in kept),
         np.array([box.difficult or box.crowd for box in kept], dtype=np.bool_),
     )
-
-
-def _upright(
-    boxes: NDArray[np.float64], stored: tuple[int, int], orientation: int
-) -> tuple[NDArray[np.float64], tuple[int, int]]:
-    """Boxes (n, 4) of the stored image in the upright one, and the upright width and height.
-
-    Source: EXIF 2.3, tag Orientation: mirror, turn upside down, then swap rows and columns.
-    """
-    width, height = stored
-    x0, y0, x1, y1 = boxes.T
-    if orientation in (2, 3, 7, 8):
-        x0, x1 = width - x1, width - x0
-    if orientation in (3, 4, 6, 7):
-        y0, y1 = height - y1, height - y0
-    if orientation in (5, 6, 7, 8):
-        return np.stack([y0, x0, y1, x1], axis=1), (height, width)
-    return np.stack([x0, y0, x1, y1], axis=1), stored

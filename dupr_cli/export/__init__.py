@@ -87,7 +87,6 @@ def run(
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: a file is there. Give another --out, or --overwrite.")
     read = read_weights(weights, recipe.encoder)
-    path.parent.mkdir(parents=True, exist_ok=True)
     difference = torchvision_layout.write(read, path)
     say.detail(f"loaded back into torchvision: largest difference of features {difference:.1e}")
     url = hub.push(path, read, push_to_hub, say) if push_to_hub else None

@@ -23,12 +23,16 @@ def write(weights: Weights, path: Path) -> float:
 
     Returns the largest absolute difference between its features after layer4 and dupr's, relative
     to their largest value, on a fixed input in evaluation mode.
-    Raises RunError, leaving nothing at `path`, when the two differ or a name does not match.
+    Raises UsageError when the weights are not those of their architecture, RunError, leaving
+    nothing at `path`, when the two networks differ.
     """
+    ours = ResNetBackbone(weights.metadata.architecture).eval()
+    load_backbone(ours, weights)
+    path.parent.mkdir(parents=True, exist_ok=True)
     candidate = path.with_name(f".{path.name}.unverified.tmp")
     try:
         write_weights(candidate, weights.tensors, weights.metadata)
-        difference = _compare(weights, candidate)
+        difference = _compare(ours, weights, candidate)
         with atomic_file(path) as file:
             file.write(candidate.read_bytes())
     finally:
@@ -37,10 +41,8 @@ def write(weights: Weights, path: Path) -> float:
 
 
 @torch.no_grad()
-def _compare(weights: Weights, path: Path) -> float:
+def _compare(ours: ResNetBackbone, weights: Weights, path: Path) -> float:
     architecture = weights.metadata.architecture
-    ours = ResNetBackbone(architecture).eval()
-    load_backbone(ours, weights)
     theirs = torchvision.models.get_model(architecture, weights=None)
     theirs.fc = nn.Identity()
     tensors, _ = read_safetensors(path)

@@ -27,6 +27,8 @@ from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 
 # An unreadable image is replaced by the next number; so many in a row are no accident.
 _MAX_REPLACEMENTS = 20
+# Longer than a step and a checkpoint take; after it a worker ends by SIGALRM.
+_GRACE_SECONDS = 60
 # The probe's views come from an epoch that training never reaches.
 _PROBE_EPOCH = 2**31
 
@@ -174,10 +176,13 @@ def collate(samples: list[Batch]) -> Batch:
     )
 
 
-def _ignore_signals(_worker: int) -> None:
-    # A signal to the process group is the main process's to handle: it still needs its workers.
+def _outlive_signals(_worker: int) -> None:
+    """A signal to the process group is the main process's to handle: it still needs its workers.
+
+    SIGTERM is also how Python ends workers that are left over, so it may only be put off.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
 def training_batches(
@@ -192,7 +197,7 @@ def training_batches(
         num_workers=recipe.data.workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_outlive_signals,
         prefetch_factor=4 if recipe.data.workers else None,
     )
     return loader, order

@@ -70,7 +70,7 @@ class Monitor:
         self._images, self._steps = images, steps
         self._board = SummaryWriter(str(out), purge_step=done + 1 if done else None)
         self._sums: dict[str, Tensor] = {}
-        self._waited, self._unreadable, self._count = 0.0, 0, 0
+        self._waited, self._unreadable, self._count, self._timed = 0.0, 0, 0, 0
         self._since = time.perf_counter()
         self._warned_of_collapse = self._warned_of_images = False
         self.status = ""
@@ -117,6 +117,7 @@ class Monitor:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._count += 1
+        self._timed += 1
         self._waited += waited
         self._unreadable += batch.unreadable
         if step % self._recipe.train.log_every == 0 or step == self._steps:
@@ -129,7 +130,7 @@ class Monitor:
         line |= {name: float(value) / self._count for name, value in self._sums.items()}
         line |= {
             "lr": lr,
-            "images_per_second": self._count * batch_size / elapsed,
+            "images_per_second": self._timed * batch_size / elapsed,
             "data_wait": self._waited / elapsed,
             "unreadable": float(self._unreadable),
         }
@@ -147,8 +148,11 @@ class Monitor:
             f"{line['images_per_second']:.0f} images/s"
         )
         self._look_for_trouble(line)
-        self._sums, self._waited, self._count = {}, 0.0, 0
-        self._since = time.perf_counter()
+        self._sums, self._count = {}, 0
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._waited, self._timed, self._since = 0.0, 0, time.perf_counter()
 
     def _record(self, line: dict[str, float]) -> None:
         step = int(line["step"])
@@ -160,7 +164,7 @@ class Monitor:
 
     def probe(self, step: int, retrieval: dict[str, float]) -> None:
         """Take note of a measurement of held-out patch retrieval."""
-        self._since = time.perf_counter()
+        self._restart_clock()  # the time that the probe took is not training time
         if not retrieval:
             return
         self._record({"step": step, **retrieval})

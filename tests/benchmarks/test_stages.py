@@ -1,0 +1,74 @@
+"""Rates of the stages on this machine, each beside the plain form.
+
+make bench prints them; docs/benchmarks.md says what was seen, on what.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+import webdataset
+from PIL import Image
+
+from dupr_cli import prepare
+from dupr_cli.artifacts.shards import open_shards
+from dupr_cli.pretrain.augmentation import augment
+from dupr_cli.pretrain.data import training_batches
+from dupr_cli.recipe import PrepareRecipe, PretrainRecipe, load_recipe
+from tests.conftest import noise_image
+
+
+def photographs(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        noise_image(number, 500, 375).save(folder / f"{number:04d}.jpg", quality=92)
+    return folder
+
+
+def test_prepare_against_a_plain_webdataset_loop() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        source, count = photographs(root / "images", 1200), 1200
+        start = time.perf_counter()
+        with webdataset.ShardWriter(str(root / "plain-%06d.tar"), maxcount=1000, verbose=0) as sink:
+            for path in sorted(source.iterdir()):
+                data = path.read_bytes()
+                Image.open(io.BytesIO(data)).load()  # the same check that prepare makes
+                sink.write({"__key__": path.stem, "jpg": data})
+        plain = count / (time.perf_counter() - start)
+        start = time.perf_counter()
+        prepare.run(load_recipe(PrepareRecipe, "default"), source, root / "out", workers=2)
+        ours = count / (time.perf_counter() - start)
+        print(
+            f"\nprepare, 2 workers {ours:.0f} images/s, plain loop {plain:.0f}: x{ours / plain:.2f}"
+        )
+        assert ours > 0
+
+
+def test_view_pairs_per_second_of_one_loader_process() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        prepare.run(load_recipe(PrepareRecipe, "default"), photographs(root / "i", 400), root / "s")
+        recipe = load_recipe(
+            PretrainRecipe,
+            "dupr-r50-in1k-200ep",
+            ["data.batch_size=32", "data.workers=0", "method.queue_length=4096"],
+        )
+        loader, _ = training_batches(open_shards(str(root / "s")), recipe, 0, pin_memory=False)
+        batches = list(islice(loader, 1))
+        start = time.perf_counter()
+        batches = list(islice(loader, 6))
+        loaded = 6 * 32 / (time.perf_counter() - start)
+        torch.set_num_threads(1)
+        start = time.perf_counter()
+        for batch in batches:
+            for view in range(2):
+                augment(batch.views[:, view], batch.parameters[:, view], recipe.method.augmentation)
+        augmented = 6 * 32 / (time.perf_counter() - start)
+        print(f"\ndecode and two crops {loaded:.0f} pairs/s; augmentation {augmented:.0f} pairs/s")
+        assert loaded > 0

@@ -1,0 +1,319 @@
+"""The command line as people use it: real processes, exit codes, messages, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
+from tests.artifacts.test_artifacts import METADATA
+from tests.conftest import TINY, noise_image, write_shards
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "dupr_cli", *map(str, arguments)]
+
+
+def dupr(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+TINY_SET = [argument for override in TINY for argument in ("--set", override)]
+
+
+def pretrain_command(shards: Path, run: Path, *more: object) -> list[str]:
+    return command(
+        "pretrain", "dupr-r18-cpu-smoke", "--data", shards, "--out", run, *TINY_SET, *more
+    )
+
+
+COMMANDS = (
+    ("prepare",),
+    ("pretrain",),
+    ("export",),
+    ("evaluate",),
+    ("evaluate", "voc"),
+    ("demo",),
+    ("recipe",),
+    ("recipe", "list"),
+    ("recipe", "show"),
+    ("recipe", "validate"),
+    ("recipe", "schema"),
+    ("doctor",),
+)
+
+
+@pytest.mark.parametrize("words", [(), *COMMANDS], ids=" ".join)
+def test_help_of_every_command(words: tuple[str, ...]) -> None:
+    text = dupr(*words, "--help").stdout
+    assert "Usage:" in text
+    if words and words not in (("evaluate",), ("recipe",)):
+        for option in ("--quiet", "--verbose", "--traceback", "--json"):
+            assert option in text
+
+
+def test_stage_commands_share_their_options() -> None:
+    for words in (("prepare",), ("pretrain",), ("export",), ("evaluate", "voc")):
+        text = dupr(*words, "--help").stdout
+        for option in ("--recipe", "--set", "--overwrite", "--dry-run"):
+            assert option in text, (words, option)
+
+
+def test_help_imports_no_heavy_library() -> None:
+    probe = (
+        "import sys; from dupr_cli.__main__ import main\n"
+        "sys.argv = ['dupr', 'pretrain', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = ('torch', 'torchvision', 'webdataset', 'numpy', 'PIL')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version_and_doctor() -> None:
+    assert re.fullmatch(r"dupr \d+\.\d+\.\d+\n", dupr("--version").stdout)
+    facts = json.loads(dupr("doctor", "--json").stdout)
+    assert facts["versions"]["torch"]
+    assert facts["advice"]
+
+
+def test_completion_knows_the_commands() -> None:
+    done = subprocess.run(
+        command(),
+        env={**ENVIRONMENT, "_PYTHON -M DUPR_CLI_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "pretrain" in done.stdout
+
+
+def test_recipe_commands(tmp_path: Path) -> None:
+    listed = json.loads(dupr("recipe", "list", "--json").stdout)
+    assert {"dupr-r18-cpu-smoke", "voc-tiny"} <= {entry["name"] for entry in listed}
+    shown = dupr("recipe", "show", "dupr-r18-cpu-smoke", "--set", "seed=7").stdout
+    (tmp_path / "r.yaml").write_text(shown)
+    assert "seed: 7" in shown
+    dupr("recipe", "validate", tmp_path / "r.yaml")
+    schema = json.loads(dupr("recipe", "schema", "pretrain").stdout)
+    assert "method" in schema["properties"]
+    (tmp_path / "r.yaml").write_text(shown.replace("momentum:", "momentun:"))
+    done = dupr("recipe", "validate", tmp_path / "r.yaml", code=2)
+    assert re.search(r"r.yaml, line \d+: method.momentun is not a key", done.stderr)
+    assert done.stdout == ""
+
+
+def test_the_four_stages_from_photographs_to_ap(tmp_path: Path, image_folder: Path) -> None:
+    for number in range(24, 60):
+        noise_image(number).save(image_folder / f"more{number}.jpg")
+    shards, run, weights = tmp_path / "shards", tmp_path / "run", tmp_path / "w.safetensors"
+    prepared = json.loads(dupr("prepare", image_folder, shards, "--json").stdout)
+    assert prepared["samples"] == {"train": 60}
+    done = subprocess.run(
+        pretrain_command(shards, run, "--json"),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 6
+    assert {p.name for p in run.iterdir()} >= {
+        "recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "latest",
+    }  # fmt: skip
+    assert list(run.glob("events.out.tfevents.*"))
+    exported = json.loads(
+        dupr("export", run, "--to", "torchvision", "--out", weights, "--json").stdout
+    )
+    assert exported["architecture"] == "resnet18"
+    tree = tmp_path / "VOC2026"
+    from dupr_cli.demo.scenes import write_voc_tree
+
+    write_voc_tree(tree, {"train": 6, "val": 4}, seed=0, size=96)
+    evaluation = dupr(
+        "evaluate", "voc", weights, "none", "--data", tree, "--out", tmp_path / "ev", "--json",
+        "--set", "train.iterations=2", "--set", "train.milestones=[]", "--set", "train.workers=0",
+        "--set", "data.train_sizes=[64]", "--set", "data.test_size=64",
+        "--set", "train.batch_size=2", "--set", "test.precise_bn_batches=1",
+    )  # fmt: skip
+    results = json.loads(evaluation.stdout)
+    assert [entry["weights"] for entry in results["results"]] == [str(weights), "none"]
+    assert {"results.json", "table.txt", "detections.png"} <= {
+        p.name for p in (tmp_path / "ev").iterdir()
+    }
+
+
+def test_dry_run_prints_a_recipe_and_does_nothing(tmp_path: Path, tiny_shards: Path) -> None:
+    done = subprocess.run(
+        pretrain_command(tiny_shards, tmp_path / "run", "--dry-run"),
+        capture_output=True, text=True, env=ENVIRONMENT, check=True,
+    )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    dupr("recipe", "validate", tmp_path / "printed.yaml")
+    assert "held_out" in done.stdout
+    dupr("prepare", tiny_shards, tmp_path / "again", "--dry-run")
+    assert not (tmp_path / "again").exists()
+
+
+def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards: Path) -> None:
+    from dupr_cli.artifacts.weights import write_weights
+    from dupr_cli.backbones import ResNetBackbone
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.safetensors").write_bytes(b"\0" * 20)
+    (tmp_path / "pickle.pth").write_bytes(b"\x80\x04")
+    wrong = tmp_path / "wrong.safetensors"
+    write_weights(wrong, ResNetBackbone("resnet34").state_dict(), METADATA)  # says resnet18
+    out = tmp_path / "out"
+    tiny_run = ("pretrain", "dupr-r18-cpu-smoke", "--data", tiny_shards, "--out", out)
+    for arguments, message in (
+        (("prepare", tmp_path / "nowhere", out), "there is no such folder"),
+        (("prepare", tmp_path / "empty", out), "the folder is empty"),
+        (("prepare", tiny_shards, out, "--set", "shard.max_sample=3"), "Did you mean shard.max_"),
+        (("pretrain", "dupr-r18-cpu-smok", "--data", "x", "--out", out), "Did you mean dupr-r18-"),
+        (("pretrain", "voc-tiny", "--data", "x", "--out", out), "is a recipe for dupr evaluate"),
+        (("pretrain", "dupr-r18-cpu-smoke", "--out", out), "--data SHARDS is missing"),
+        (("pretrain", "dupr-r18-cpu-smoke", "--data", out, "--out", out), "there is no such shard"),
+        (
+            (*tiny_run, "--device", "x"),
+            "use auto, cpu, cuda",
+        ),
+        (("export", tmp_path / "empty", "--out", out), "not a run directory with checkpoints"),
+        (("export", tmp_path / "cut.safetensors", "--out", out), "not a whole safetensors file"),
+        (("export", tmp_path / "pickle.pth", "--out", out), "can run code when they are loaded"),
+        (("export", wrong, "--out", out), "the weights say resnet18, but only"),
+        (("export", wrong, "--to", "caffe", "--out", out), "it should be 'torchvision'"),
+        (("evaluate", "voc", "none", "--data", out, "--out", out), "there is no"),
+        (("recipe", "show", "nothing"), "neither a file nor a shipped recipe"),
+    ):
+        done = dupr(*arguments, code=2)
+        assert message in done.stderr, (arguments, done.stderr)
+        assert done.stderr.count("error:") == 1
+        assert not out.exists()
+
+
+def test_traceback_only_on_request(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("prepare", tmp_path / "x", tmp_path / "y", "--traceback"),
+        capture_output=True, text=True, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_output_that_cannot_be_written(image_folder: Path, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists() or not Path("/proc").exists():
+        pytest.skip("needs Linux")
+    done = dupr("prepare", image_folder, "/proc/dupr-cannot-write-here", code=1)
+    assert "/proc/dupr-cannot-write-here: No such file or directory" in done.stderr
+
+
+def wait_for(condition: object, process: subprocess.Popen[str], what: str) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended before {what}"
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.02)
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, env=ENVIRONMENT, start_new_session=True, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def test_prepare_killed_in_the_middle_ends_with_the_same_shards(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(600):
+        noise_image(number, 300, 200).save(source / f"{number:04d}.png")
+    options = ("--set", "shard.max_samples=20", "--workers", "2")
+    dupr("prepare", source, tmp_path / "whole", *options)
+    process = start(command("prepare", source, tmp_path / "cut", *options))
+    wait_for(
+        lambda: len(list((tmp_path / "cut").glob("*.index.json"))) >= 5, process, "fifth shard"
+    )
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    done = dupr("prepare", source, tmp_path / "cut", *options)
+    assert re.search(r"\d+ of 600 images are in finished shards; going on", done.stderr)
+    assert shard_bytes(tmp_path / "cut") == shard_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_pretraining_continues_to_the_same_weights(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    shards = write_shards(tmp_path / "shards", 60)
+    options = ("--steps", 30, "--set", "data.workers=1")
+    subprocess.run(
+        pretrain_command(shards, tmp_path / "whole", *options), env=ENVIRONMENT, check=True,
+        capture_output=True,
+    )  # fmt: skip
+    cut = tmp_path / "cut"
+    process = start(pretrain_command(shards, cut, *options))
+    wait_for(lambda: len(list_checkpoints(cut)) >= 2, process, "second checkpoint")
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    saved = max(int(p.name.removeprefix("step-")) for p in list_checkpoints(cut))
+    assert saved < 30, "it finished before it was stopped"
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert f"step {saved} is saved" in errors
+    subprocess.run(pretrain_command(shards, cut, *options), env=ENVIRONMENT, check=True)
+    ends = [run / "latest" / "model.safetensors" for run in (tmp_path / "whole", cut)]
+    from safetensors.torch import load_file
+
+    whole, continued = (load_file(end) for end in ends)
+    assert all((whole[name] == continued[name]).all() for name in whole)
+    steps = [line["step"] for line in MetricsLog(cut).read() if "loss" in line]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 30
+
+
+def test_continuing_with_another_recipe_shows_the_difference(
+    tmp_path: Path, tiny_shards: Path
+) -> None:
+    run = tmp_path / "run"
+    subprocess.run(
+        pretrain_command(tiny_shards, run), env=ENVIRONMENT, check=True, capture_output=True
+    )
+    done = subprocess.run(
+        pretrain_command(tiny_shards, run, "--set", "optimizer.lr=0.5"),
+        env=ENVIRONMENT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "optimizer.lr: 0.06 there, 0.5 now" in done.stderr
+    again = subprocess.run(
+        pretrain_command(tiny_shards, run, "--set", "train.log_every=1"),
+        env=ENVIRONMENT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr

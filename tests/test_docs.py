@@ -1,0 +1,65 @@
+"""The documents: links lead somewhere, commands exist, code compiles."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def blocks(language: str) -> list[str]:
+    return [
+        block
+        for page in PAGES
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+
+
+def dupr_lines() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return sorted({line.split("  #")[0] for line in lines if line.startswith("dupr ")})
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(dupr_lines()) >= 6
+
+
+@pytest.mark.parametrize("line", dupr_lines())
+def test_commands_of_the_documents_have_known_options(line: str) -> None:
+    words = shlex.split(line.split(">")[0])[1:]
+    names = [w for w in words if not w.startswith("-")]
+    depth = 2 if names[0] in ("evaluate", "recipe") else 1
+    shown = subprocess.run(
+        [sys.executable, "-m", "dupr_cli", *names[:depth], "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for option in (w for w in words if w.startswith("--")):
+        assert option in shown
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_of_the_documents_compiles(code: str) -> None:
+    compile(code, "document", "exec")
+
+
+def test_yaml_of_the_documents_is_a_valid_recipe(tmp_path: Path) -> None:
+    from dupr_cli.recipe import PretrainRecipe, load_recipe
+
+    for number, block in enumerate(blocks("yaml")):
+        (tmp_path / f"{number}.yaml").write_text(block)
+        load_recipe(PretrainRecipe, str(tmp_path / f"{number}.yaml"))
