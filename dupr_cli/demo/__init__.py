@@ -13,7 +13,7 @@ from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
 
 UNLABELLED = 3000
-LABELLED = {"train": 60, "val": 200}
+LABELLED = {"train": 100, "val": 200}
 PRETRAIN_RECIPE, EVALUATE_RECIPE = "demo-dupr-r18", "demo-voc"
 
 
