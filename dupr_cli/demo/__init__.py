@@ -5,16 +5,32 @@ scenes.py generates what a user would bring: unlabelled images and a small label
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dupr_cli.artifacts.files import write_text
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
 
 UNLABELLED = 3000
 LABELLED = {"train": 100, "val": 200}
 PRETRAIN_RECIPE, EVALUATE_RECIPE = "demo-dupr-r18", "demo-voc"
+
+_MARKER, _SCENES_DONE = ".dupr-demo", ".scenes-done"
+_MADE = (
+    "images",
+    "VOC2026",
+    "shards",
+    "run",
+    "backbone.safetensors",
+    "evaluation",
+    "pictures",
+    "report.txt",
+    _SCENES_DONE,
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +69,7 @@ def run(
 
     Raises UsageError when `out` holds something else, and what the stages raise.
     """
-    import shutil
-
     from dupr_cli import evaluate, export, prepare, pretrain
-    from dupr_cli.artifacts.files import write_text
     from dupr_cli.demo.scenes import write_unlabelled, write_voc_tree
     from dupr_cli.inspect.curves import draw_curves
     from dupr_cli.inspect.views import draw_views
@@ -69,32 +82,23 @@ def run(
     )
 
     say, start = reporter or SilentReporter(), time.perf_counter()
-    marker = out / ".dupr-demo"
-    if out.is_dir() and any(out.iterdir()):
-        if not marker.is_file():
-            raise UsageError(f"{out}: the directory is not empty and holds no demo.")
-        if overwrite or marker.read_text().strip() != str(seed):
-            if not overwrite:
-                raise UsageError(
-                    f"{out}: a demo with seed {marker.read_text().strip()} is there. Give "
-                    f"another --out, or --overwrite."
-                )
-            shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(marker, f"{seed}\n")
+    _claim(out, seed, overwrite)
     images, tree, shards = out / "images", out / "VOC2026", out / "shards"
     run_dir, weights, results = out / "run", out / "backbone.safetensors", out / "evaluation"
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
+    processes = workers or os.cpu_count() or 1
     overrides = [] if workers is None else [f"data.workers={workers}"]
 
     say.info("1/5 generating scenes")
-    done = out / ".scenes-done"
+    done = out / _SCENES_DONE
     if not done.is_file():
         total = UNLABELLED + sum(LABELLED.values())
         with say.task("scenes", total, "scenes") as progress:
-            write_unlabelled(images, UNLABELLED, seed, workers=2, on_progress=progress.advance)
-            write_voc_tree(tree, LABELLED, seed, workers=2, on_progress=progress.advance)
+            write_unlabelled(
+                images, UNLABELLED, seed, workers=processes, on_progress=progress.advance
+            )
+            write_voc_tree(tree, LABELLED, seed, workers=processes, on_progress=progress.advance)
         write_text(done, "")
     say.info("2/5 prepare: shards from the unlabelled scenes")
     prepare.run(load_recipe(PrepareRecipe, "default"), images, shards, reporter=say)
@@ -122,6 +126,28 @@ def run(
     report = _report(result, found.train.images, found.test.images)
     write_text(out / "report.txt", report)
     return DemoResult(str(out), ap50, retrieval, files, seconds, report)
+
+
+def _claim(out: Path, seed: int, overwrite: bool) -> None:
+    """Make `out` the directory of this demo, or make sure that it is already."""
+    marker = out / _MARKER
+    if marker.is_file():
+        there = marker.read_text().strip()
+        if there != str(seed) and not overwrite:
+            raise UsageError(
+                f"{out}: a demo with seed {there} is there. Give another --out, or --overwrite."
+            )
+        if overwrite:
+            for name in _MADE:
+                path = out / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+    elif out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out}: the directory is not empty and holds no demo.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(marker, f"{seed}\n")
 
 
 def _retrieval(run_dir: Path) -> dict[str, dict[str, float]]:
