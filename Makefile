@@ -34,7 +34,7 @@ docs: setup
 	$(BIN)/pytest tests/test_docs.py
 
 bench: setup
-	$(BIN)/pytest tests/benchmarks -s --override-ini addopts= --override-ini norecursedirs=
+	$(BIN)/pytest tests/benchmarks -s --override-ini addopts= --override-ini norecursedirs=.git
 
 clean:
 	rm -rf $(VENV) dupr-demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from dupr_cli.artifacts.files import (
     write_json,
     write_text,
 )
-from dupr_cli.errors import UsageError
+from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
@@ -125,7 +126,8 @@ def write_checkpoint(
 ) -> Path:
     """Write checkpoints/step-N, point `latest` at it, and delete all but the newest `keep`.
 
-    state.files is filled in here. Tensors are moved to the CPU.
+    state.files is filled in here. Tensors are moved to the CPU. Raises RunError, leaving what was
+    there, when the file system refuses.
     """
     path = run / CHECKPOINTS / f"step-{state.step:08d}"
     if path.exists():  # damaged, or resume would have started after it
@@ -135,7 +137,13 @@ def write_checkpoint(
         files: dict[str, dict[str, object]] = {}
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            save_file(plain, folder / name)
+            try:
+                save_file(plain, folder / name)
+            except SafetensorError as error:
+                raise RunError(
+                    f"{path}: the checkpoint cannot be written: {error}. Free some space and give "
+                    f"the same command again; it goes on from the checkpoint before."
+                ) from error
             size = (folder / name).stat().st_size
             files[name] = {"bytes": size, "sha256": sha256_file(folder / name)}
         write_json(folder / STATE_FILE, {**asdict(state), "files": files})

@@ -20,11 +20,12 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from dupr_cli.artifacts.files import fsync_directory, write_json, write_text
+from dupr_cli.artifacts.files import fsync_directory, naming, write_json, write_text
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
@@ -184,7 +185,8 @@ class ShardWriter:
     def _append(self, name: str, data: bytes) -> tuple[int, int]:
         info = tarfile.TarInfo(name)  # no time, user or mode of this machine
         info.size, info.mode = len(data), 0o644
-        self._tar.addfile(info, io.BytesIO(data))
+        with naming(self._path):
+            self._tar.addfile(info, io.BytesIO(data))
         padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         return self._hashing.length - padded, len(data)
 
@@ -214,10 +216,11 @@ class ShardWriter:
         index = self._index
         index.source_end, index.skipped = source_end, list(skipped)
         if self._file is not None:
-            self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with naming(self._path):
+                self._tar.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
             index.bytes, index.sha256 = self._hashing.length, self._hashing.sha256
             self._temporary.replace(self._path)
             fsync_directory(self._path.parent)
@@ -226,9 +229,10 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave no trace of an unfinished shard."""
-        if self._file is not None:
-            self._file.close()
         self._temporary.unlink(missing_ok=True)
+        if self._file is not None:
+            with suppress(OSError):  # what is still buffered does not fit either
+                self._file.close()
 
 
 def write_shard(

@@ -188,6 +188,7 @@ def _explain_os_error(error: OSError) -> DuprError:
     where = f"{error.filename}: " if error.filename else ""
     advice = {
         errno.ENOSPC: "Free some space and give the same command again; it goes on.",
+        errno.EFBIG: "The limit on file sizes (ulimit -f) is in the way; raise it and go on.",
         errno.EDQUOT: "Free some space and give the same command again; it goes on.",
         errno.EROFS: "Give an output on a file system that can be written.",
         errno.EACCES: "Give a place that you may read and write.",

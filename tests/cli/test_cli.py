@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -224,6 +225,35 @@ def test_output_that_cannot_be_written(image_folder: Path, tmp_path: Path) -> No
         pytest.skip("needs Linux")
     done = dupr("prepare", image_folder, "/proc/dupr-cannot-write-here", code=1)
     assert "/proc/dupr-cannot-write-here: No such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["prepare", "pretrain"])
+def test_output_that_does_not_fit_leaves_nothing_half_written(
+    tmp_path: Path, tiny_shards: Path, stage: str
+) -> None:
+    """A limit on file sizes refuses writes in the middle of a file, as a full disk does."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for number in range(30):
+        noise_image(number, 300, 200).save(source / f"{number:04d}.png")
+    arguments = (
+        command("prepare", source, out)
+        if stage == "prepare"
+        else pretrain_command(tiny_shards, out)
+    )
+    done = subprocess.run(
+        arguments,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(rf"error: {out}/.*(File too large|cannot be written)", done.stderr)
+    assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
+    assert not list(out.glob("*.tar"))
+    assert not list_checkpoints(out)
+    again = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, check=False)
+    assert again.returncode == 0
 
 
 def wait_for(condition: object, process: subprocess.Popen[str], what: str) -> None:
