@@ -175,6 +175,13 @@ class MetricsLog:
                 break
         return lines
 
+    def latest(self) -> dict[str, float]:
+        """The newest value of everything that was logged."""
+        values: dict[str, float] = {}
+        for line in self.read():
+            values |= line
+        return values
+
     def rewind(self, step: int) -> None:
         """Drop lines after `step`: a continued run writes them again."""
         if self.path.exists():

@@ -74,7 +74,7 @@ def continue_run(
             continue
         _load(checkpoint, model, optimizer)
         MetricsLog(out).rewind(checkpoint.state.step)
-        reporter.info(f"continuing {out} at step {checkpoint.state.step}")
+        reporter.info(f"{out}: step {checkpoint.state.step} is saved; going on from there")
         return checkpoint.state.step
     MetricsLog(out).rewind(-1)
     return 0

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import InterruptedRunError
 from dupr_cli.pretrain.augmentation import FLIP, augment
@@ -212,6 +213,9 @@ def train(
     )
     done = continue_run(out, model, optimizer, reporter)
     steps = count_steps(recipe, BatchOrder(shards, recipe).images)
+    if done >= steps:
+        reporter.info(f"{out} is complete: {done} steps")
+        return MetricsLog(out).latest()
     loader, order = training_batches(shards, recipe, done, pin_memory=device.type == "cuda")
     held_out = probe_batches(shards, recipe)
     monitor = Monitor(out, recipe, order.images, steps, done, reporter)
@@ -223,7 +227,7 @@ def train(
         monitor,
         reporter.task("pretrain", steps, "steps", done) as progress,
     ):
-        batches = timed(iter(loader)) if done < steps else iter(())
+        batches = timed(iter(loader))
         for step in range(done, steps):
             batch, waited = next(batches)
             generator = step_generator(recipe.seed, step)
