@@ -12,12 +12,14 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import remove_leftovers, write_json
@@ -242,8 +244,18 @@ def _ingest_chunk(recipe: ImageSection, items: Sequence[Item]) -> list[Sample | 
     return [ingest(item, recipe) for item in items]
 
 
-def _ignore_interrupt() -> None:
+def _start_worker(main: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
+    Thread(target=_end_with, args=(main,), daemon=True).start()
+
+
+def _end_with(main: int) -> None:
+    """A pool's worker would wait for work for ever when the main process is killed."""
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(main, 0)  # asks whether it is there
+            time.sleep(1)
+    os._exit(1)
 
 
 class _Decode:
@@ -275,7 +287,9 @@ def _decoders(recipe: ImageSection, workers: int) -> Iterator[_Decode]:
         yield _Decode(recipe, None, 1)
         return
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+    )
     try:
         yield _Decode(recipe, pool, workers)
     finally:
