@@ -295,6 +295,33 @@ def test_prepare_killed_in_the_middle_ends_with_the_same_shards(tmp_path: Path) 
     assert shard_bytes(tmp_path / "cut") == shard_bytes(tmp_path / "whole")
 
 
+def test_prepares_workers_end_when_only_the_main_process_is_killed(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(400):
+        noise_image(number, 300, 200).save(source / f"{number:04d}.png")
+    out = tmp_path / "out"
+    process = start(
+        command("prepare", source, out, "--set", "shard.max_samples=20", "--workers", "2")
+    )
+    wait_for(lambda: list(out.glob("*.index.json")), process, "first shard")
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while group_exists(process.pid):
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.2)
+
+
+def group_exists(group: int) -> bool:
+    """Whether any process of a process group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopped_pretraining_continues_to_the_same_weights(
     tmp_path: Path, number: signal.Signals
