@@ -33,7 +33,7 @@ def photographs(folder: Path, count: int) -> Path:
 def test_prepare_against_a_plain_webdataset_loop() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        source, count = photographs(root / "images", 1200), 1200
+        source, count = photographs(root / "images", 6000), 6000
         start = time.perf_counter()
         with webdataset.ShardWriter(str(root / "plain-%06d.tar"), maxcount=1000, verbose=0) as sink:
             for path in sorted(source.iterdir()):
