@@ -207,9 +207,8 @@ def load_backbone(module: torch.nn.Module, weights: Weights) -> int:
             if names
         ]
         raise UsageError(
-            f"{weights.address}: the weights say {weights.metadata.architecture}, but only "
-            f"{matched} of {len(own)} tensors match: {'; '.join(parts)}. "
-            f"Nothing was loaded."
+            f"{weights.address}: the weights do not fit a {weights.metadata.architecture}: "
+            f"{matched} of {len(own)} tensors match, {', '.join(parts)}. Nothing was loaded."
         )
     module.load_state_dict(weights.tensors)
     return len(own)

@@ -68,7 +68,7 @@ def test_unlabelled_files_hold_the_rendered_scenes(tmp_path: Path) -> None:
     assert np.abs(difference).mean() < 15
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(-(2**40), 2**40), st.sampled_from(["train", "val"]), st.integers(0, 10**6))
 def test_labels_lie_in_the_image_and_objects_can_be_recognised(
     seed: int, split: str, index: int

@@ -260,7 +260,7 @@ def scenes(draw: st.DrawFn) -> tuple[list[Truth], list[Detections]]:
     return truths, detections
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(scene=scenes(), points=st.sampled_from(["voc07", "voc10"]))
 def test_equals_a_plain_loop(scene: tuple[list[Truth], list[Detections]], points: Points) -> None:
     truths, detections = scene
@@ -289,7 +289,7 @@ def lonely_objects(draw: st.DrawFn) -> tuple[list[Truth], list[Detections]]:
     return truths, detections
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(scene=lonely_objects())
 def test_equals_pycocotools_where_the_matching_rules_agree(
     scene: tuple[list[Truth], list[Detections]],

@@ -107,6 +107,6 @@ def test_corrupted_tensor_is_caught_and_nothing_is_written(
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     metadata = WeightsMetadata("torchvision", "resnet50", (0.5,) * 3, (0.2,) * 3, 64)
     wrong = Weights("w", metadata, ResNetBackbone("resnet18").state_dict())
-    with pytest.raises(UsageError, match="the weights say resnet50, but only"):
+    with pytest.raises(UsageError, match="the weights do not fit a resnet50"):
         torchvision_layout.write(wrong, tmp_path / "b.safetensors")
     assert list(tmp_path.iterdir()) == []

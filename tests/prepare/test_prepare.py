@@ -145,7 +145,7 @@ def test_every_mode_and_format_becomes_rgb(mode: str, format_: str) -> None:
     assert abs(gray[0].mean() - gray[1].mean()) < 12
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=40)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 @given(
     orientation=st.integers(1, 8),
     width=st.integers(12, 60),

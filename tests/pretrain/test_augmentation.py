@@ -43,7 +43,7 @@ def parameters(**columns: float) -> Tensor:
     return row
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     brightness=st.floats(0.6, 1.4),
     contrast=st.floats(0.6, 1.4),

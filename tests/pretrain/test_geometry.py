@@ -44,7 +44,7 @@ def crop_pairs(draw: st.DrawFn) -> tuple[int, int, list[Crop]]:
 
 @pytest.mark.parametrize("level", ["res2", "res3", "res4", "res5"])
 @pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True), (True, True)])
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(pair=crop_pairs(), size=st.sampled_from([96, 127, 160, 193, 224]), bins=st.integers(1, 7))
 def test_both_views_patches_come_from_the_same_place(
     level: Level,
