@@ -106,14 +106,14 @@ def make_reporter(options: Globals) -> Reporter:
 
 def command(
     application: typer.Typer, command_name: str, show: Callable[[T], None]
-) -> Callable[[Callable[..., T]], Callable[..., None]]:
+) -> Callable[[Callable[..., T | None]], Callable[..., None]]:
     """Register a function as a command of `application`.
 
     The function may take `reporter: Reporter` besides its options. show: prints its result for
     people.
     """
 
-    def register(function: Callable[..., T]) -> Callable[..., None]:
+    def register(function: Callable[..., T | None]) -> Callable[..., None]:
         signature = inspect.signature(function)
         # Return types stay unevaluated: they are imported for type checkers only.
         own = [
@@ -154,7 +154,9 @@ def command(
     return register
 
 
-def _print_result(result: T, show: Callable[[T], None], as_json: bool) -> None:
+def _print_result(result: T | None, show: Callable[[T], None], as_json: bool) -> None:
+    if result is None:  # a dry run has printed its plan
+        return
     if as_json:
         from dupr_cli.cli.console import print_json
 

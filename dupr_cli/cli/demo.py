@@ -57,9 +57,7 @@ def demo(
     )
 
 
-def show(result: DemoResult | None) -> None:
-    if result is None:
-        return
+def show(result: DemoResult) -> None:
     from dupr_cli.cli.console import print_text
 
     print_text(result.report)

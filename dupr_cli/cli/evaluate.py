@@ -108,9 +108,7 @@ def voc(
     )
 
 
-def show(results: Results | None) -> None:
-    if results is None:
-        return
+def show(results: Results) -> None:
     from dupr_cli.cli.console import print_text
     from dupr_cli.evaluate.report import table
 

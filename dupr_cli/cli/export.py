@@ -79,9 +79,7 @@ def export(
     )
 
 
-def show(result: ExportResult | None) -> None:
-    if result is None:
-        return
+def show(result: ExportResult) -> None:
     from dupr_cli.cli.console import print_facts
 
     facts = [

@@ -67,9 +67,7 @@ def prepare(
     )
 
 
-def show(result: PrepareResult | None) -> None:
-    if result is None:
-        return
+def show(result: PrepareResult) -> None:
     from dupr_cli.cli.console import print_facts
 
     facts = [(split, f"{count} images") for split, count in result.samples.items()]

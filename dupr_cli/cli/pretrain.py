@@ -104,9 +104,7 @@ def pretrain(
     return stage.run(resolved, data, out, device=device, overwrite=overwrite, reporter=reporter)
 
 
-def show(result: PretrainResult | None) -> None:
-    if result is None:
-        return
+def show(result: PretrainResult) -> None:
     from dupr_cli.cli.console import print_facts
 
     metrics = result.metrics

@@ -39,7 +39,7 @@ from dupr_cli.evaluate.report import detection_rows, detections_from_rows, table
 from dupr_cli.evaluate.training import LossRecord, measure_batch_norm, train_detector
 from dupr_cli.evaluate.voc_metric import METRIC_NAMES, Detections, voc_scores
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import EvaluateRecipe, recipe_digest
+from dupr_cli.recipe import EvaluateRecipe, recipe_digest, recipe_keys
 
 CLAIM_FILE = "evaluation.json"
 RESULT_FILE = "result.json"
@@ -124,11 +124,8 @@ class Comparison:
 
 def _measured_keys(recipe: EvaluateRecipe) -> dict[str, object]:
     """Recipe keys, dotted, that what is measured depends on."""
-    flat: dict[str, object] = {}
-    for name, value in recipe.model_dump(mode="json").items():
-        keys = value.items() if isinstance(value, dict) else []
-        flat |= {f"{name}.{key}": inner for key, inner in keys} or {name: value}
-    return {key: value for key, value in flat.items() if key not in _OPERATIONAL_KEYS}
+    keys = recipe_keys(recipe.model_dump(mode="json"))
+    return {key: value for key, value in keys.items() if key not in _OPERATIONAL_KEYS}
 
 
 def prepare_comparison(

@@ -39,7 +39,9 @@ def ingest(item: Item, recipe: ImageSection) -> Sample | Skipped:
         return Skipped(item.name, "the file is missing")
     except OSError as error:
         return Skipped(item.name, f"cannot be read: {error.strerror or error}")
-    except (_UnusableImageError, DuprError) as error:
+    except DuprError as error:  # a missing or damaged annotation or shard, named in full
+        return Skipped(item.name, f"cannot be used: {error}")
+    except _UnusableImageError as error:
         return Skipped(item.name, str(error))
 
 

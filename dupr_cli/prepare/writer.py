@@ -93,15 +93,15 @@ def _read_unfinished(out: Path) -> str:
 
 def _clear(out: Path) -> None:
     """Remove what prepare wrote, the manifest first, and nothing else."""
-    names = [MANIFEST, SKIPPED]
-    if (out / MANIFEST).is_file():
-        entries = [e for listed in Manifest.read(out).splits.values() for e in listed]
-        names += [name for e in entries for name in (e.file, index_path(Path(e.file)).name)]
-    else:
-        tars = sorted(out.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar"))
-        names += [name for tar in tars for name in (tar.name, index_path(tar).name)]
-    for name in (*names, UNFINISHED):
-        (out / name).unlink(missing_ok=True)
+    try:
+        splits = Manifest.read(out).splits
+        tars = [out / entry.file for entries in splits.values() for entry in entries]
+        shards = [path for tar in tars for path in (tar, index_path(tar))]
+    except UsageError:  # not written yet, or damaged: by the names that shards have
+        numbered = "*-[0-9][0-9][0-9][0-9][0-9][0-9]"
+        shards = [*out.glob(f"{numbered}.tar"), *out.glob(f"{numbered}.index.json")]
+    for path in (out / MANIFEST, out / SKIPPED, *shards, out / UNFINISHED):
+        path.unlink(missing_ok=True)
 
 
 def write_all(
@@ -223,6 +223,7 @@ def _write_split(
             progress.advance(1)
             if isinstance(result, Skipped):
                 skipped.append(result)
+            # Within a shard, where equal keys would read as one sample; more would not fit memory.
             elif result.key in keys:
                 skipped.append(Skipped(result.source, f"listed twice: key {result.key}"))
             else:

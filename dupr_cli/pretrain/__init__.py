@@ -7,6 +7,7 @@ are modules of their own that it calls.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -21,7 +22,7 @@ from dupr_cli.artifacts.run import CHECKPOINTS, METRICS_FILE, RECIPE_FILE
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import PretrainRecipe, recipe_yaml
+from dupr_cli.recipe import PretrainRecipe, recipe_keys, recipe_yaml
 
 # Keys that change how a run is carried out, not what it computes.
 OPERATIONAL_KEYS = frozenset(
@@ -60,18 +61,13 @@ class PretrainResult:
     metrics: dict[str, float]
 
 
-def _open(recipe: PretrainRecipe, data: str) -> ShardSet:
-    has_manifest = (Path(data) / "manifest.json").is_file()
-    return open_shards(data, recipe.data.split if has_manifest else None)
-
-
 def plan(recipe: PretrainRecipe, data: str, out: Path, device: str = "auto") -> PretrainPlan:
     """Check everything that `run` needs and say what it would do. Raises UsageError."""
     from dupr_cli.devices import choose_device
     from dupr_cli.pretrain.data import BatchOrder
     from dupr_cli.pretrain.trainer import count_steps
 
-    shards = _open(recipe, data)
+    shards = open_shards(data, recipe.data.split)
     order = BatchOrder(shards, recipe)
     steps = count_steps(recipe, order.images)
     return PretrainPlan(
@@ -105,7 +101,7 @@ def run(
     from dupr_cli.pretrain.trainer import train
 
     chosen = choose_device(device)
-    shards = _open(recipe, data)
+    shards = open_shards(data, recipe.data.split)
     _claim(recipe, shards, out, overwrite)
     metrics = train(recipe, shards, out, chosen, reporter or SilentReporter())
     checkpoint = newest_checkpoint(out)
@@ -134,8 +130,8 @@ def _claim(recipe: PretrainRecipe, shards: ShardSet, out: Path, overwrite: bool)
 
 
 def _require_same_run(recipe: PretrainRecipe, shards: ShardSet, out: Path) -> None:
-    before = _flat(yaml.safe_load((out / RECIPE_FILE).read_text()))
-    now = _flat(yaml.safe_load(recipe_yaml(recipe)))
+    before = recipe_keys(yaml.safe_load((out / RECIPE_FILE).read_text()))
+    now = recipe_keys(recipe.model_dump(mode="json"))
     changed = [
         f"  {key}: {before.get(key)} there, {now.get(key)} now"
         for key in sorted(before.keys() | now.keys())
@@ -144,8 +140,6 @@ def _require_same_run(recipe: PretrainRecipe, shards: ShardSet, out: Path) -> No
     environment = out / ENVIRONMENT_FILE
     digest = _data_digest(shards)
     if environment.is_file():
-        import json
-
         there = json.loads(environment.read_text())["data"]
         if there["sha256"] != digest:
             changed.append(
@@ -159,16 +153,6 @@ def _require_same_run(recipe: PretrainRecipe, shards: ShardSet, out: Path) -> No
             + "\nGive the same recipe to continue it, another --out for a new run, or --overwrite "
             "to replace it."
         )
-
-
-def _flat(values: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {
-        key: value
-        for name, inner in values.items()
-        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
 
 
 def _data_digest(shards: ShardSet) -> str:

@@ -30,7 +30,6 @@ from dupr_cli.pretrain.losses import info_nce, masked_mean
 from dupr_cli.pretrain.monitor import Monitor, StopSignals
 from dupr_cli.pretrain.probe import patch_retrieval
 from dupr_cli.progress import Reporter
-from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import MethodSection, OptimizerSection, PretrainRecipe
 
 
@@ -134,14 +133,11 @@ def reid_losses(
 
 def total_loss(losses: dict[str, Tensor], method: MethodSection) -> Tensor:
     """Sum over levels of alpha * image loss + beta * patch loss."""
-    weights: dict[str, dict[Level, float]] = {
-        "image": method.image.weights,
-        "patch": method.patch.weights,
-    }
+    weights = {f"image/{level}": alpha for level, alpha in method.image.weights.items()}
+    weights |= {f"patch/{level}": beta for level, beta in method.patch.weights.items()}
     total = torch.zeros((), device=next(iter(losses.values())).device)
     for name, loss in losses.items():
-        kind, level = name.split("/")
-        total = total + weights[kind][level] * loss  # type: ignore[index]
+        total = total + weights[name] * loss
     return total
 
 
@@ -243,7 +239,7 @@ def train(
             losses = reid_losses(model, queries, keys, valid, method)
             loss = total_loss(losses, method)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
             push_keys(model, keys, method.patch_keys_per_image, generator)
 

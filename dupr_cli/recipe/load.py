@@ -395,6 +395,19 @@ def recipe_yaml(recipe: Section) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=88)
 
 
+def recipe_keys(values: object, at: str = "") -> dict[str, object]:
+    """Dotted keys and values of a recipe's sections, for comparing two of them.
+
+    values: plain values, as YAML reads or `model_dump(mode="json")` gives them.
+    """
+    if not isinstance(values, dict):
+        return {at: values}
+    keys: dict[str, object] = {}
+    for name, inner in values.items():
+        keys |= recipe_keys(inner, f"{at}.{name}" if at else str(name))
+    return keys
+
+
 def recipe_digest(recipe: Section) -> str:
     """sha256 of the resolved recipe, the same for the same values in any order or file."""
     values = recipe.model_dump(mode="json", exclude={"description"})
