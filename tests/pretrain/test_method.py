@@ -7,8 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dupr_cli.backbones import ResNetBackbone
@@ -20,7 +18,6 @@ from dupr_cli.pretrain.encoders import (
     group_batch_norms,
     momentum_update,
 )
-from dupr_cli.pretrain.losses import info_nce, masked_mean
 from dupr_cli.pretrain.probe import top1_retrieval
 from dupr_cli.pretrain.trainer import (
     Dupr,
@@ -41,38 +38,6 @@ Load = Callable[..., PretrainRecipe]
 def unit(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
-
-
-@settings(max_examples=25)
-@given(
-    rows=st.integers(1, 9),
-    keys=st.integers(1, 40),
-    dim=st.integers(2, 16),
-    temperature=st.floats(0.05, 1.0),
-)
-def test_info_nce_is_cross_entropy_with_the_positive_first(
-    rows: int, keys: int, dim: int, temperature: float
-) -> None:
-    q, k, queue = unit(rows, dim), unit(rows, dim, seed=1), unit(keys, dim, seed=2)
-    expected = [
-        F.cross_entropy(
-            torch.cat([q[i : i + 1] @ k[i], queue @ q[i]])[None] / temperature, torch.tensor([0])
-        )
-        for i in range(rows)
-    ]
-    assert torch.allclose(info_nce(q, k, queue, temperature), torch.stack(expected), atol=1e-4)
-
-
-def test_info_nce_gradient_by_finite_differences() -> None:
-    q, k, queue = (unit(3, 5, seed=s).double() for s in range(3))
-    q.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: info_nce(x, k, queue, 0.2), q)
-
-
-def test_masked_mean_leaves_out_rows_and_survives_none() -> None:
-    values = torch.tensor([[1.0, 3.0], [100.0, 100.0]])
-    assert masked_mean(values, torch.tensor([True, False])) == 2
-    assert masked_mean(values, torch.tensor([False, False])) == 0
 
 
 def test_queue_is_first_in_first_out() -> None:
