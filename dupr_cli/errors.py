@@ -21,9 +21,13 @@ class RunError(DuprError):
     """A run that began and could not go on."""
 
 
-class InterruptedRunError(DuprError):
-    """A run that was stopped by a signal, at a point from which it can be continued."""
+class StoppedRunError(DuprError):
+    """A run that was told to stop before its end (a signal, a limit of time or steps) and saved.
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    The same command goes on. Exit code 75 (EX_TEMPFAIL of sysexits.h), on which a job script
+    requeues; 130 after Ctrl-C, as shells expect.
+    """
+
+    def __init__(self, message: str, exit_code: int = 75) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -46,7 +46,9 @@ LATEST = "latest"
 class CheckpointState:
     """state.json: everything about a checkpoint that is not a tensor.
 
-    step: optimiser steps done; the position in the data follows from it and the seed.
+    step: optimiser steps done; the position in the data, the learning rate and all random streams
+    follow from it and the seed. processes: of the run when this was written. loss_scaler: state of
+    the scaler of float16, empty for other precisions.
     """
 
     step: int
@@ -56,6 +58,8 @@ class CheckpointState:
     input_size: int
     recipe_sha256: str
     files: dict[str, dict[str, object]]
+    processes: int = 1
+    loss_scaler: dict[str, float] = field(default_factory=dict)
     dupr_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -123,11 +127,13 @@ def write_checkpoint(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     keep: int,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write checkpoints/step-N, point `latest` at it, and delete all but the newest `keep`.
+    """Write checkpoints/step-N, point `latest` at it, and delete old ones.
 
-    state.files is filled in here. Tensors are moved to the CPU. Raises RunError, leaving what was
-    there, when the file system refuses.
+    The newest `keep` stay, and those of steps that are a multiple of `keep_every`. state.files is
+    filled in here. Tensors are moved to the CPU. Raises RunError, leaving what was there, when the
+    file system refuses.
     """
     path = run / CHECKPOINTS / f"step-{state.step:08d}"
     if path.exists():  # damaged, or resume would have started after it
@@ -153,7 +159,9 @@ def write_checkpoint(
     link.replace(run / LATEST)
     fsync_directory(run)
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        step = int(old.name.removeprefix("step-"))
+        if keep_every is None or step % keep_every:
+            shutil.rmtree(old)
     return path
 
 

@@ -169,20 +169,20 @@ def _print_result(result: T | None, show: Callable[[T], None], as_json: bool) ->
 
 
 def _fail(error: BaseException, traceback: bool) -> NoReturn:
-    from dupr_cli.cli.console import print_error
+    from dupr_cli.cli.launch import report_error
 
     if traceback:
         import traceback as module
 
         module.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        print_error("interrupted; the same command goes on from what is finished.")
+        report_error("interrupted; the same command goes on from what is finished.")
         sys.exit(128 + signal.SIGINT)
     if isinstance(error, OSError):
         error = _explain_os_error(error)
     if isinstance(error, MemoryError):
         error = RunError("out of memory. Use smaller batches or images, or fewer workers.")
-    print_error(str(error))
+    report_error(str(error))
     sys.exit(error.exit_code if isinstance(error, DuprError) else 1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +59,35 @@ def pretrain(
     checkpoint_every: Annotated[
         int | None, typer.Option("--checkpoint-every", help="Steps between checkpoints.")
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, help="Processes on this machine, one per GPU."),
+    ] = None,
+    nnodes: Annotated[
+        int, typer.Option("--nnodes", min=1, help="Machines; give each the same command.")
+    ] = 1,
+    rendezvous: Annotated[
+        str,
+        typer.Option("--rendezvous", metavar="HOST:PORT", help="Where several machines meet."),
+    ] = "",
+    max_hours: Annotated[
+        float | None,
+        typer.Option("--max-hours", min=0, help="Save and stop after this time, exit code 75."),
+    ] = None,
+    stop_after: Annotated[
+        int | None,
+        typer.Option(
+            "--stop-after", min=1, help="Save and stop after so many steps now, exit code 75."
+        ),
+    ] = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-changed",
+            metavar="KEY",
+            help="Continue although this recipe key (or `data`) has changed. Repeatable.",
+        ),
+    ] = None,
     set_: Set = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -69,15 +100,19 @@ def pretrain(
     """Pre-train a backbone on shards.
 
     The same command after an interruption goes on from the newest checkpoint in RUN_DIR.
-    Ctrl-C and SIGTERM end the step, save and stop.
+    Ctrl-C, SIGTERM and SIGUSR1 end the step, save and stop. Exit codes: 0 finished, 75 stopped
+    and saved (130 after Ctrl-C), 1 failed, 2 wrong usage or recipe.
 
     [bold]Examples[/]
 
       dupr pretrain dupr-r18-cpu-smoke --data shards/ --out runs/smoke
 
       dupr pretrain my-recipe.yaml --data shards/ --out runs/a --set optimizer.lr=0.06 --seed 1
+
+      dupr pretrain dupr-r50-in1k-200ep --data shards/ --out runs/b --nproc 8
     """
     from dupr_cli import pretrain as stage
+    from dupr_cli.cli.launch import launch
     from dupr_cli.recipe import PretrainRecipe, load_recipe
 
     if recipe and recipe_option:
@@ -98,10 +133,26 @@ def pretrain(
         seed=("seed", seed),
     )
     resolved = load_recipe(PretrainRecipe, name, options)
+    processes = (nproc or 1) * nnodes
     if dry_run:
-        show_plan(resolved, stage.plan(resolved, data, out, device))
+        show_plan(resolved, stage.plan(resolved, data, out, device, processes))
         return None
-    return stage.run(resolved, data, out, device=device, overwrite=overwrite, reporter=reporter)
+    if processes > 1 and "RANK" not in os.environ:
+        # What is wrong is said once, here, before any process is started.
+        stage.plan(resolved, data, out, device, processes)
+        launch(nproc or 1, nnodes, rendezvous, sys.argv[1:])
+        return None
+    return stage.run(
+        resolved,
+        data,
+        out,
+        device=device,
+        overwrite=overwrite,
+        allow_changed=allow_changed or (),
+        max_hours=max_hours,
+        stop_after=stop_after,
+        reporter=reporter,
+    )
 
 
 def show(result: PretrainResult) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from dupr_cli.cli.command import Set, command
+from dupr_cli.progress import Reporter
 
 Stage = Literal["prepare", "pretrain", "export", "evaluate"]
 
@@ -79,13 +80,24 @@ def show(
 
 
 def validate(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file.")], set_: Set = None
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file.")],
+    set_: Set = None,
+    *,
+    reporter: Reporter,
 ) -> str:
-    """Check a recipe; exit code 2 with every problem and its line when it is wrong."""
-    from dupr_cli.recipe import RECIPE_MODELS, load_recipe
+    """Check a recipe; exit code 2 with every problem and its line when it is wrong.
+
+    What is valid but may not learn is a warning with a proposal.
+    """
+    from dupr_cli.recipe import RECIPE_MODELS, PretrainRecipe, load_recipe
 
     stage = _stage_of(file)
-    load_recipe(RECIPE_MODELS[stage], file, set_ or [])
+    recipe = load_recipe(RECIPE_MODELS[stage], file, set_ or [])
+    if isinstance(recipe, PretrainRecipe):
+        from dupr_cli.pretrain.science import science_warnings
+
+        for warning in science_warnings(recipe, None, recipe.train.steps):
+            reporter.warning(warning)
     return f"{file}: a valid recipe for dupr {stage}"
 
 

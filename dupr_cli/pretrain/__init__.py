@@ -6,11 +6,13 @@ are modules of their own that it calls.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import platform
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,17 @@ OPERATIONAL_KEYS = frozenset(
         "train.probe_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.keep_every",
+        "train.max_bad_steps",
+    }
+)
+# The same computation with other rounding: free to change, but not bit for bit.
+ROUNDING_KEYS = frozenset(
+    {
+        "train.accumulate",
+        "train.activation_checkpointing",
+        "train.channels_last",
+        "train.compile",
     }
 )
 ENVIRONMENT_FILE = "environment.json"
@@ -48,6 +61,9 @@ class PretrainPlan:
     steps: int
     epochs: float
     device: str
+    processes: int
+    images_per_process: int
+    warnings: list[str]
     out: str
 
 
@@ -61,12 +77,18 @@ class PretrainResult:
     metrics: dict[str, float]
 
 
-def plan(recipe: PretrainRecipe, data: str, out: Path, device: str = "auto") -> PretrainPlan:
+def plan(
+    recipe: PretrainRecipe, data: str, out: Path, device: str = "auto", processes: int = 1
+) -> PretrainPlan:
     """Check everything that `run` needs and say what it would do. Raises UsageError."""
     from dupr_cli.devices import choose_device
     from dupr_cli.pretrain.data import BatchOrder
+    from dupr_cli.pretrain.method import method_class
+    from dupr_cli.pretrain.science import science_warnings
     from dupr_cli.pretrain.trainer import count_steps
 
+    _require_fit(recipe, processes)
+    method_class(recipe)
     shards = open_shards(data, recipe.data.split)
     order = BatchOrder(shards, recipe)
     steps = count_steps(recipe, order.images)
@@ -77,6 +99,9 @@ def plan(recipe: PretrainRecipe, data: str, out: Path, device: str = "auto") -> 
         steps=steps,
         epochs=round(steps * recipe.data.batch_size / order.images, 2),
         device=str(choose_device(device)),
+        processes=processes,
+        images_per_process=recipe.data.batch_size // processes,
+        warnings=science_warnings(recipe, order.images, steps),
         out=str(out),
     )
 
@@ -88,29 +113,72 @@ def run(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    allow_changed: Collection[str] = (),
+    max_hours: float | None = None,
+    stop_after: int | None = None,
     reporter: Reporter | None = None,
-) -> PretrainResult:
+) -> PretrainResult | None:
     """Pre-train, or continue the run in `out` from its newest whole checkpoint.
 
-    data: shards, see `open_shards`. device: auto, cpu, cuda or cuda:N.
+    Started by torchrun, every process calls this; the first returns the result, the others None.
+
+    data: shards, see `open_shards`. device: auto, cpu, cuda or cuda:N. allow_changed: recipe keys
+    that may differ from those of the run in `out`. max_hours, stop_after: save and stop after that
+    time, or that many steps, of this call.
     Raises UsageError when `out` holds something else or a run of another recipe or other data,
-    RunError and InterruptedRunError as `trainer.train`.
+    RunError and StoppedRunError as `trainer.train`.
     """
     from dupr_cli.artifacts.run import newest_checkpoint
-    from dupr_cli.devices import choose_device
-    from dupr_cli.pretrain.trainer import train
+    from dupr_cli.pretrain.parallel import join, world_size
+    from dupr_cli.pretrain.science import science_warnings
+    from dupr_cli.pretrain.stopping import Limits
+    from dupr_cli.pretrain.trainer import count_steps, train
 
-    chosen = choose_device(device)
-    shards = open_shards(data, recipe.data.split)
-    _claim(recipe, shards, out, overwrite)
-    metrics = train(recipe, shards, out, chosen, reporter or SilentReporter())
-    checkpoint = newest_checkpoint(out)
+    _require_fit(recipe, world_size())
+    with join(device) as world:
+        reporter = reporter if reporter and world.is_main else SilentReporter()
+        shards = open_shards(data, recipe.data.split)
+        if world.is_main:
+            _claim(recipe, shards, out, overwrite, allow_changed, reporter)
+            images = len(shards) - min(recipe.data.holdout, len(shards) // 10)
+            for warning in science_warnings(recipe, images, count_steps(recipe, images)):
+                reporter.warning(warning)
+        world.wait()
+        metrics = train(recipe, shards, out, world, reporter, Limits(max_hours, stop_after))
+        if not world.is_main:
+            return None
+        checkpoint = newest_checkpoint(out)
     return PretrainResult(str(out), str(checkpoint.path), checkpoint.state.step, metrics)
 
 
-def _claim(recipe: PretrainRecipe, shards: ShardSet, out: Path, overwrite: bool) -> None:
+def _require_fit(recipe: PretrainRecipe, processes: int) -> None:
+    """Raises UsageError when the batch or its groups cannot be shared out equally."""
+    batch, accumulate = recipe.data.batch_size, recipe.train.accumulate
+    shares, norm = processes * accumulate, recipe.method.batch_norm
+    what = f"{processes} processes" + (f" x train.accumulate = {accumulate}" if shares > 1 else "")
+    if batch % shares:
+        raise UsageError(
+            f"data.batch_size is {batch}, which {what} cannot share equally. "
+            f"Use {batch // shares * shares or shares}, for example."
+        )
+    if not norm.sync and norm.groups % shares:
+        raise UsageError(
+            f"method.batch_norm.groups is {norm.groups}: the groups of the global batch cannot be "
+            f"shared equally by {what}. Use a multiple of {shares}, or method.batch_norm.sync."
+        )
+
+
+def _claim(
+    recipe: PretrainRecipe,
+    shards: ShardSet,
+    out: Path,
+    overwrite: bool,
+    allow_changed: Collection[str],
+    reporter: Reporter,
+) -> None:
     """Make `out` the directory of this run, or make sure that it is already."""
     recorded = out / RECIPE_FILE
+    changes: list[dict[str, object]] = []
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file is there; --out needs a directory.")
     if recorded.is_file() and overwrite:
@@ -120,39 +188,67 @@ def _claim(recipe: PretrainRecipe, shards: ShardSet, out: Path, overwrite: bool)
             events.unlink()
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     elif recorded.is_file():
-        _require_same_run(recipe, shards, out)
+        changes = _require_same_run(recipe, shards, out, allow_changed, reporter)
     elif out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out}: the directory is not empty and holds no run. Give another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / ENVIRONMENT_FILE, _environment(shards))
+    write_json(out / ENVIRONMENT_FILE, {**_environment(shards), "changes": changes})
     # Last: from here on the directory is a run that can be continued.
     write_text(recorded, recipe_yaml(recipe))
 
 
-def _require_same_run(recipe: PretrainRecipe, shards: ShardSet, out: Path) -> None:
+def _require_same_run(
+    recipe: PretrainRecipe,
+    shards: ShardSet,
+    out: Path,
+    allow_changed: Collection[str],
+    reporter: Reporter,
+) -> list[dict[str, object]]:
+    """The changes of recipe so far, those of this call included.
+
+    Raises UsageError when something that alters the science differs and is not allowed to.
+    """
+    environment = json.loads(_read_or(out / ENVIRONMENT_FILE, "{}"))
+    changes: list[dict[str, object]] = environment.get("changes", [])
     before = recipe_keys(yaml.safe_load((out / RECIPE_FILE).read_text()))
     now = recipe_keys(recipe.model_dump(mode="json"))
-    changed = [
-        f"  {key}: {before.get(key)} there, {now.get(key)} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in OPERATIONAL_KEYS
-    ]
-    environment = out / ENVIRONMENT_FILE
-    digest = _data_digest(shards)
-    if environment.is_file():
-        there = json.loads(environment.read_text())["data"]
-        if there["sha256"] != digest:
-            changed.append(
-                f"  data: {there['images']} images of {there['name']} there, "
-                f"{len(shards)} images of {shards.name} now"
-            )
-    if changed:
+    unknown = sorted(set(allow_changed) - now.keys() - before.keys() - {"data"})
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(now), 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"--allow-changed {unknown[0]}: there is no such recipe key.{hint}")
+    refused = []
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key) or key in OPERATIONAL_KEYS:
+            continue
+        difference = f"{key}: {before.get(key)} there, {now.get(key)} now"
+        if key in ROUNDING_KEYS:
+            reporter.info(f"{difference}: the run goes on equal to rounding, not bit for bit")
+        elif key in allow_changed:
+            reporter.warning(f"{difference} (allowed): the run is no longer that of one recipe")
+            changes.append({"key": key, "before": before.get(key), "after": now.get(key)})
+        else:
+            refused.append((key, difference))
+    there = environment.get("data", {})
+    if there and there["sha256"] != _data_digest(shards) and "data" not in allow_changed:
+        difference = (
+            f"data: {there['images']} images of {there['name']} there, "
+            f"{len(shards)} images of {shards.name} now"
+        )
+        refused.append(("data", difference))
+    if refused:
+        allow = " ".join(f"--allow-changed {key}" for key, _ in refused)
         raise UsageError(
             f"{out}: a run with another recipe or other data is there:\n"
-            + "\n".join(changed)
-            + "\nGive the same recipe to continue it, another --out for a new run, or --overwrite "
-            "to replace it."
+            + "\n".join(f"  {difference}" for _, difference in refused)
+            + f"\nGive the same recipe to continue it, another --out for a new run, --overwrite to "
+            f"replace it, or go on with the change: {allow}"
         )
+    return changes
+
+
+def _read_or(path: Path, default: str) -> str:
+    return path.read_text() if path.is_file() else default
 
 
 def _data_digest(shards: ShardSet) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
 from dupr_cli.pretrain.augmentation import draw_parameters
 from dupr_cli.pretrain.geometry import Crop, random_crop_pair
+from dupr_cli.pretrain.parallel import World
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 
 # An unreadable image is replaced by the next number; so many in a row are no accident.
@@ -40,18 +41,19 @@ class Batch:
     """Two cropped views of each image, on the CPU.
 
     views: (N, 2, 3, S, S) uint8. crops: (N, 2, 4) float32, x0, y0, x1, y1 in source pixels.
-    parameters: (N, 2, PARAMETERS) float32, see `augmentation`. unreadable: images that could not be
-    decoded and were replaced.
+    parameters: (N, 2, PARAMETERS) float32, see `augmentation`. numbers: (N,) int64, of the samples
+    in the shards. unreadable: images that could not be decoded and were replaced.
     """
 
     views: Tensor
     crops: Tensor
     parameters: Tensor
+    numbers: Tensor
     unreadable: int
 
     def pin_memory(self) -> Batch:
         """Called by the loader for a CUDA device."""
-        return Batch(self.views.pin_memory(), self.crops, self.parameters, self.unreadable)
+        return replace(self, views=self.views.pin_memory())
 
 
 def crop_and_resize(image: Image.Image, crop: Crop, size: int) -> Image.Image:
@@ -95,10 +97,20 @@ class BatchOrder:
     """Requests of every training step, from a given step on, without end.
 
     Images that do not fill a batch at the end of an epoch start the next one: nothing is dropped.
+    Of each global batch, rank `rank` of `size` takes its part: the parts of all ranks together are
+    the batch of a single process.
     """
 
-    def __init__(self, shards: ShardSet, recipe: PretrainRecipe) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        recipe: PretrainRecipe,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
         """Raises RunError when there are fewer images than one batch needs."""
+        part = recipe.data.batch_size // size
+        self._part = slice(rank * part, (rank + 1) * part)
         self._counts, self._seed = shards.counts, recipe.seed
         self._window, self._batch = recipe.data.shuffle_shards, recipe.data.batch_size
         self._held_out = held_out(len(shards), recipe.data.holdout)
@@ -127,7 +139,7 @@ class BatchOrder:
                     order = self._epoch(epoch)
                 batch.append((epoch, int(order[position % self.images])))
                 position += 1
-            yield batch
+            yield batch[self._part]
 
 
 class ViewPairs(Dataset[Batch]):
@@ -163,6 +175,7 @@ class ViewPairs(Dataset[Batch]):
             torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous(),
             torch.from_numpy(crops),
             torch.from_numpy(parameters),
+            torch.tensor((number + len(problems)) % len(self._shards)),
             len(problems),
         )
 
@@ -172,6 +185,7 @@ def collate(samples: list[Batch]) -> Batch:
         torch.stack([s.views for s in samples]),
         torch.stack([s.crops for s in samples]),
         torch.stack([s.parameters for s in samples]),
+        torch.stack([s.numbers for s in samples]),
         sum(s.unreadable for s in samples),
     )
 
@@ -182,21 +196,22 @@ def _outlive_signals(_worker: int) -> None:
     SIGTERM is also how Python ends workers that are left over, so it may only be put off.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
 def training_batches(
-    shards: ShardSet, recipe: PretrainRecipe, first_step: int, pin_memory: bool
+    shards: ShardSet, recipe: PretrainRecipe, first_step: int, world: World
 ) -> tuple[DataLoader[Batch], BatchOrder]:
-    """The loader of all batches from `first_step` on, and the order it follows."""
-    order = BatchOrder(shards, recipe)
+    """The loader of this process's part of all batches from `first_step` on, and their order."""
+    order = BatchOrder(shards, recipe, world.rank, world.size)
     order.first_step = first_step
     loader: DataLoader[Batch] = DataLoader(
         ViewPairs(shards, recipe.method, recipe.seed),
         batch_sampler=order,
         num_workers=recipe.data.workers,
         collate_fn=collate,
-        pin_memory=pin_memory,
+        pin_memory=world.device.type == "cuda",
         worker_init_fn=_outlive_signals,
         prefetch_factor=4 if recipe.data.workers else None,
     )

@@ -53,7 +53,7 @@ def info_nce(
     dtype = dtype or queries.dtype
     lse = queue_logsumexp(queries.to(dtype), negatives.to(dtype), temperature)
     positive = (queries * positives).sum(1).to(lse.dtype) / temperature
-    return torch.logaddexp(positive, lse) - positive
+    return F.softplus(lse - positive)  # log(e^positive + e^lse) - positive, also where it is small
 
 
 def queue_logsumexp(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
@@ -205,13 +205,11 @@ def _is_right(kernel: Kernel, device: str, dtype: torch.dtype, dim: int) -> bool
     )
 
 
-def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor, count: float | None = None) -> Tensor:
     """Mean over the entries of `values` (N, ...) whose row is in `mask` (N,) bool; 0 if none is.
 
     count: rows to divide by instead of those in the mask, where `values` is a part of a batch.
     """
     mask = mask.to(values.dtype)
     per_row = values.flatten(1).mean(1)
-    if count is None:
-        count = mask.sum()
-    return (per_row * mask).sum() / torch.as_tensor(count).clamp(min=1)
+    return (per_row * mask).sum() / (mask.sum().clamp(min=1) if count is None else count)

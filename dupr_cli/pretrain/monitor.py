@@ -1,57 +1,67 @@
 """Watching a run: metrics.jsonl, TensorBoard, the status line, and signs of trouble.
 
-Between log lines nothing is read back from the device; sums stay there until a line is due.
+All processes of a run collect; at a log step the numbers are averaged over them, and rank 0 writes.
+Between log steps nothing is read back from the device but whether a step was finite.
 """
 
 from __future__ import annotations
 
 import math
-import signal
+import resource
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.run import MetricsLog
+from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
 from dupr_cli.pretrain.data import Batch
 from dupr_cli.pretrain.encoders import Embeddings
+from dupr_cli.pretrain.method import Dupr
+from dupr_cli.pretrain.parallel import World
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.pretrain import PretrainRecipe
 
 # Relative to the spread of random unit vectors, 1 / sqrt(D). Collapsed embeddings are near 0.
 _COLLAPSED = 0.02
+# Retrieval after a quarter of the run that counts as learning, relative to an untrained network's.
+_LEARNING = 1.2
+# Steps before which no run is expected to have learned anything.
+_SOON = 300
+# Embeddings whose pairwise distances are averaged for uniformity.
+_PAIRED = 512
 
 
-class StopSignals:
-    """SIGINT and SIGTERM set `number`; the loop ends its step, saves and stops.
+@torch.no_grad()
+def diagnostics(
+    model: Dupr, queries: Embeddings, keys: Embeddings, queue: str
+) -> dict[str, Tensor]:
+    """What the embeddings of one kind and level look like, without labels. queue: kind/level.
 
-    A second signal of the same kind acts at once, as without this.
+    positive, negative: mean similarity of queries with their keys and with the queue. spread: mean
+    standard deviation per dimension, relative to random unit vectors: 1 is health, 0 collapse.
+    alignment: mean squared distance of positives; uniformity: log of the mean Gaussian potential of
+    query pairs, about -4 at best (Wang and Isola, arXiv 2005.10242, section 4).
     """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> Self:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        except ValueError:
-            pass  # not the main thread of a Python caller: signals are the caller's
-        return self
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(number, self._before[number])  # type: ignore[arg-type]
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+    kind, level = queue.split("/")
+    q = (queries.image if kind == "image" else queries.patch)[level].detach()  # type: ignore[index]
+    k = (keys.image if kind == "image" else keys.patch)[level]  # type: ignore[index]
+    q, k = q.flatten(0, -2), k.flatten(0, -2)
+    positive = (q * k).sum(1).mean()
+    some = q[:: max(1, len(q) // _PAIRED)][:_PAIRED]
+    return {
+        "positive": positive,
+        "negative": q.mean(0) @ model.queues()[queue].mean(0),
+        "spread": q.std(0).mean() * math.sqrt(q.shape[1]),
+        "alignment": 2 - 2 * positive,
+        "uniformity": torch.pdist(some).square().mul(-2).exp().mean().log(),
+    }
 
 
 class Monitor:
@@ -64,15 +74,26 @@ class Monitor:
         images: int,
         steps: int,
         done: int,
+        world: World,
         reporter: Reporter,
     ) -> None:
-        self._log, self._recipe, self._reporter = MetricsLog(out), recipe, reporter
+        self._out, self._log, self._recipe = out, MetricsLog(out), recipe
+        self._world, self._reporter = world, reporter
         self._images, self._steps = images, steps
-        self._board = SummaryWriter(str(out), purge_step=done + 1 if done else None)
+        self._board = (
+            SummaryWriter(str(out), purge_step=done + 1 if done else None)
+            if world.is_main
+            else None
+        )
         self._sums: dict[str, Tensor] = {}
         self._waited, self._unreadable, self._count, self._timed = 0.0, 0, 0, 0
+        self._bad_in_a_row, self._bad = 0, 0
         self._since = time.perf_counter()
-        self._warned_of_collapse = self._warned_of_images = False
+        self._warned: set[str] = set()
+        probes = (
+            line for line in self._log.read() if any(n.startswith("retrieval/") for n in line)
+        )
+        self._untrained: dict[str, float] = next(probes, {})
         self.status = ""
         self.latest: dict[str, float] = {}
 
@@ -86,56 +107,69 @@ class Monitor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a line is written after `step` (counted from 1)."""
+        return step % self._recipe.train.log_every == 0 or step == self._steps
 
     @torch.no_grad()
     def step(
         self,
         step: int,
-        loss: Tensor,
-        losses: dict[str, Tensor],
-        queries: Embeddings,
-        keys: Embeddings,
-        valid: Tensor,
-        lr: float,
+        values: dict[str, Tensor],
+        embeddings: tuple[Embeddings, Embeddings],
+        model: Dupr,
         batch: Batch,
         waited: float,
+        facts: dict[str, float],
     ) -> None:
-        """Take note of a finished step (counted from 1)."""
-        values = {"loss": loss, "overlap": valid.float().mean()}
-        values |= {f"loss/{name}": value for name, value in losses.items()}
-        for kind, ours, theirs in (
-            ("image", queries.image, keys.image),
-            ("patch", queries.patch, keys.patch),
-        ):
-            for level, q in ours.items():
-                k = theirs[level].flatten(0, -2)
-                q = q.flatten(0, -2)
-                values[f"positive_similarity/{kind}/{level}"] = (q * k).sum(1).mean()
-                # 1 for embeddings spread over the sphere, 0 for collapsed ones.
-                values[f"spread/{kind}/{level}"] = q.std(0).mean() * math.sqrt(q.shape[1])
+        """Take note of a finished step (counted from 1).
+
+        values: sums over the steps of a line, averaged. embeddings: queries and keys of the step's
+        last part. facts: written as they are.
+        """
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._count += 1
         self._timed += 1
         self._waited += waited
         self._unreadable += batch.unreadable
-        if step % self._recipe.train.log_every == 0 or step == self._steps:
-            self._write(step, lr)
+        if self.is_due(step):
+            found = {
+                f"{name}/{queue}": value
+                for queue in model.queues()
+                for name, value in diagnostics(model, *embeddings, queue).items()
+            }
+            self._write(step, found, self._queue_facts(model) | facts)
 
-    def _write(self, step: int, lr: float) -> None:
+    def _queue_facts(self, model: Dupr) -> dict[str, float]:
+        facts = {}
+        for kind, queues in (("image", model.image_queues), ("patch", model.patch_queues)):
+            for level in queues:
+                queue = queues[level]
+                facts[f"queue_fill/{kind}/{level}"] = queue.fill()
+                # The loss of a network that cannot tell the positive from any key in the queue.
+                facts[f"reference/{kind}/{level}"] = math.log(1 + len(queue.keys))
+        return facts
+
+    def _write(self, step: int, found: dict[str, Tensor], facts: dict[str, float]) -> None:
         elapsed = time.perf_counter() - self._since
         batch_size = self._recipe.data.batch_size
+        names = [*self._sums, *found, "data_wait", "unreadable"]
+        own = [float(value) / self._count for value in self._sums.values()]
+        own += [*map(float, found.values()), self._waited / elapsed, float(self._unreadable)]
+        mean = self._world.sum(torch.tensor(own, dtype=torch.float64)) / self._world.size
         line: dict[str, float] = {"step": step, "epoch": step * batch_size / self._images}
-        line |= {name: float(value) / self._count for name, value in self._sums.items()}
+        line |= dict(zip(names, mean.tolist(), strict=True))
         line |= {
-            "lr": lr,
+            **facts,
+            "unreadable": line["unreadable"] * self._world.size,
+            "bad_steps": float(self._bad),
             "images_per_second": self._timed * batch_size / elapsed,
-            "data_wait": self._waited / elapsed,
-            "unreadable": float(self._unreadable),
+            **_memory(self._world.device),
         }
-        if not math.isfinite(line["loss"]):
-            self._fail(step)
         self._record(line)
         method = self._recipe.method
         parts = [
@@ -144,7 +178,7 @@ class Monitor:
             if any(weights.values())
         ]
         self.status = (
-            f"loss {line['loss']:.2f} ({' + '.join(parts)})  lr {lr:.2g}  "
+            f"loss {line['loss']:.2f} ({' + '.join(parts)})  lr {line['lr']:.2g}  "
             f"{line['images_per_second']:.0f} images/s"
         )
         self._look_for_trouble(line)
@@ -155,6 +189,10 @@ class Monitor:
         self._waited, self._timed, self._since = 0.0, 0, time.perf_counter()
 
     def _record(self, line: dict[str, float]) -> None:
+        if self._board is None:
+            return
+        # JSON has no word for what is not a number.
+        line = {name: value for name, value in line.items() if math.isfinite(value)}
         step = int(line["step"])
         self._log.append(line)
         for name, value in line.items():
@@ -171,31 +209,78 @@ class Monitor:
         levels = [name for name in retrieval if name.startswith("retrieval/")]
         text = ", ".join(f"{name.split('/')[1]} {100 * retrieval[name]:.1f}%" for name in levels)
         self._reporter.info(f"step {step}: held-out patch retrieval {text}")
+        if not self._untrained:
+            self._untrained = retrieval
+        elif step >= max(_SOON, self._steps / 4) and all(
+            retrieval[name] < _LEARNING * self._untrained.get(name, 0) for name in levels
+        ):
+            self._warn(
+                "stall",
+                f"step {step}: patch retrieval is no better than the untrained network's. Look at "
+                f"the loss parts in metrics.jsonl; try another optimizer.lr, a shorter "
+                f"method.queue_length, or a method.momentum that follows faster in so few steps.",
+            )
 
-    def require_finite(self, loss: Tensor, step: int) -> None:
-        """Raises RunError before a checkpoint of a run that has blown up is written."""
-        if not bool(torch.isfinite(loss)):
-            self._fail(step)
+    def bad_step(self, step: int, batch: Batch, shards: ShardSet) -> None:
+        """Take note of a step that was skipped because its loss or gradient was not finite.
 
-    def _fail(self, step: int) -> None:
-        raise RunError(
-            f"the loss is not finite at step {step}. Lower optimizer.lr, lengthen "
-            f"optimizer.warmup_steps, or use train.precision: float32. Checkpoints written before "
-            f"are kept."
+        Raises RunError after train.max_bad_steps of them in a row, the keys of the last batch's
+        samples written beside the run.
+        """
+        self._bad += 1
+        self._bad_in_a_row += 1
+        self._warn(
+            "finite",
+            f"step {step}: the loss or its gradient is not finite; the step is skipped "
+            f"(metrics.jsonl counts them as `bad_steps`).",
         )
+        if self._bad_in_a_row < self._recipe.train.max_bad_steps:
+            return
+        numbers = self._world.gather(batch.numbers).tolist()
+        file = self._out / f"not-finite-step-{step:08d}.json"
+        if self._world.is_main:
+            places = [shards.place(number) for number in numbers]
+            samples = [
+                {"shard": shards.shards[shard].name, "key": shards.index(shard).keys[position]}
+                for shard, position in places
+            ]
+            write_json(file, {"step": step, "samples": samples})
+        raise RunError(
+            f"the loss or its gradient was not finite in {self._bad_in_a_row} steps in a row, up "
+            f"to step {step}. Lower optimizer.lr, lengthen optimizer.warmup_steps, or use "
+            f"train.precision: float32. The samples of the last batch are listed in {file}; "
+            f"checkpoints written before are kept."
+        )
+
+    def good_step(self) -> None:
+        """Take note of a step that was made."""
+        self._bad_in_a_row = 0
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned and self._world.is_main:
+            self._warned.add(what)
+            self._reporter.warning(message)
 
     def _look_for_trouble(self, line: dict[str, float]) -> None:
         flat = [n for n, v in line.items() if n.startswith("spread/") and v < _COLLAPSED]
-        if flat and not self._warned_of_collapse:
-            self._warned_of_collapse = True
-            self._reporter.warning(
+        if flat:
+            self._warn(
+                "collapse",
                 f"step {line['step']:.0f}: the embeddings collapse ({flat[0]} is "
                 f"{line[flat[0]]:.3f}, healthy is near 1): nothing is learned any more. Try a "
-                f"smaller optimizer.lr or a method.momentum nearer to 1."
+                f"smaller optimizer.lr or a method.momentum nearer to 1.",
             )
-        if self._unreadable and not self._warned_of_images:
-            self._warned_of_images = True
-            self._reporter.warning(
+        if line["unreadable"]:
+            self._warn(
+                "images",
                 f"step {line['step']:.0f}: images that cannot be decoded are replaced by others "
-                f"(metrics.jsonl counts them as `unreadable`); `dupr prepare` leaves them out."
+                f"(metrics.jsonl counts them as `unreadable`); `dupr prepare` leaves them out.",
             )
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process in GiB: resident, and on its GPU."""
+    facts = {"memory/process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if device.type == "cuda":
+        facts["memory/gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return facts

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.pretrain.augmentation import FLIP, augment
 from dupr_cli.pretrain.data import Batch
-from dupr_cli.pretrain.encoders import group_batch_norms
+from dupr_cli.pretrain.encoders import ungroup_batch_norms
 from dupr_cli.pretrain.geometry import pool_patches, shared_region_boxes
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, Level
 from dupr_cli.recipe.pretrain import MethodSection
@@ -46,7 +45,7 @@ def top1_retrieval(queries: Tensor, pool: Tensor) -> float:
 
 @torch.no_grad()
 def patch_retrieval(
-    backbone: ResNetBackbone,
+    backbone: nn.Module,
     batches: Sequence[Batch],
     method: MethodSection,
     device: torch.device,
@@ -58,7 +57,7 @@ def patch_retrieval(
     if not batches:
         return {}
     network = copy.deepcopy(backbone)
-    group_batch_norms(network, 1)  # whole batches: statistics to evaluate with
+    ungroup_batch_norms(network)  # whole batches: statistics to evaluate with
     _measure_batch_norm(network, batches, method, device)
     levels = retrieval_levels(method)
     patches: dict[Level, tuple[list[Tensor], list[Tensor]]] = {v: ([], []) for v in levels}

@@ -1,18 +1,18 @@
-"""The training loop of DUPR, from top to bottom as docs/method.md tells it.
+"""The training loop, from top to bottom as docs/method.md tells it.
 
-`pretrain` prepares everything, then repeats: take a batch of view pairs, augment them, find the
-shared region, embed the queries, update the key encoder by momentum and embed the keys, contrast
-image and patch embeddings with their queues at every level, step, push the keys. Everything random
-in step n follows from the seed and n, so a run continued from a checkpoint repeats the steps that
-an uninterrupted run would have made.
+`train` prepares everything, then repeats: take a batch of view pairs and find their shared regions,
+update the key encoder by momentum and embed the keys, embed the queries and contrast image and
+patch embeddings with their queues at every level, step, push the keys. Everything random in step n
+follows from the seed and n, so a run continued from a checkpoint repeats the steps that an
+uninterrupted run would have made. The batch may be spread over processes and cut into parts: its
+losses, queues and batch-norm groups stay those of the whole.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,141 +20,114 @@ from torch import Tensor, nn
 
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
-from dupr_cli.errors import InterruptedRunError
-from dupr_cli.pretrain.augmentation import FLIP, augment
-from dupr_cli.pretrain.checkpoint import continue_run, save_run
+from dupr_cli.backbones import as_backbone
+from dupr_cli.pretrain.checkpoint import Trained, continue_run, save_run
 from dupr_cli.pretrain.data import Batch, BatchOrder, probe_batches, training_batches
-from dupr_cli.pretrain.encoders import Embeddings, Encoder, KeyQueues, momentum_update
-from dupr_cli.pretrain.geometry import shared_region_boxes
-from dupr_cli.pretrain.losses import info_nce, masked_mean
-from dupr_cli.pretrain.monitor import Monitor, StopSignals
+from dupr_cli.pretrain.encoders import (
+    Embeddings,
+    commit_statistics,
+    drop_statistics,
+    group_batch_norms,
+    join,
+    momentum_update,
+)
+from dupr_cli.pretrain.method import Dupr, method_class
+from dupr_cli.pretrain.monitor import Monitor
+from dupr_cli.pretrain.parallel import World
 from dupr_cli.pretrain.probe import patch_retrieval
+from dupr_cli.pretrain.stopping import Limits, Stop, stopped
+from dupr_cli.pretrain.views import View, make_views
 from dupr_cli.progress import Reporter
-from dupr_cli.recipe.pretrain import MethodSection, OptimizerSection, PretrainRecipe
+from dupr_cli.recipe.pretrain import OptimizerSection, PretrainRecipe
 
 
-class Dupr(nn.Module):
-    """Everything that a checkpoint must hold: both encoders and all queues."""
-
-    def __init__(self, recipe: PretrainRecipe) -> None:
-        super().__init__()
-        method, generator = recipe.method, torch.Generator().manual_seed(recipe.seed)
-        self.query, self.key = Encoder(recipe), Encoder(recipe)
-        self.key.load_state_dict(self.query.state_dict())
-        self.key.requires_grad_(False)
-        shape = method.queue_length, method.embedding_dim
-        self.image_queues = KeyQueues(self.query.image_levels, *shape, generator)
-        self.patch_queues = KeyQueues(self.query.patch_levels, *shape, generator)
-
-
-@dataclass(frozen=True)
-class Views:
-    """One of the two views of a batch, ready for an encoder.
-
-    images: (N, 3, S, S) normalised. boxes: (N, 4) shared region in view pixels. flips: (N,) bool.
-    """
-
-    images: Tensor
-    boxes: Tensor
-    flips: Tensor
-
-    def select(self, rows: Tensor) -> Views:
-        return Views(self.images[rows], self.boxes[rows], self.flips[rows])
-
-
-def make_views(
-    batch: Batch, method: MethodSection, device: torch.device, memory_format: torch.memory_format
-) -> tuple[Views, Views, Tensor]:
-    """Augmented query and key views of a batch, and valid (N,) bool: enough is shared for patches.
-
-    Source: docs/method.md, "Views" and "Shared region".
-    """
-    flips = batch.parameters[..., FLIP].bool()
-    boxes, valid = shared_region_boxes(
-        batch.crops, flips, method.views.size, method.views.min_overlap
-    )
-    flips, boxes, valid = (t.to(device, non_blocking=True) for t in (flips, boxes, valid))
-    pixels = batch.views.to(device, non_blocking=True)
-    first, second = (
-        Views(
-            augment(pixels[:, i], batch.parameters[:, i], method.augmentation).contiguous(
-                memory_format=memory_format
-            ),
-            boxes[:, i],
-            flips[:, i],
-        )
-        for i in range(2)
-    )
-    return first, second, valid
+def make_model(recipe: PretrainRecipe, world: World) -> Dupr:
+    """The method's model on its device, its batch norms in this process's share of the groups."""
+    train, norm = recipe.train, recipe.method.batch_norm
+    torch.manual_seed(recipe.seed)
+    model = method_class(recipe)(recipe)
+    groups = 1 if norm.sync else norm.groups // (world.size * train.accumulate)
+    group_batch_norms(model, groups, norm.sync)
+    model = model.to(world.device)
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    as_backbone(model.query.backbone).recompute = train.activation_checkpointing
+    if train.compile:
+        model.query.backbone.compile()
+        model.key.backbone.compile()
+    return model
 
 
 @torch.no_grad()
-def embed_keys(key: Encoder, views: Views, permute: bool, generator: torch.Generator) -> Embeddings:
-    """Key embeddings, in the order of the queries.
+def average_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
+    """Mean of the gradients over processes, in place.
 
-    Keys go through the encoder in a random order, so that the group whose batch statistics a key
-    shares says nothing about its query.
+    One sum over one buffer of fixed layout after the backward pass, rather than
+    DistributedDataParallel: its buckets are laid out anew after the first step, so that sums of
+    three or more processes would round differently in a continued run.
+    """
+    if world.size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    mean = world.sum(torch.cat([g.flatten() for g in gradients])) / world.size
+    slices = torch.split(mean, [g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(slices, gradients, strict=True)])
+
+
+def parts(rows: int, count: int) -> list[slice]:
+    """`count` equal slices of `rows` rows."""
+    size = rows // count
+    return [slice(first, first + size) for first in range(0, rows, size)]
+
+
+@torch.no_grad()
+def embed_keys(
+    key: nn.Module, view: View, recipe: PretrainRecipe, world: World, generator: torch.Generator
+) -> Embeddings:
+    """Key embeddings of this process's images, in the order of the queries.
+
+    Keys go through the encoder in a random order of the global batch, so that the group whose batch
+    statistics a key shares says nothing about its query; then vectors and patches come back.
     Source: docs/method.md, "Batch norm"; MoCo (arXiv 1911.05722), section 3.3.
     """
-    if not permute:
-        embeddings: Embeddings = key(views.images, views.boxes, views.flips)
-        return embeddings
-    order = torch.randperm(len(views.images), generator=generator).to(views.images.device)
-    shuffled = views.select(order)
-    embeddings = key(shuffled.images, shuffled.boxes, shuffled.flips)
-    return embeddings.select(order.argsort())
+    rows = len(view.pixels)
+    order = torch.arange(rows * world.size)
+    if recipe.method.batch_norm.permute_keys:
+        order = torch.randperm(rows * world.size, generator=generator)
+    shuffled = view.exchange(order, world)
+    embedded = []
+    for part in parts(rows, recipe.train.accumulate):
+        images = shuffled.part(part).for_encoder(recipe.method, memory_format(recipe))
+        with autocast(recipe, world):
+            embedded.append(key(*images))
+    back = order.argsort()
+    return join(embedded).map(lambda values: world.exchange(values, back))
 
 
-def reid_losses(
-    model: Dupr, queries: Embeddings, keys: Embeddings, valid: Tensor, method: MethodSection
-) -> dict[str, Tensor]:
-    """The image loss and the patch loss of each level, not yet weighted.
-
-    valid: (N,) bool, images that take part in the patch loss.
-    Source: docs/method.md, "Losses".
-    """
-    losses = {}
-    for level, q in queries.image.items():
-        negatives = model.image_queues[level].keys
-        losses[f"image/{level}"] = info_nce(
-            q, keys.image[level], negatives, method.image.temperature
-        ).mean()
-    for level, q in queries.patch.items():
-        negatives = model.patch_queues[level].keys
-        per_patch = info_nce(
-            q.flatten(0, 1),
-            keys.patch[level].flatten(0, 1),
-            negatives,
-            method.patch.temperature,
-        )
-        losses[f"patch/{level}"] = masked_mean(per_patch.view(q.shape[:2]), valid)
-    return losses
+def memory_format(recipe: PretrainRecipe) -> torch.memory_format:
+    return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
 
-def total_loss(losses: dict[str, Tensor], method: MethodSection) -> Tensor:
-    """Sum over levels of alpha * image loss + beta * patch loss."""
-    weights = {f"image/{level}": alpha for level, alpha in method.image.weights.items()}
-    weights |= {f"patch/{level}": beta for level, beta in method.patch.weights.items()}
-    total = torch.zeros((), device=next(iter(losses.values())).device)
-    for name, loss in losses.items():
-        total = total + weights[name] * loss
-    return total
+def autocast(recipe: PretrainRecipe, world: World) -> torch.autocast:
+    precision = getattr(torch, recipe.train.precision)
+    return torch.autocast(world.device.type, precision, enabled=precision != torch.float32)
 
 
 @torch.no_grad()
-def push_keys(model: Dupr, keys: Embeddings, per_image: int, generator: torch.Generator) -> None:
-    """Feed the queues: every image key, and `per_image` random patch keys of each image.
+def push_keys(
+    model: Dupr, keys: Sequence[Embeddings], world: World, generator: torch.Generator
+) -> None:
+    """Feed the queues with the chosen keys of all processes, in the order of the global batch.
 
-    Source: docs/method.md, "Queues".
+    keys: of one or both views. Source: docs/method.md, "Queues".
     """
-    for level, values in keys.image.items():
-        model.image_queues[level].push(values)
-    for level, values in keys.patch.items():
-        images, patches, _ = values.shape
-        scores = torch.rand(images, patches, generator=generator)
-        chosen = scores.topk(per_image, dim=1).indices.to(values.device)
-        rows = torch.arange(images, device=values.device)[:, None]
-        model.patch_queues[level].push(values[rows, chosen].flatten(0, 1))
+    patches = max((v.shape[1] for e in keys for v in e.patch.values()), default=1)
+    for embeddings in keys:
+        rows = len(next(iter((embeddings.image | embeddings.patch).values())))
+        scores = torch.rand(rows * world.size, patches, generator=generator)
+        own = scores[world.rank * rows : (world.rank + 1) * rows]
+        chosen = model.queue_keys(embeddings, own)
+        model.push({name: world.gather(values) for name, values in chosen.items()})
 
 
 def learning_rate(optimizer: OptimizerSection, step: int, steps: int) -> float:
@@ -168,7 +141,7 @@ def learning_rate(optimizer: OptimizerSection, step: int, steps: int) -> float:
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random stream of one step: key order and patch choice."""
+    """The random stream of one step, the same in all processes: key order and patch choice."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
@@ -189,37 +162,45 @@ def count_steps(recipe: PretrainRecipe, images: int) -> int:
 
 
 def train(
-    recipe: PretrainRecipe, shards: ShardSet, out: Path, device: torch.device, reporter: Reporter
+    recipe: PretrainRecipe,
+    shards: ShardSet,
+    out: Path,
+    world: World,
+    reporter: Reporter,
+    limits: Limits | None = None,
 ) -> dict[str, float]:
     """Run or continue a run in `out`; returns the last metrics.
 
-    Raises RunError when a loss is not finite, InterruptedRunError after a signal, each at a point
-    from which the same call continues.
+    Raises RunError when too many steps in a row are not finite, StoppedRunError when it is told to
+    stop before the end; the same call continues.
     """
-    method, precision = recipe.method, getattr(torch, recipe.train.precision)
-    memory_format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    torch.manual_seed(recipe.seed)
-    model = Dupr(recipe).to(device)
-    model = model.to(memory_format=memory_format)
+    method, limits, device = recipe.method, limits or Limits(), world.device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.train.tf32
+    model = make_model(recipe, world)
+    parameters = [p for p in model.query.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
-        model.query.parameters(),
+        parameters,
         lr=recipe.optimizer.lr,
         momentum=recipe.optimizer.momentum,
         weight_decay=recipe.optimizer.weight_decay,
     )
-    done = continue_run(out, model, optimizer, reporter)
+    half = recipe.train.precision == "float16"
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    trained = Trained(model, optimizer, scaler)
+    done = continue_run(out, trained, world, reporter)
     steps = count_steps(recipe, BatchOrder(shards, recipe).images)
     if done >= steps:
         reporter.info(f"{out} is complete: {done} steps")
         return MetricsLog(out).latest()
-    loader, order = training_batches(shards, recipe, done, pin_memory=device.type == "cuda")
-    held_out = probe_batches(shards, recipe)
-    monitor = Monitor(out, recipe, order.images, steps, done, reporter)
+    loader, order = training_batches(shards, recipe, done, world)
+    held_out = probe_batches(shards, recipe) if world.is_main else []
+    monitor = Monitor(out, recipe, order.images, steps, done, world, reporter)
     if done == 0:
         monitor.probe(0, patch_retrieval(model.query.backbone, held_out, method, device))
+    directions = ((0, 1), (1, 0)) if method.symmetric else ((0, 1),)
 
     with (
-        StopSignals() as stop,
+        Stop(limits, launched=world.size > 1) as stop,
         monitor,
         reporter.task("pretrain", steps, "steps", done) as progress,
     ):
@@ -227,35 +208,63 @@ def train(
         for step in range(done, steps):
             batch, waited = next(batches)
             generator = step_generator(recipe.seed, step)
+            torch.manual_seed(recipe.seed + step * world.size + world.rank)  # a backbone's own
             lr = learning_rate(recipe.optimizer, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            views, valid = make_views(batch, method, device)
+            valid_images = max(1.0, float(world.sum(valid.sum()))) / world.size
 
-            query_views, key_views, valid = make_views(batch, method, device, memory_format)
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                queries = model.query(query_views.images, query_views.boxes, query_views.flips)
-                momentum_update(model.key, model.query, method.momentum)
-                keys = embed_keys(model.key, key_views, method.batch_norm.permute_keys, generator)
-            losses = reid_losses(model, queries, keys, valid, method)
-            loss = total_loss(losses, method)
+            momentum_update(model.key, model.query, method.momentum)
+            keys = [
+                embed_keys(model.key, views[k], recipe, world, generator) for _, k in directions
+            ]
+
+            losses: dict[str, Tensor] = {}
+            for part in parts(len(valid), recipe.train.accumulate):
+                loss = torch.zeros((), device=device)
+                for (q, _), of_view in zip(directions, keys, strict=True):
+                    images = views[q].part(part).for_encoder(method, memory_format(recipe))
+                    with autocast(recipe, world):
+                        queries = model.query(*images)
+                    answers = of_view.part(part)
+                    found = model.losses(queries, answers, valid[part], len(valid), valid_images)
+                    loss = loss + model.weighted(found) / len(directions)
+                    for name, value in found.items():
+                        losses[name] = losses.get(name, 0) + value.detach() / len(directions)
+                torch.autograd.backward(scaler.scale(loss))
+            average_gradients(parameters, world)
+            total = model.weighted(losses)
+            scaler.unscale_(optimizer)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+            # float16 gradients may overflow: the scaler skips such a step by itself.
+            finite = torch.isfinite(total) & (half | torch.isfinite(gradient_norm))
+            flags = world.max(torch.tensor([float(not finite), float(stop.code)])).tolist()
+            if flags[0]:
+                drop_statistics([model])
+                monitor.bad_step(step + 1, batch, shards)
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+                commit_statistics([model], world)
+                push_keys(model, keys, world, generator)
+                monitor.good_step()
+                values = {"loss": total, "gradient_norm": gradient_norm}
+                values |= {f"loss/{name}": value for name, value in losses.items()}
+                values["overlap"] = valid.float().mean()
+                monitor.step(step + 1, values, (queries, answers), model, batch, waited, {"lr": lr})
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
-            push_keys(model, keys, method.patch_keys_per_image, generator)
 
-            monitor.step(step + 1, loss, losses, queries, keys, valid, lr, batch, waited)
             progress.advance(1, monitor.status)
-            last, stopped = step + 1 == steps, stop.number
-            if last or stopped is not None or (step + 1) % recipe.train.checkpoint_every == 0:
-                monitor.require_finite(loss, step + 1)
-                save_run(out, model, optimizer, recipe, step + 1)
+            last, code = step + 1 == steps, int(flags[1])
+            stopping = not last and (code or stop.steps_are_done(step + 1 - done))
+            if last or stopping or (step + 1) % recipe.train.checkpoint_every == 0:
+                save_run(out, trained, recipe, step + 1, world)
             if last or (step + 1) % recipe.train.probe_every == 0:
                 retrieval = patch_retrieval(model.query.backbone, held_out, method, device)
                 monitor.probe(step + 1, retrieval)
-            if stopped is not None and not last:
-                raise InterruptedRunError(
-                    f"stopped by a signal; step {step + 1} is saved in {out}. "
-                    f"The same command continues from there.",
-                    stopped,
-                )
+            if stopping:
+                raise stopped(code, limits, f"step {step + 1} of {steps} is saved in {out}")
     return monitor.latest

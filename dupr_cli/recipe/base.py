@@ -13,7 +13,11 @@ LEVELS: tuple[Level, ...] = ("res2", "res3", "res4", "res5")
 # Cells of a ResNet feature map are this many image pixels apart.
 LEVEL_STRIDES: dict[Level, int] = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
-Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"
+]
+# Before a network's name: any that timm can cut into levels, for pre-training.
+TIMM = "timm:"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -5,14 +5,17 @@ The defaults are the paper-scale values; docs/method.md tells where each comes f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from difflib import get_close_matches
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
+from dupr_cli.plugins import METHODS, plugin_names
 from dupr_cli.recipe.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LEVEL_STRIDES,
+    TIMM,
     Backbone,
     Fraction,
     Level,
@@ -28,8 +31,19 @@ Head = Literal["mlp", "linear"]
 
 
 class ModelSection(Section):
-    backbone: Backbone = "resnet50"
-    """torchvision ResNet, randomly initialised, stride in the 3x3 convolution."""
+    backbone: str = "resnet50"
+    """torchvision's resnet18, resnet34, resnet50, resnet101, resnext50_32x4d or wide_resnet50_2,
+    or timm:NAME for a network that timm can cut into levels (needs the extra `timm`). Randomly
+    initialised."""
+
+    @model_validator(mode="after")
+    def _known(self) -> ModelSection:
+        names = get_args(Backbone)
+        if not self.backbone.startswith(TIMM) and self.backbone not in names:
+            near = get_close_matches(self.backbone, names, 1)
+            hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(names)} or timm:NAME"
+            reject("backbone", f"{self.backbone}, which is no backbone. {hint}")
+        return self
 
 
 class ViewsSection(Section):
@@ -104,17 +118,32 @@ class PatchReidSection(Section):
 
 class BatchNormSection(Section):
     groups: Positive = 8
-    """The batch is normalised in this many groups, as if on that many devices."""
+    """The global batch is normalised in this many groups, as if on that many devices; on several
+    devices each takes its share of the groups."""
+    sync: bool = False
+    """Statistics of the whole global batch (synchronised batch norm); groups must be 1."""
     permute_keys: bool = True
-    """Shuffle the key batch, so that a key's group says nothing about its query's."""
+    """Shuffle the key batch, over all devices, so that a key's group says nothing about its
+    query's."""
+
+    @model_validator(mode="after")
+    def _one_group_when_synchronised(self) -> BatchNormSection:
+        if self.sync and self.groups != 1:
+            reject("groups", f"{self.groups}, but method.batch_norm.sync makes one group; use 1")
+        return self
 
 
 class MethodSection(Section):
-    name: Literal["dupr"] = "dupr"
+    name: str = "dupr"
+    """dupr, densecl, or a method that another package provides (docs/plugins.md)."""
+    options: dict[str, JsonValue] = {}
+    """Keys of such a method's own."""
     views: ViewsSection = ViewsSection()
     augmentation: AugmentationSection = AugmentationSection()
     image: ImageReidSection = ImageReidSection()
     patch: PatchReidSection = PatchReidSection()
+    symmetric: bool = False
+    """Both views ask and answer: the mean of both directions' losses, both views' keys queued."""
     embedding_dim: Positive = 128
     momentum: Fraction = 0.999
     """The key encoder is momentum * key + (1 - momentum) * query after each step."""
@@ -123,6 +152,15 @@ class MethodSection(Section):
     patch_keys_per_image: Positive = 1
     """Patches of each key image, drawn at random, that enter a level's patch queue per step."""
     batch_norm: BatchNormSection = BatchNormSection()
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodSection:
+        names = plugin_names(METHODS)
+        if self.name not in names:
+            near = get_close_matches(self.name, names, 1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}"
+            reject("name", f"{self.name}, which is no method. {hint}")
+        return self
 
 
 class OptimizerSection(Section):
@@ -153,9 +191,22 @@ class TrainSection(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: Positive | None = None
     """Length of the run: give epochs or steps, not both."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the encoders' forward pass (autocast); losses are always float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the encoders' forward pass and of products with the queues (autocast; float16 with a loss
+    scaler). Weights, sums and losses are always float32."""
+    tf32: bool = False
+    """Let NVIDIA GPUs round the factors of float32 products to 10 bits."""
     channels_last: bool = True
+    compile: bool = False
+    """Compile the backbones with torch.compile: minutes at the start, faster steps."""
+    activation_checkpointing: bool = False
+    """Compute the stages of the query encoder anew in the backward pass: less memory, about a
+    third more time."""
+    accumulate: Positive = 1
+    """Parts in which each device takes its share of the batch, gradients summed: memory of a
+    smaller batch. Losses, queues and the groups of batch norm stay those of the whole batch."""
+    max_bad_steps: Positive = 10
+    """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
     log_every: Positive = 20
     """Steps between lines of metrics.jsonl."""
     probe_every: Positive = 2000
@@ -164,6 +215,8 @@ class TrainSection(Section):
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: Positive = 3
     """Newest checkpoints kept."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that are a multiple of this are kept for good."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -216,21 +269,31 @@ class PretrainRecipe(Section):
     @model_validator(mode="after")
     def _batch_fits(self) -> PretrainRecipe:
         batch, method = self.data.batch_size, self.method
-        for keys, what in (
-            (batch, "data.batch_size"),
-            (batch * method.patch_keys_per_image, "data.batch_size x method.patch_keys_per_image"),
-        ):
-            if method.queue_length % keys:
-                nearest = max(keys, method.queue_length // keys * keys)
-                reject(
-                    "method.queue_length",
-                    f"{method.queue_length}, which is not a multiple of the {keys} keys that "
-                    f"enter in one step ({what}); use {nearest}, for example",
-                )
+        directions = 2 if method.symmetric else 1
+        keys = batch * method.patch_keys_per_image * directions
+        if keys > method.queue_length:
+            reject(
+                "method.queue_length",
+                f"{method.queue_length}, less than the {keys} keys that enter in one step "
+                f"(data.batch_size x method.patch_keys_per_image"
+                f"{' x 2 directions' if method.symmetric else ''}); use at least {keys}",
+            )
         if batch % method.batch_norm.groups:
             reject(
                 "method.batch_norm.groups",
                 f"{method.batch_norm.groups}, which does not divide data.batch_size = {batch}",
+            )
+        if batch % self.train.accumulate:
+            reject(
+                "train.accumulate",
+                f"{self.train.accumulate}, which does not divide data.batch_size = {batch}",
+            )
+        if not method.batch_norm.sync and method.batch_norm.groups % self.train.accumulate:
+            reject(
+                "train.accumulate",
+                f"{self.train.accumulate}, but the batch is normalised in "
+                f"{method.batch_norm.groups} groups (method.batch_norm.groups), which no part of "
+                f"it may cut; use a divisor of {method.batch_norm.groups}",
             )
         if batch // method.batch_norm.groups < 2:
             reject(

@@ -19,6 +19,7 @@ from dupr_cli import prepare
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.pretrain.augmentation import augment
 from dupr_cli.pretrain.data import training_batches
+from dupr_cli.pretrain.parallel import World
 from dupr_cli.recipe import PrepareRecipe, PretrainRecipe, load_recipe
 from tests.conftest import noise_image
 
@@ -59,7 +60,8 @@ def test_view_pairs_per_second_of_one_loader_process() -> None:
             "dupr-r50-in1k-200ep",
             ["data.batch_size=32", "data.workers=0", "method.queue_length=4096"],
         )
-        loader, _ = training_batches(open_shards(str(root / "s")), recipe, 0, pin_memory=False)
+        alone = World(torch.device("cpu"))
+        loader, _ = training_batches(open_shards(str(root / "s")), recipe, 0, alone)
         batches = list(islice(loader, 1))
         start = time.perf_counter()
         batches = list(islice(loader, 6))

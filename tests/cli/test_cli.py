@@ -322,7 +322,7 @@ def group_exists(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_stopped_pretraining_continues_to_the_same_weights(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -343,8 +343,8 @@ def test_stopped_pretraining_continues_to_the_same_weights(
     saved = max(int(p.name.removeprefix("step-")) for p in list_checkpoints(cut))
     assert saved < 30, "it finished before it was stopped"
     if number != signal.SIGKILL:
-        assert process.returncode == 128 + number
-        assert f"step {saved} is saved" in errors
+        assert process.returncode == (130 if number == signal.SIGINT else 75)
+        assert f"step {saved} of 30 is saved" in errors
     subprocess.run(pretrain_command(shards, cut, *options), env=ENVIRONMENT, check=True)
     ends = [run / "latest" / "model.safetensors" for run in (tmp_path / "whole", cut)]
     from safetensors.torch import load_file

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from dupr_cli.artifacts.shards import Sample, open_shards, write_shard
 from dupr_cli.errors import RunError
 from dupr_cli.pretrain.data import BatchOrder, epoch_order, held_out, training_batches
+from dupr_cli.pretrain.parallel import World
 from dupr_cli.recipe import PretrainRecipe
 from tests.conftest import encode, noise_image
 
 Load = Callable[..., PretrainRecipe]
+ALONE = World(torch.device("cpu"))
 
 
 @given(
@@ -86,7 +88,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(
     shards = open_shards(str(tiny_shards))
     found = []
     for workers in (0, 1, 3):
-        loader, _ = training_batches(shards, tiny_recipe(f"data.workers={workers}"), 2, False)
+        loader, _ = training_batches(shards, tiny_recipe(f"data.workers={workers}"), 2, ALONE)
         found.append(list(islice(loader, 3)))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
@@ -105,7 +107,7 @@ def test_undecodable_images_are_replaced_and_counted(tmp_path: Path, tiny_recipe
     good = [encode(noise_image(i)) for i in range(20)]
     images = [data[:200] if i % 5 == 0 else data for i, data in enumerate(good)]
     shards = open_shards(shards_with(tmp_path, images))
-    loader, order = training_batches(shards, tiny_recipe("data.holdout=0"), 0, False)
+    loader, order = training_batches(shards, tiny_recipe("data.holdout=0"), 0, ALONE)
     batches = list(islice(loader, 5))  # two epochs of 20
     assert order.images == 20
     assert sum(batch.unreadable for batch in batches) == 8
@@ -113,7 +115,7 @@ def test_undecodable_images_are_replaced_and_counted(tmp_path: Path, tiny_recipe
 
 def test_too_many_undecodable_images_end_with_the_key(tmp_path: Path, tiny_recipe: Load) -> None:
     shards = open_shards(shards_with(tmp_path, [b"no image"] * 40))
-    loader, _ = training_batches(shards, tiny_recipe("data.holdout=0"), 0, False)
+    loader, _ = training_batches(shards, tiny_recipe("data.holdout=0"), 0, ALONE)
     with pytest.raises(RunError, match=r"20 images in a row .* the first is k\d+"):
         next(iter(loader))
 

@@ -10,29 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dupr_cli.backbones import ResNetBackbone
+from dupr_cli.pretrain.augmentation import ORDER, PARAMETERS
 from dupr_cli.pretrain.encoders import (
     Embeddings,
     Encoder,
     GroupedBatchNorm2d,
     KeyQueue,
+    commit_statistics,
+    drop_statistics,
     group_batch_norms,
     momentum_update,
+    ungroup_batch_norms,
 )
+from dupr_cli.pretrain.method import Dupr
+from dupr_cli.pretrain.parallel import World
 from dupr_cli.pretrain.probe import top1_retrieval
-from dupr_cli.pretrain.trainer import (
-    Dupr,
-    Views,
-    embed_keys,
-    learning_rate,
-    push_keys,
-    reid_losses,
-    step_generator,
-    total_loss,
-)
+from dupr_cli.pretrain.trainer import embed_keys, learning_rate, push_keys, step_generator
+from dupr_cli.pretrain.views import View
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.pretrain import OptimizerSection
 
 Load = Callable[..., PretrainRecipe]
+ALONE = World(torch.device("cpu"))
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -49,9 +48,18 @@ def test_queue_is_first_in_first_out() -> None:
     assert torch.equal(queue.keys, torch.cat([first, start[2:]]))
     queue.push(second)
     queue.push(third)
+    assert queue.fill() == 1
     fourth = unit(2, 4, seed=4)
     queue.push(fourth)
     assert torch.equal(queue.keys, torch.cat([fourth, second, third]))
+
+
+def test_queue_goes_round_where_the_batch_does_not_divide_its_length() -> None:
+    queue = KeyQueue(5, 3, torch.Generator().manual_seed(0))
+    keys = unit(9, 3, seed=1)
+    for first in range(0, 9, 3):
+        queue.push(keys[first : first + 3])
+    assert torch.equal(queue.keys, keys[[5, 6, 7, 8, 4]])
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -67,6 +75,8 @@ def test_grouped_batch_norm_is_plain_batch_norm_on_each_group(
     norm = grouped[0]
     assert isinstance(norm, GroupedBatchNorm2d)
     assert norm.running_mean is not None
+    assert torch.equal(norm.running_mean, torch.zeros(5))  # until the step is committed
+    commit_statistics([grouped], ALONE)
     means = [p.running_mean for p in plain if p.running_mean is not None]
     assert torch.allclose(norm.running_mean, torch.stack(means).mean(0), atol=1e-6)
     assert not torch.allclose(grouped(x), nn.BatchNorm2d(5)(x), atol=1e-3)
@@ -80,40 +90,83 @@ def test_grouped_batch_norm_is_plain_in_evaluation() -> None:
     expected = norm(x)
     group_batch_norms(norm, 4)
     assert torch.equal(norm(x), expected)
+    ungroup_batch_norms(norm)
+    assert type(norm) is nn.BatchNorm2d
 
 
-def test_a_keys_group_says_nothing_about_its_querys() -> None:
+def test_statistics_are_the_same_however_the_batch_is_cut() -> None:
+    x, norms = torch.randn(16, 3, 4, 4), []
+    for parts in (1, 2, 4):
+        norm = nn.BatchNorm2d(3)
+        group_batch_norms(norm, 4 // parts)
+        for part in x.chunk(parts):
+            norm(part)
+        commit_statistics([norm], ALONE)
+        norms.append(norm)
+    for norm in norms[1:]:
+        for name, value in norm.state_dict().items():
+            assert torch.allclose(value, norms[0].state_dict()[name]), name
+
+
+def test_a_skipped_step_leaves_no_statistics() -> None:
+    norm = nn.BatchNorm2d(3)
+    group_batch_norms(norm, 2)
+    norm(torch.full((4, 3, 2, 2), torch.nan))
+    drop_statistics([norm])
+    norm(torch.randn(4, 3, 2, 2))
+    commit_statistics([norm], ALONE)
+    assert all(bool(torch.isfinite(value).all()) for value in norm.state_dict().values())
+
+
+def views(images: int, side: int = 32) -> View:
+    """Views whose pixels are all their image's number."""
+    numbers = torch.arange(images)
+    pixels = numbers.byte()[:, None, None, None].expand(-1, 3, side, side).clone()
+    boxes = torch.tensor([0.0, 0, side, side]).repeat(images, 1)
+    boxes[:, 2:] -= numbers[:, None] % 7
+    parameters = torch.zeros(images, PARAMETERS)
+    parameters[:, ORDER] = -1  # no colour jitter
+    return View(pixels, parameters, boxes, numbers % 2 == 0)
+
+
+def test_a_keys_group_says_nothing_about_its_querys(tiny_recipe: Load) -> None:
     """With keys permuted, a key meets its query's group as often as by chance; else always."""
     groups, images, steps = 4, 16, 300
-    orders = []
+    orders: list[Tensor] = []
 
-    def record(views: Tensor, boxes: Tensor, flips: Tensor) -> Embeddings:
+    class Recording(nn.Module):
         """An encoder that notes in which order it is given the images."""
-        orders.append(views[:, 0, 0, 0].long())
-        return Embeddings({"res5": views[:, :1, 0, 0]}, {})
+
+        def forward(self, pixels: Tensor, boxes: Tensor, flips: Tensor) -> Embeddings:
+            orders.append(pixels[:, 0, 0, 0].argsort().argsort())
+            return Embeddings({"res5": orders[-1][:, None]}, {})
 
     numbers = torch.arange(images)
-    views = Views(numbers.float()[:, None, None, None], torch.zeros(images, 4), numbers > 0)
     for permute, expected in ((True, 1 / groups), (False, 1.0)):
+        recipe = tiny_recipe(f"method.batch_norm.permute_keys={str(permute).lower()}")
         orders.clear()
         for step in range(steps):
-            found = embed_keys(record, views, permute, step_generator(0, step))  # type: ignore[arg-type]
-            assert torch.equal(found.image["res5"][:, 0].long(), numbers)
+            found = embed_keys(
+                Recording(), views(images, 2), recipe, ALONE, step_generator(0, step)
+            )
+            assert torch.equal(found.image["res5"][:, 0], numbers)
         group = numbers // (images // groups)
         same = torch.stack([group[order.argsort()] == group for order in orders])
         assert abs(float(same.float().mean()) - expected) < 0.03
 
 
-def test_permuted_keys_come_back_in_the_order_of_the_queries(tiny_recipe: Load) -> None:
-    model = Dupr(tiny_recipe()).eval()  # evaluation: the permutation cannot change statistics
-    views = Views(
-        torch.randn(8, 3, 32, 32),
-        torch.tensor([0.0, 0, 32, 32]).repeat(8, 1) - torch.arange(8.0)[:, None],
-        torch.arange(8) % 2 == 0,
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_permuted_keys_come_back_in_the_order_of_the_queries(
+    tiny_recipe: Load, accumulate: int
+) -> None:
+    recipe = tiny_recipe(f"train.accumulate={accumulate}")
+    still = tiny_recipe("method.batch_norm.permute_keys=false")
+    key = Dupr(recipe).key.eval()  # evaluation: the permutation cannot change statistics
+    some = views(8)
+    some.pixels.random_(generator=torch.Generator().manual_seed(0))
+    plain, permuted = (
+        embed_keys(key, some, r, ALONE, torch.Generator().manual_seed(0)) for r in (still, recipe)
     )
-    generator = torch.Generator().manual_seed(0)
-    plain = embed_keys(model.key, views, False, generator)
-    permuted = embed_keys(model.key, views, True, generator)
     for level in plain.image:
         assert torch.allclose(plain.image[level], permuted.image[level], atol=1e-5)
     for level in plain.patch:
@@ -162,29 +215,38 @@ def test_invalid_images_take_no_part_in_the_patch_loss(tiny_recipe: Load) -> Non
     q = Embeddings({"res5": unit(4, 16)}, {"res4": unit(4, 4, 16, seed=1)})
     k = Embeddings({"res5": unit(4, 16, seed=2)}, {"res4": unit(4, 4, 16, seed=3)})
     valid = torch.tensor([True, False, True, False])
-    losses = reid_losses(model, q, k, valid, recipe.method)
-    kept = reid_losses(
-        model,
-        q.select(valid.nonzero()[:, 0]),
-        k.select(valid.nonzero()[:, 0]),
-        valid[valid],
-        recipe.method,
-    )
+    losses = model.losses(q, k, valid)
+    rows = valid.nonzero()[:, 0]
+    kept = model.losses(q.map(lambda t: t[rows]), k.map(lambda t: t[rows]), valid[valid])
     assert torch.allclose(losses["patch/res4"], kept["patch/res4"])
     assert not torch.allclose(losses["image/res5"], kept["image/res5"])
 
 
+def test_losses_of_the_parts_of_a_batch_add_up(tiny_recipe: Load) -> None:
+    model = Dupr(tiny_recipe())
+    q = Embeddings({"res5": unit(6, 16)}, {"res4": unit(6, 4, 16, seed=1)})
+    k = Embeddings({"res5": unit(6, 16, seed=2)}, {"res4": unit(6, 4, 16, seed=3)})
+    valid = torch.tensor([True, True, False, True, False, False])
+    whole = model.losses(q, k, valid)
+    halves = [
+        model.losses(q.part(rows), k.part(rows), valid[rows], images=6, valid_images=3)
+        for rows in (slice(0, 3), slice(3, 6))
+    ]
+    for name, value in whole.items():
+        assert torch.allclose(halves[0][name] + halves[1][name], value)
+
+
 def test_total_loss_weighs_levels_and_kinds(tiny_recipe: Load) -> None:
-    recipe = tiny_recipe("method.image.weights={res5: 0.5}", "method.patch.weights={res4: 2}")
+    model = Dupr(tiny_recipe("method.image.weights={res5: 0.5}", "method.patch.weights={res4: 2}"))
     losses = {"image/res5": torch.tensor(3.0), "patch/res4": torch.tensor(5.0)}
-    assert total_loss(losses, recipe.method) == 0.5 * 3 + 2 * 5
+    assert model.weighted(losses) == 0.5 * 3 + 2 * 5
 
 
 def test_every_image_key_and_the_asked_number_of_patch_keys_enter(tiny_recipe: Load) -> None:
     recipe = tiny_recipe("method.patch_keys_per_image=2", "method.patch.weights={res4: 1}")
     model = Dupr(recipe)
     keys = Embeddings({"res5": unit(8, 16, seed=1)}, {"res4": unit(8, 4, 16, seed=2)})
-    push_keys(model, keys, 2, torch.Generator().manual_seed(0))
+    push_keys(model, [keys], ALONE, torch.Generator().manual_seed(0))
     assert torch.equal(model.image_queues["res5"].keys[:8], keys.image["res5"])
     pushed = model.patch_queues["res4"].keys[:16].view(8, 2, 16)
     for image in range(8):

@@ -92,8 +92,8 @@ def problem(text: str, tmp_path: Path, *overrides: str) -> str:
             "cells at res4 (stride 16), and the smallest shared region 3.5. Use at most 14",
         ),
         (
-            "extends: dupr-r18-cpu-smoke\ndata:\n  batch_size: 60\n",
-            "method.queue_length is 4096, which is not a multiple of the 60 keys",
+            "extends: dupr-r18-cpu-smoke\nmethod: {queue_length: 32}\n",
+            "method.queue_length is 32, less than the 64 keys that enter in one step",
         ),
         (
             "extends: dupr-r18-cpu-smoke\nmethod: {batch_norm: {groups: 64}}\n",

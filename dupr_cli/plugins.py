@@ -1,0 +1,50 @@
+"""Entry points: how other packages extend a stage, and how a stage finds what they add.
+
+A package declares, for example, in its pyproject.toml
+
+    [project.entry-points."dupr.methods"]
+    my-method = "my_package.method:MyMethod"
+
+and the name can be used in a recipe. docs/plugins.md tells what each group expects.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from dupr_cli.errors import UsageError
+
+METHODS = "dupr.methods"
+
+# What ships with dupr: found without installed metadata, and never replaced by another package.
+_BUILT_IN = {
+    METHODS: {
+        "dupr": "dupr_cli.pretrain.method:Dupr",
+        "densecl": "dupr_cli.pretrain.densecl:DenseCl",
+    }
+}
+
+
+def _entry_points(group: str) -> dict[str, metadata.EntryPoint]:
+    found = {point.name: point for point in metadata.entry_points(group=group)}
+    own = {
+        name: metadata.EntryPoint(name, value, group) for name, value in _BUILT_IN[group].items()
+    }
+    return found | own
+
+
+def plugin_names(group: str) -> list[str]:
+    """What a recipe may name, without importing any of it."""
+    return sorted(_entry_points(group))
+
+
+def load_plugin(group: str, name: str) -> object:
+    """The object behind a name. Raises UsageError when its package cannot be imported."""
+    point = _entry_points(group)[name]
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{name} ({group}, from {point.value}) cannot be loaded: {error}. Install or repair "
+            f"the package that provides it."
+        ) from error
