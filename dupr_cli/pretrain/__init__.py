@@ -155,7 +155,9 @@ def _require_fit(recipe: PretrainRecipe, processes: int) -> None:
     """Raises UsageError when the batch or its groups cannot be shared out equally."""
     batch, accumulate = recipe.data.batch_size, recipe.train.accumulate
     shares, norm = processes * accumulate, recipe.method.batch_norm
-    what = f"{processes} processes" + (f" x train.accumulate = {accumulate}" if shares > 1 else "")
+    what = f"{processes} processes" + (
+        f" x train.accumulate = {accumulate}" if accumulate > 1 else ""
+    )
     if batch % shares:
         raise UsageError(
             f"data.batch_size is {batch}, which {what} cannot share equally. "

@@ -60,7 +60,8 @@ class Stop:
     def code(self) -> int:
         """0 to go on; else why to stop, as a number that processes can agree on."""
         hours = (time.monotonic() - self._started) / 3600
-        if not self._number and self._limits.max_hours and hours >= self._limits.max_hours:
+        limit = self._limits.max_hours
+        if not self._number and limit is not None and hours >= limit:
             return _TIME_IS_UP
         return self._number
 

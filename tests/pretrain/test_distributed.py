@@ -1,0 +1,178 @@
+"""Several real processes: what travels between them, and that a run does not depend on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
+from dupr_cli.artifacts.shards import Manifest, Sample, ShardEntry, write_shard
+from tests.conftest import TINY, encode
+
+ROOT = Path(__file__).resolve().parents[2]
+# One thread each: the number of threads changes the order of sums, and so the rounding.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_travels_between_processes(processes: int) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), "-m", "tests.pretrain.ranks"),
+        ],
+        env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is right") == processes
+
+
+@pytest.fixture(scope="module")
+def grainy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images without flat areas: ties in max-pooling would make rounding jump."""
+    folder = tmp_path_factory.mktemp("grainy")
+    random = np.random.default_rng(0)
+    samples = []
+    for number in range(80):
+        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((80, 80), Image.Resampling.BICUBIC), dtype=np.float64)
+        grain = random.normal(0, 25, smooth.shape)
+        image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+        samples.append(Sample(f"s{number:03d}", "png", encode(image, "PNG"), "", 80, 80))
+    index = write_shard(folder / "train-000000.tar", samples)
+    entry = ShardEntry("train-000000.tar", len(index), index.bytes, index.sha256)
+    Manifest({"train": [entry]}, [], 0, {}, "test", {}, "test", "0").write(folder)
+    return folder
+
+
+def pretrain(shards: Path, out: Path, *options: object, launcher: str = "") -> list[str]:
+    words: list[object] = [sys.executable]
+    if launcher:
+        words += ["-m", "torch.distributed.run", "--standalone", *launcher.split()]
+    words += ["-m", "dupr_cli", "pretrain", "dupr-r18-cpu-smoke", "--data", shards, "--out", out]
+    for override in TINY:
+        words += ["--set", override]
+    return [str(word) for word in (*words, *options)]
+
+
+def run(command: list[str], code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "latest" / "model.safetensors")
+
+
+# A small rate: a network at its random start multiplies rounding by a hundred in each step.
+SAME = ("--steps", 5, "--checkpoint-every", 1, "--set", "method.views.size=64",
+        "--set", "data.batch_size=16", "--set", "method.queue_length=64",
+        "--set", "train.log_every=1",
+        "--set", "optimizer.lr=3e-5", "--set", "optimizer.warmup_steps=0",
+        "--set", "train.probe_every=100", "--set", "method.momentum=0.9")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("method.batch_norm.groups=2",),
+        ("method.batch_norm.groups=1", "method.batch_norm.sync=true"),
+        ("method.batch_norm.groups=4", "method.symmetric=true", "train.accumulate=2"),
+    ],
+    ids=["groups", "sync", "symmetric in parts"],
+)
+def test_two_processes_and_one_give_the_same_run(
+    tmp_path: Path, grainy_shards: Path, method: tuple[str, ...]
+) -> None:
+    options = [*SAME, *(word for key in method for word in ("--set", key))]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(pretrain(grainy_shards, one, *options))
+    # The processes compare their parameters and queues bit for bit at each checkpoint.
+    if "sync" in str(method):
+        run(pretrain(grainy_shards, two, *options, launcher="--nproc-per-node 2"))
+    else:
+        run(pretrain(grainy_shards, two, *options, "--nproc", 2))
+    losses = [
+        [line["loss"] for line in MetricsLog(out).read() if "loss" in line] for out in (one, two)
+    ]
+    assert len(losses[0]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    whole, spread = final(one), final(two)
+    for name, values in whole.items():
+        scale = max(1.0, float(values.double().abs().max()))
+        parameter = name.startswith(("query", "key")) and "running" not in name
+        tolerance = (1e-5 if parameter else 1e-4) * scale
+        assert float((values.double() - spread[name].double()).abs().max()) < tolerance, name
+
+
+def test_two_processes_continue_exactly(tmp_path: Path, grainy_shards: Path) -> None:
+    options = ("--nproc", 2, "--steps", 20, "--set", "data.workers=1")
+    run(pretrain(grainy_shards, tmp_path / "whole", *options))
+    cut = tmp_path / "cut"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        before = len(list_checkpoints(cut)) and max(list_checkpoints(cut)).name
+        process = subprocess.Popen(
+            pretrain(grainy_shards, cut, *options), env=ENVIRONMENT, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not list_checkpoints(cut) or max(list_checkpoints(cut)).name == before:
+            assert time.monotonic() < deadline, "no checkpoint"
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.05)
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+            process.wait()
+        else:
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 75, errors
+            assert "The same command continues" in errors
+    run(pretrain(grainy_shards, cut, *options))
+    whole, continued = final(tmp_path / "whole"), final(cut)
+    for name, values in whole.items():
+        assert torch.equal(values, continued[name]), name
+
+
+def test_another_number_of_processes_goes_on_and_says_what_is_not_exact(
+    tmp_path: Path, grainy_shards: Path
+) -> None:
+    out = tmp_path / "run"
+    run(pretrain(grainy_shards, out, "--stop-after", 3), code=75)
+    done = run(pretrain(grainy_shards, out, "--nproc", 2))
+    assert "was on 1 processes and is on 2 now" in done.stderr
+    assert json.loads((out / "latest" / "state.json").read_text())["processes"] == 2
+
+
+def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, grainy_shards: Path) -> None:
+    out = tmp_path / "run"
+    done = run(pretrain(grainy_shards, out, "--nproc", 3), code=2)
+    assert "data.batch_size is 8, which 3 processes cannot share equally. Use 6" in done.stderr
+    done = run(
+        pretrain(grainy_shards, out, "--nproc", 2, "--set", "method.batch_norm.groups=1"), code=2
+    )
+    assert "groups of the global batch cannot be shared" in done.stderr
+    assert not out.exists()
+
+
+def test_a_failure_in_a_process_is_one_message(tmp_path: Path, grainy_shards: Path) -> None:
+    out = tmp_path / "run"
+    done = run(
+        pretrain(grainy_shards, out, "--nproc", 2, "--set", "optimizer.lr=1e30",
+                 "--set", "train.max_bad_steps=2"),
+        code=1,
+    )  # fmt: skip
+    assert done.stderr.count("error:") == 1
+    assert "was not finite in 2 steps in a row" in done.stderr
