@@ -1,43 +1,212 @@
-"""The curves of a run: losses, held-out patch retrieval, and signs of collapse."""
+"""The curves of runs, overlaid: held-out patch retrieval, signs of collapse, speed, and losses.
+
+Every measure of every level has a panel of its own, and every run a colour. A loss panel shows
+ln(1 + K) too, the loss of a network that cannot tell the positive from the K keys of its queue.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.errors import UsageError
 
-
-def draw_curves(run: Path, path: Path) -> None:
-    """Write a PNG of a run's metrics.jsonl. Raises UsageError when there is none."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    lines = MetricsLog(run).read()
-    if not lines:
-        raise UsageError(f"{run}: no metrics.jsonl with a line in it.")
-    names = sorted({name for line in lines for name in line})
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (
-        ("loss of each level and kind", "loss/"),
-        ("held-out patch retrieval, top-1 (%)", "retrieval/"),
-        ("spread of embeddings (collapse is 0)", "spread/"),
-    )
-    for axes, (title, prefix) in zip(figure.subplots(1, 3), panels, strict=True):
-        for name in (n for n in names if n.startswith(prefix)):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            factor = 100 if prefix == "retrieval/" else 1
-            axes.plot(
-                [step for step, _ in points],
-                [factor * value for _, value in points],
-                marker="o" if len(points) < 15 else None,
-                label=name.removeprefix(prefix),
-            )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+_COLUMNS = 4
+_PANEL = (3.6, 2.7)  # inches
+_FEW_POINTS = 15  # marked one by one up to here
+_GREY = "0.45"
+_CHARACTERS = 9  # of the runs' names, on an inch of the legend
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    colour: str
+    lines: list[dict[str, float]]
+
+    def points(self, name: str) -> Points:
+        return [(line["step"], line[name]) for line in self.lines if name in line]
+
+    def last(self, name: str) -> float | None:
+        return next((line[name] for line in reversed(self.lines) if name in line), None)
+
+    def lowest(self, prefix: str) -> Points:
+        """At every step the smallest value of those whose names begin with `prefix`."""
+        found = (
+            (line["step"], [value for name, value in line.items() if name.startswith(prefix)])
+            for line in self.lines
+        )
+        return [(step, min(values)) for step, values in found if values]
+
+
+def draw_curves(runs: Path | Sequence[Path], path: Path) -> None:
+    """Write a PNG of the metrics.jsonl of one run or several.
+
+    Raises UsageError when a run has none.
+    """
+    figure = curves_figure([runs] if isinstance(runs, Path) else runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def curves_figure(runs: Sequence[Path]) -> Figure:
+    """The figure that `draw_curves` writes."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    read = _read(runs)
+    names = sorted({name for run in read for line in run.lines for name in line})
+    retrieval = [name for name in names if name.startswith("retrieval/")]
+    losses = [name for name in names if name.startswith("loss/")]
+    head = [*retrieval, "spread", "speed"]
+    columns = max(len(head), min(_COLUMNS, len(losses)))
+    rows = [head, *(losses[i : i + columns] for i in range(0, len(losses), columns))]
+    width = columns * _PANEL[0]
+    longest = max(len(run.name) for run in read) + 6
+    in_a_row = max(1, min(len(read), int(width * _CHARACTERS) // longest))
+    legend = 0.15 + 0.22 * -(-len(read) // in_a_row)
+    size = (width, len(rows) * _PANEL[1] + legend)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
+    panels = figure.subplot_mosaic([[*row, *["."] * (columns - len(row))] for row in rows])
+    for name, axes in panels.items():
+        if name == "speed":
+            _draw_speed(axes, read)
+        elif name == "spread":
+            _draw_spread(axes, read)
+        elif name in retrieval:
+            _draw_retrieval(axes, read, name)
+        else:
+            _draw_loss(axes, read, name)
+        _finish(axes, last=max(run.lines[-1]["step"] for run in read))
+    figure.legend(
+        panels["speed"].get_lines(),
+        [run.name for run in read],
+        loc="outside upper center",
+        ncols=in_a_row,
+        frameon=False,
+    )
+    return figure
+
+
+def _read(runs: Sequence[Path]) -> list[_Run]:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    few = len(runs) <= 10
+    colours = [
+        to_hex(colormaps["tab10" if few else "turbo"](i if few else i / (len(runs) - 1)))
+        for i in range(len(runs))
+    ]
+    read = []
+    for run, name, colour in zip(runs, run_names(runs), colours, strict=True):
+        lines = [line for line in MetricsLog(run).read() if "step" in line]
+        if not lines:
+            raise UsageError(f"{run}: no metrics.jsonl with a line in it; give a run directory.")
+        read.append(_Run(name, colour, lines))
+    return read
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """The shortest ends of the runs' paths, of equal length, that tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def _plot(axes: Axes, run: _Run, points: Points, factor: float = 1) -> None:
+    axes.plot(
+        [step for step, _ in points],
+        [factor * value for _, value in points],
+        color=run.colour,
+        marker="o" if len(points) <= _FEW_POINTS else None,
+        markersize=4,
+        linewidth=1.6,
+    )
+
+
+def _draw_retrieval(axes: Axes, runs: Sequence[_Run], name: str) -> None:
+    for run in runs:
+        _plot(axes, run, run.points(name), 100)
+    level = name.removeprefix("retrieval/")
+    pools = {run.last(f"retrieval_pool/{level}") for run in runs} - {None}
+    of = f" of {pools.pop():,.0f} patches" if len(pools) == 1 else ", pools differ" if pools else ""
+    axes.set_title(f"held-out patch retrieval, {level}")
+    axes.set_ylabel(f"top-1{of} (%)")
+    _from_zero(axes)
+
+
+def _draw_loss(axes: Axes, runs: Sequence[_Run], name: str) -> None:
+    place = name.removeprefix("loss/")
+    references: dict[float, list[_Run]] = {}
+    for run in runs:
+        _plot(axes, run, run.points(name))
+        value = run.last(f"reference/{place}")
+        if value is not None:
+            references.setdefault(value, []).append(run)
+    for value, of in references.items():
+        axes.axhline(
+            value,
+            color=_GREY if len(references) == 1 else of[0].colour,
+            linestyle="--",
+            linewidth=1,
+            label=f"ln(1 + {math.exp(value) - 1:,.0f}) = {value:.2f}, guessing",
+        )
+    if references:
+        low, high = axes.get_ylim()  # room below the curves for the legend
+        axes.set_ylim(low - (0.06 + 0.09 * len(references)) * (high - low), high)
+        axes.legend(fontsize=7, loc="lower right", frameon=False)
+    kind, _, level = place.partition("/")
+    axes.set_title(f"{kind} loss, {level}" if level else f"{kind} loss")
+    axes.set_ylabel("loss (nats, not weighted)")
+
+
+def _draw_spread(axes: Axes, runs: Sequence[_Run]) -> None:
+    for run in runs:
+        _plot(axes, run, run.lowest("spread/"))
+    axes.set_title("spread of embeddings, lowest level")
+    axes.set_ylabel("1 is healthy, 0 collapsed")
+    _from_zero(axes, 1)
+
+
+def _draw_speed(axes: Axes, runs: Sequence[_Run]) -> None:
+    for run in runs:
+        _plot(axes, run, run.points("images_per_second"))
+    axes.set_title("speed")
+    axes.set_ylabel("images per second")
+    _from_zero(axes)
+
+
+def _from_zero(axes: Axes, at_least: float = 0) -> None:
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
+    axes.set_ylim(0, 1.08 * (max(float(values.max(initial=0)), at_least) or 1))
+
+
+def _finish(axes: Axes, last: float) -> None:
+    """What all panels have in common. last: step at which the longest run is."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.set_xlim(-0.03 * last, max(1, 1.03 * last))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("step", fontsize=9)
+    axes.yaxis.label.set_fontsize(9)
+    axes.title.set_fontsize(10)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)

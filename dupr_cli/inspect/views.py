@@ -1,105 +1,195 @@
 """Pairs of views with their patch grids, as pre-training makes them.
 
 Each row shows an image with both crops, then its two views with the grid of the shared region.
-Cells of the same colour and number are a positive pair; a mirrored view shows in its numbers.
+Cells of the same colour and number show the same place: with the patch loss they are a positive
+pair. A mirrored view shows in its numbers.
 """
 
 from __future__ import annotations
 
 import colorsys
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dupr_cli.artifacts.files import atomic_file
-from dupr_cli.artifacts.shards import open_shards
+from dupr_cli.artifacts.shards import ShardSet, open_shards
+from dupr_cli.errors import UsageError
 from dupr_cli.pretrain.augmentation import FLIP, augment
 from dupr_cli.pretrain.data import ViewPairs, decode, held_out
 from dupr_cli.pretrain.geometry import shared_region_boxes
 from dupr_cli.pretrain.probe import retrieval_levels
 from dupr_cli.recipe import PretrainRecipe
+from dupr_cli.recipe.base import LEVEL_STRIDES, Level
+from dupr_cli.recipe.pretrain import MethodSection
 
-_SIDE, _MARGIN, _HEADER = 256, 10, 30
+_SIDE, _MARGIN, _CAPTION, _HEADER = 300, 14, 24, 58
 _COLOURS = ("#ff7f0e", "#1f77b4")  # first and second view
+_INK, _GROUND = "#222222", "#eeeeee"
+_NUMBER = 24  # pixels of the picture that a number needs, in both directions
 
 
-def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) -> None:
-    """Write a PNG of `count` held-out images' view pairs, with the bins of the finest patch level.
+def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) -> list[str]:
+    """Write a PNG of `count` images' view pairs, with the bins of the finest patch level.
 
-    data: shards, as for `dupr pretrain`.
+    data: shards, as for `dupr pretrain`. The images are held-out ones; where there are too few,
+    the first others follow. Returns the keys of the images drawn.
+    Raises UsageError when no image can be decoded.
     """
-    shards = open_shards(data)
-    method = recipe.method
+    shards = open_shards(data, recipe.data.split)
+    method, size = recipe.method, recipe.method.views.size
     pairs = ViewPairs(shards, method, recipe.seed)
-    level = max(retrieval_levels(method), key=lambda v: method.patch.bins[v])
-    bins, size = method.patch.bins[level], method.views.size
-    numbers = held_out(len(shards), max(count * 10, recipe.data.holdout))[:count]
-    sheet = Image.new(
-        "RGB",
-        (3 * (_SIDE + _MARGIN) + _MARGIN, len(numbers) * (_SIDE + _MARGIN) + _HEADER),
-        "white",
-    )
-    font = ImageFont.load_default(14)
-    heads = ("image and crops", "view 1", f"view 2 ({bins} x {bins} bins of {level})")
-    draw = ImageDraw.Draw(sheet)
-    for column, text in enumerate(heads):
-        draw.text((_MARGIN + column * (_SIDE + _MARGIN), 8), text, fill="black", font=font)
-    for row, number in enumerate(int(n) for n in numbers):
+    level = max(retrieval_levels(method), key=lambda v: _bins(method, v))
+    bins = _bins(method, level)
+    rows, keys = [], []
+    for number, image in _images(shards, recipe.data.holdout, count):
         sample = pairs[0, number]
         flips = sample.parameters[None, :, FLIP].bool()
         boxes, valid = shared_region_boxes(
             sample.crops[None], flips, size, method.views.min_overlap
         )
-        images = augment(sample.views.clone(), sample.parameters, method.augmentation)
-        panels = [_source(decode(shards[number].image), sample.crops)]
+        views = augment(sample.views.clone(), sample.parameters, method.augmentation)
+        key = shards[number].key
+        panels = [(_source(image, sample.crops), f"{key}, {image.width} x {image.height} pixels")]
+        sides = (boxes[0, :, 2:] - boxes[0, :, :2]) * (_SIDE / size / bins)
+        every = max(1, math.ceil(_NUMBER / float(sides.min())))  # the same cells in both views
         for view in range(2):
-            panels.append(
-                _view(
-                    _to_image(images[view], recipe),
-                    boxes[0, view] * (_SIDE / size),
-                    bool(flips[0, view]),
-                    bins if bool(valid[0]) else 0,
-                    _COLOURS[view],
-                )
+            box, flipped = boxes[0, view], bool(flips[0, view])
+            panel = _view(
+                _to_image(views[view], method),
+                box * (_SIDE / size),
+                flipped,
+                bins if bool(valid[0]) else 0,
+                every,
+                _COLOURS[view],
             )
-        for column, panel in enumerate(panels):
-            place = (_MARGIN + column * (_SIDE + _MARGIN), _HEADER + row * (_SIDE + _MARGIN))
-            sheet.paste(panel, place)
+            shared = (box[2:] - box[:2]) / size if bool(valid[0]) else None
+            panels.append((panel, _describe(sample.crops[view], flipped, shared)))
+        rows.append(panels)
+        keys.append(key)
+    if not rows:
+        raise UsageError(f"{data}: no image could be decoded.")
+    heads = ("image with both crops", f"view 1, {size} pixels", f"view 2, {size} pixels")
+    title = f"grid: {bins} x {bins} bins of {level}; the same number and colour is the same place"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        sheet.save(file, "PNG")
+        _sheet(title, heads, rows).save(file, "PNG")
+    return keys
 
 
-def _to_image(pixels: Tensor, recipe: PretrainRecipe) -> Image.Image:
+def _bins(method: MethodSection, level: Level) -> int:
+    """As the probe counts them where the level has no patch loss."""
+    cells = method.views.size // LEVEL_STRIDES[level]
+    return method.patch.bins.get(level, max(1, cells))
+
+
+def _images(shards: ShardSet, holdout: int, count: int) -> Iterator[tuple[int, Image.Image]]:
+    """Numbers and images, held-out ones first, evenly spread; those that are damaged are left out.
+
+    Spread, because shards often come sorted by class.
+    """
+    held = held_out(len(shards), holdout)
+    places = np.linspace(0, len(held) - 1, min(count, len(held))).round().astype(int)
+    chosen = dict.fromkeys(map(int, held[places]))
+    order = [*chosen, *(number for number in range(len(shards)) if number not in chosen)]
+    drawn = 0
+    for number in order:
+        if drawn == count:
+            return
+        try:
+            image = decode(shards[number].image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+        drawn += 1
+        yield number, image
+
+
+def _describe(crop: Tensor, flipped: bool, shared: Tensor | None) -> str:
+    width, height = (crop[2:] - crop[:2]).tolist()
+    parts = [f"{width:.0f} x {height:.0f} cropped"]
+    if flipped:
+        parts.append("mirrored")
+    if shared is None:
+        parts.append("too little shared")
+    else:
+        parts.append(f"{shared[0]:.0%} x {shared[1]:.0%} shared")
+    return ", ".join(parts)
+
+
+def _sheet(
+    title: str, heads: tuple[str, ...], rows: list[list[tuple[Image.Image, str]]]
+) -> Image.Image:
+    step = _SIDE + _MARGIN
+    height = _HEADER + len(rows) * (_SIDE + _CAPTION)
+    sheet = Image.new("RGB", (len(heads) * step + _MARGIN, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, 18), title, _INK, ImageFont.load_default(16), anchor="lm")
+    for column, head in enumerate(heads):
+        place = (_MARGIN + column * step, 44)
+        draw.text(place, head, _INK, ImageFont.load_default(14), anchor="lm")
+    font = ImageFont.load_default(12)
+    for row, panels in enumerate(rows):
+        top = _HEADER + row * (_SIDE + _CAPTION)
+        for column, (panel, caption) in enumerate(panels):
+            left = _MARGIN + column * step
+            sheet.paste(panel, (left, top))
+            place = (left, top + _SIDE + _CAPTION // 2 - 1)
+            draw.text(place, _shortened(caption, font), _INK, font, anchor="lm")
+    return sheet
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Without its beginning where it is wider than a panel: ends tell keys apart."""
+    if font.getlength(text) <= _SIDE:
+        return text
+    while font.getlength(f"...{text}") > _SIDE:
+        text = text[1:]
+    return f"...{text}"
+
+
+def _to_image(pixels: Tensor, method: MethodSection) -> Image.Image:
     """A normalised view (3, S, S) as a picture."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in _statistics(recipe))
+    statistics = (method.augmentation.mean, method.augmentation.std)
+    mean, std = (torch.tensor(v)[:, None, None] for v in statistics)
     shown = ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     return Image.fromarray(shown).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
 
 
-def _statistics(recipe: PretrainRecipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return recipe.method.augmentation.mean, recipe.method.augmentation.std
-
-
 def _source(image: Image.Image, crops: Tensor) -> Image.Image:
+    """The image in the middle of its panel, both crops framed and what they share brightened."""
     scale = _SIDE / max(image.size)
-    panel = Image.new("RGB", (_SIDE, _SIDE), "white")
-    size = (round(image.width * scale), round(image.height * scale))
-    panel.paste(image.resize(size, Image.Resampling.BICUBIC))
-    draw = ImageDraw.Draw(panel)
-    for crop, colour in zip(crops, _COLOURS, strict=True):
-        x0, y0, x1, y1 = (crop * scale).tolist()
-        draw.rectangle([x0, y0, x1 - 1, y1 - 1], outline=colour, width=3)
-    return panel
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    left, top = ((_SIDE - side) // 2 for side in size)
+    panel = Image.new("RGBA", (_SIDE, _SIDE), _GROUND)
+    panel.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
+    overlay = Image.new("RGBA", panel.size)
+    draw = ImageDraw.Draw(overlay)
+    frames = crops * scale + torch.tensor([left, top, left - 1, top - 1])
+    x0, y0 = frames[:, :2].amax(0).tolist()
+    x1, y1 = frames[:, 2:].amin(0).tolist()
+    if x0 < x1 and y0 < y1:
+        draw.rectangle([x0, y0, x1, y1], fill=(255, 255, 255, 70))
+    for frame, colour in zip(frames, _COLOURS, strict=True):
+        draw.rectangle(frame.tolist(), outline=colour, width=3)
+    return Image.alpha_composite(panel, overlay).convert("RGB")
 
 
-def _view(image: Image.Image, box: Tensor, flipped: bool, bins: int, frame: str) -> Image.Image:
-    """One view with its grid; bins 0 draws none (too little is shared)."""
+def _view(
+    image: Image.Image, box: Tensor, flipped: bool, bins: int, every: int, frame: str
+) -> Image.Image:
+    """One view with its grid, every `every`th cell of it numbered in both directions.
+
+    bins 0 draws no grid (too little is shared).
+    """
     overlay = Image.new("RGBA", image.size)
     draw = ImageDraw.Draw(overlay)
     x0, y0, x1, y1 = box.tolist()
-    font = ImageFont.load_default(max(8, min(13, int((x1 - x0) / max(1, bins) / 2.5))))
+    font = ImageFont.load_default(13)
     for i in range(bins):
         for j in range(bins):
             # Bin j of a mirrored view is counted from the right: it shows the same place.
@@ -107,8 +197,24 @@ def _view(image: Image.Image, box: Tensor, flipped: bool, bins: int, frame: str)
             left, right = (x0 + (x1 - x0) * k / bins for k in (column, column + 1))
             top, bottom = (y0 + (y1 - y0) * k / bins for k in (i, i + 1))
             number = i * bins + j
+            numbered = i % every == 0 and j % every == 0
             r, g, b = (round(255 * v) for v in colorsys.hsv_to_rgb(number / bins**2, 0.9, 1.0))
-            draw.rectangle([left, top, right, bottom], fill=(r, g, b, 26), outline=(r, g, b, 255))
-            draw.text((left + 2, top + 1), str(number), fill=(255, 255, 255, 255), font=font)
+            draw.rectangle(
+                [left + 1, top + 1, max(left + 1, right - 1), max(top + 1, bottom - 1)],
+                fill=(r, g, b, 110 if numbered and every > 1 else 30),
+                outline=(r, g, b, 255 if numbered else 110),
+            )
     draw.rectangle([0, 0, image.width - 1, image.height - 1], outline=frame, width=3)
+    for i in range(0, bins, every):
+        for j in range(0, bins, every):
+            column = bins - 1 - j if flipped else j
+            draw.text(
+                (x0 + (x1 - x0) * (column + 0.5) / bins, y0 + (y1 - y0) * (i + 0.5) / bins),
+                str(i * bins + j),
+                fill="white",
+                stroke_fill="black",
+                stroke_width=1,
+                font=font,
+                anchor="mm",
+            )
     return Image.alpha_composite(image.convert("RGBA"), overlay).convert("RGB")
