@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from dupr_cli import __version__
-from dupr_cli.cli import demo, doctor, evaluate, export, prepare, pretrain, recipe
+from dupr_cli.cli import (
+    checkpoint,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    prepare,
+    pretrain,
+    recipe,
+)
 from dupr_cli.cli.command import Quiet, Traceback, Verbose, root_globals
 
 app = typer.Typer(
@@ -49,5 +59,5 @@ def root(
     root_globals.traceback = traceback
 
 
-for module in (prepare, pretrain, export, evaluate, demo, recipe, doctor):
+for module in (prepare, pretrain, export, evaluate, demo, checkpoint, inspect, recipe, doctor):
     module.add_to(app)

@@ -1,0 +1,220 @@
+"""`dupr checkpoint`: list, verify, diff."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dupr_cli.cli.command import command
+from dupr_cli.progress import Reporter
+
+if TYPE_CHECKING:
+    from dupr_cli.artifacts.checkpoints import (
+        CheckpointDiff,
+        CheckpointList,
+        TensorDifference,
+        Verified,
+    )
+
+_MOST = 20  # differing tensors printed
+
+
+@dataclass
+class _Outcome:
+    """What a command found, as the exit code that follows its printed result."""
+
+    code: int = 0
+
+
+_outcome = _Outcome()
+
+
+def add_to(app: typer.Typer) -> None:
+    group = typer.Typer(
+        no_args_is_help=True, rich_markup_mode="rich", result_callback=_leave_as_found
+    )
+
+    @group.callback()
+    def checkpoint() -> None:
+        """List, verify and compare the checkpoints of runs."""
+        _outcome.code = 0
+
+    command(group, "list", show_list)(list_checkpoints)
+    command(group, "verify", show_verified)(verify)
+    command(group, "diff", show_diff)(diff)
+    app.add_typer(group, name="checkpoint")
+
+
+def _leave_as_found(_result: object) -> None:
+    raise typer.Exit(_outcome.code)
+
+
+def list_checkpoints(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+) -> CheckpointList:
+    """The checkpoints of a run: step, size, time, whether whole, and which one `latest` names.
+
+    Whether whole is judged by the sizes of the files; `dupr checkpoint verify` reads them.
+
+    [bold]Example[/]
+
+      dupr checkpoint list runs/smoke
+    """
+    from dupr_cli.artifacts.checkpoints import list_run
+
+    return list_run(run)
+
+
+def verify(
+    addresses: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_OR_CHECKPOINT...", help="Run directories or checkpoints."),
+    ],
+    *,
+    reporter: Reporter,
+) -> Verified:
+    """Read every file of the checkpoints and compare its sha256 with the recorded one.
+
+    Exit codes: 0 all are whole, 1 one is damaged, 2 there is no run and no
+    checkpoint at an address.
+
+    [bold]Examples[/]
+
+      dupr checkpoint verify runs/smoke
+
+      dupr checkpoint verify runs/smoke/checkpoints/step-00000500
+    """
+    from dupr_cli.artifacts import checkpoints
+
+    found = checkpoints.verify(addresses, reporter)
+    _outcome.code = int(not found.whole)
+    return found
+
+
+def diff(
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A checkpoint, or a run: its newest whole one.")
+    ],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What to compare it with.")],
+    *,
+    reporter: Reporter,
+) -> CheckpointDiff:
+    """Compare two checkpoints: every tensor bit for bit, their state, and their runs' recipes.
+
+    Exit codes, as of diff(1): 0 all tensors are identical, 1 some differ,
+    2 they cannot be compared. State and recipe do not change it.
+
+    [bold]Examples[/]
+
+      dupr checkpoint diff runs/a runs/b
+
+      dupr checkpoint diff runs/a runs/b/checkpoints/step-00000100 --json
+    """
+    from dupr_cli.artifacts import checkpoints
+
+    found = checkpoints.diff(a, b, reporter)
+    _outcome.code = int(not found.identical)
+    return found
+
+
+def show_list(listed: CheckpointList) -> None:
+    from dupr_cli.cli.console import print_text
+
+    rows = [
+        (
+            "?" if facts.step is None else str(facts.step),
+            f"{facts.bytes / 1e6:.1f}",
+            facts.written[:19].replace("T", " "),
+            "; ".join(facts.problems) or "whole",
+            "latest" if facts.latest else "",
+        )
+        for facts in listed.checkpoints
+    ]
+    if rows:
+        _print_table(("step", "size (MB)", "written", "state", ""), rows, numbers=2)
+    for note in _notes(listed):
+        print_text(note)
+
+
+def show_verified(found: Verified) -> None:
+    from dupr_cli.cli.console import print_text
+
+    for listed in found.addresses:
+        lines = [
+            f"{facts.path}  {'; '.join(facts.problems) or 'ok'}" for facts in listed.checkpoints
+        ]
+        print_text("\n".join([*lines, *_notes(listed)]))
+
+
+def _notes(listed: CheckpointList) -> list[str]:
+    """What is to be said about a run besides its checkpoints."""
+    notes = []
+    if not listed.checkpoints:
+        notes.append(
+            f"{listed.path}: no checkpoint; a run writes its first one after "
+            f"train.checkpoint_every steps"
+        )
+    if listed.latest and not any(facts.latest for facts in listed.checkpoints):
+        notes.append(f"{listed.path}: `latest` names {listed.latest}, which is not there")
+    notes += [
+        f"{path}  left over; may be deleted, unless a run is writing here now"
+        for path in listed.leftovers
+    ]
+    return notes
+
+
+def show_diff(found: CheckpointDiff) -> None:
+    from dupr_cli.cli.console import print_facts, print_text
+
+    print_facts([("first", found.a), ("second", found.b)])
+    print_text(f"\n{found.summary}")
+    if found.differing:
+        rows = [_tensor_row(difference) for difference in found.differing[:_MOST]]
+        _print_table(("tensor", "values differ", "by at most"), rows)
+        more = len(found.differing) - _MOST
+        if more > 0:
+            print_text(f" and {more} more; --json lists all")
+    for title, differences in (("state.json", found.state), ("recipe.yaml", found.recipe)):
+        if differences is None:
+            print_text(f"\n{title}: not compared, a checkpoint does not lie in a run that has one")
+        elif differences:
+            print_text(f"\n{title}:")
+            rows = [(each.key, str(each.a), str(each.b)) for each in differences]
+            _print_table(("key", "first", "second"), rows)
+        else:
+            print_text(f"\n{title}: the same")
+
+
+def _tensor_row(difference: TensorDifference) -> tuple[str, str, str]:
+    if difference.differing is None:
+        return difference.name, _mismatch(difference), ""
+    largest = "not finite" if difference.largest is None else f"{difference.largest:.2g}"
+    return difference.name, f"{difference.differing}/{difference.values}", largest
+
+
+def _mismatch(difference: TensorDifference) -> str:
+    from dupr_cli.artifacts.checkpoints import ABSENT
+
+    if difference.b == ABSENT:
+        return "only in first"
+    if difference.a == ABSENT:
+        return "only in second"
+    return f"{difference.a}, {difference.b}"
+
+
+def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> None:
+    """numbers: how many columns, from the left, are aligned to the right."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim")
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="right" if place < numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
