@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,34 +22,17 @@ if TYPE_CHECKING:
 _MOST = 20  # differing tensors printed
 
 
-@dataclass
-class _Outcome:
-    """What a command found, as the exit code that follows its printed result."""
-
-    code: int = 0
-
-
-_outcome = _Outcome()
-
-
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(
-        no_args_is_help=True, rich_markup_mode="rich", result_callback=_leave_as_found
-    )
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
     @group.callback()
     def checkpoint() -> None:
         """List, verify and compare the checkpoints of runs."""
-        _outcome.code = 0
 
     command(group, "list", show_list)(list_checkpoints)
-    command(group, "verify", show_verified)(verify)
-    command(group, "diff", show_diff)(diff)
+    command(group, "verify", show_verified, lambda found: int(not found.whole))(verify)
+    command(group, "diff", show_diff, lambda found: int(not found.identical))(diff)
     app.add_typer(group, name="checkpoint")
-
-
-def _leave_as_found(_result: object) -> None:
-    raise typer.Exit(_outcome.code)
 
 
 def list_checkpoints(
@@ -90,9 +72,7 @@ def verify(
     """
     from dupr_cli.artifacts import checkpoints
 
-    found = checkpoints.verify(addresses, reporter)
-    _outcome.code = int(not found.whole)
-    return found
+    return checkpoints.verify(addresses, reporter)
 
 
 def diff(
@@ -116,9 +96,7 @@ def diff(
     """
     from dupr_cli.artifacts import checkpoints
 
-    found = checkpoints.diff(a, b, reporter)
-    _outcome.code = int(not found.identical)
-    return found
+    return checkpoints.diff(a, b, reporter)
 
 
 def show_list(listed: CheckpointList) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -105,12 +106,15 @@ def make_reporter(options: Globals) -> Reporter:
 
 
 def command(
-    application: typer.Typer, command_name: str, show: Callable[[T], None]
+    application: typer.Typer,
+    command_name: str,
+    show: Callable[[T], None],
+    exit_code: Callable[[T], int] | None = None,
 ) -> Callable[[Callable[..., T | None]], Callable[..., None]]:
     """Register a function as a command of `application`.
 
     The function may take `reporter: Reporter` besides its options. show: prints its result for
-    people.
+    people. exit_code: of the process after the result is printed, 0 by default.
     """
 
     def register(function: Callable[..., T | None]) -> Callable[..., None]:
@@ -143,6 +147,12 @@ def command(
             try:
                 result = function(**arguments)
                 _print_result(result, show, options.json)
+                if exit_code is not None and result is not None:
+                    sys.exit(exit_code(result))
+            except BrokenPipeError:
+                # Whoever read the output has enough of it; nor may the interpreter complain.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
             except (DuprError, OSError, MemoryError, KeyboardInterrupt) as error:
                 _fail(error, options.traceback)
 

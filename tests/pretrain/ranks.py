@@ -6,6 +6,7 @@ Every check compares with the whole global batch computed in one piece, and fail
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch

@@ -1,0 +1,160 @@
+"""A run that is killed, stopped or damaged ends with the weights of one that was left alone.
+
+Through the real command line, with real signals to real processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
+from tests.conftest import TINY, write_shards
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards") / "tiny", 60)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, torch.Tensor]:
+    """The weights of the uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(pretrain(shards, out))
+    return load_file(out / "latest" / "model.safetensors")
+
+
+def pretrain(shards: Path, out: Path, *options: object) -> list[str]:
+    words: list[object] = [sys.executable, "-m", "dupr_cli", "pretrain", "dupr-r18-cpu-smoke"]
+    words += ["--data", shards, "--out", out, "--steps", STEPS]
+    for override in TINY:
+        words += ["--set", override]
+    return [str(word) for word in (*words, *options)]
+
+
+def run(command: list[str], code: int = 0) -> str:
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr
+
+
+def assert_same(out: Path, whole: dict[str, torch.Tensor]) -> None:
+    found = load_file(out / "latest" / "model.safetensors")
+    assert found.keys() == whole.keys()
+    for name, values in whole.items():
+        assert torch.equal(values, found[name]), name
+    steps = [line["step"] for line in MetricsLog(out).read() if "loss" in line]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == STEPS
+
+
+def test_killed_at_random_moments(
+    tmp_path: Path, shards: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    """Ten times, with another number of loader workers each time."""
+    out, chance = tmp_path / "run", random.Random(0)
+    for attempt in range(10):
+        process = subprocess.Popen(
+            pretrain(shards, out, "--set", f"data.workers={attempt % 3}"),
+            env=ENVIRONMENT, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        # Some before the run has begun, some in its steps and checkpoints.
+        begun = time.monotonic()
+        while attempt % 3 and process.poll() is None and time.monotonic() < begun + 60:
+            if (out / "metrics.jsonl").exists():
+                break
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 1.5))
+        with suppress(ProcessLookupError):  # it has finished
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run(pretrain(shards, out))
+    assert_same(out, whole)
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        file.seek(-1000, 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+def truncate(checkpoint: Path) -> None:
+    with (checkpoint / "optimizer.safetensors").open("r+b") as file:
+        file.truncate(5000)
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    (checkpoint / "state.json").unlink()
+
+
+def test_damaged_checkpoints_are_passed_over(
+    tmp_path: Path, shards: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    out = tmp_path / "run"
+    stopped = run(
+        pretrain(shards, out, "--stop-after", 11, "--set", "train.keep_checkpoints=9"), 75
+    )
+    assert "stopped by --stop-after 11; step 11 of 24 is saved" in stopped
+    newest = list_checkpoints(out)[::-1]
+    assert len(newest) == 6
+    for checkpoint, damage in zip(newest, (flip_a_byte, truncate, lose_a_file), strict=False):
+        damage(checkpoint)
+    errors = run(pretrain(shards, out))
+    for checkpoint in newest[:3]:
+        assert str(checkpoint) in errors
+        assert (checkpoint.parent / f"damaged-{checkpoint.name}").is_dir()
+    assert "its sha256 has changed" in errors
+    assert "step 6 is saved; going on from there" in errors
+    assert_same(out, whole)
+
+
+def test_a_time_limit_saves_and_the_run_goes_on(
+    tmp_path: Path, shards: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    out = tmp_path / "run"
+    errors = run(pretrain(shards, out, "--max-hours", "0"), 75)
+    assert "stopped after --max-hours 0; step 1 of 24 is saved" in errors
+    run(pretrain(shards, out))
+    assert_same(out, whole)
+
+
+def test_old_checkpoints_are_thinned_out(tmp_path: Path, shards: Path) -> None:
+    out = tmp_path / "run"
+    run(pretrain(shards, out, "--set", "train.keep_checkpoints=2", "--set", "train.keep_every=8"))
+    assert [p.name for p in list_checkpoints(out)] == [
+        f"step-{step:08d}" for step in (8, 16, 22, 24)
+    ]
+
+
+def test_a_changed_recipe_goes_on_only_where_it_is_allowed(tmp_path: Path, shards: Path) -> None:
+    out, change = tmp_path / "run", ("--set", "optimizer.lr=0.5")
+    run(pretrain(shards, out, "--stop-after", 2), 75)
+    errors = run(pretrain(shards, out, *change), 2)
+    assert "optimizer.lr: 0.06 there, 0.5 now" in errors
+    assert "--allow-changed optimizer.lr" in errors
+    errors = run(pretrain(shards, out, *change, "--allow-changed", "optimizer.lrr"), 2)
+    assert "Did you mean optimizer.lr?" in errors
+    run(pretrain(shards, out, *change, "--allow-changed", "optimizer.lr", "--stop-after", 2), 75)
+    recorded = json.loads((out / "environment.json").read_text())["changes"]
+    assert recorded == [{"key": "optimizer.lr", "before": 0.06, "after": 0.5}]
+    # From now on it is the recipe of the run; keys that only change rounding are free.
+    errors = run(pretrain(shards, out, *change, "--set", "train.accumulate=2"))
+    assert "train.accumulate: 1 there, 2 now: the run goes on equal to rounding" in errors
