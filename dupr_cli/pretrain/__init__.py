@@ -25,6 +25,7 @@ from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import PretrainRecipe, recipe_keys, recipe_yaml
+from dupr_cli.recipe.base import TIMM
 
 # Keys that change how a run is carried out, not what it computes.
 OPERATIONAL_KEYS = frozenset(
@@ -83,12 +84,11 @@ def plan(
     """Check everything that `run` needs and say what it would do. Raises UsageError."""
     from dupr_cli.devices import choose_device
     from dupr_cli.pretrain.data import BatchOrder
-    from dupr_cli.pretrain.method import method_class
     from dupr_cli.pretrain.science import science_warnings
     from dupr_cli.pretrain.trainer import count_steps
 
     _require_fit(recipe, processes)
-    method_class(recipe)
+    _require_parts(recipe)
     shards = open_shards(data, recipe.data.split)
     order = BatchOrder(shards, recipe)
     steps = count_steps(recipe, order.images)
@@ -135,6 +135,7 @@ def run(
     from dupr_cli.pretrain.trainer import count_steps, train
 
     _require_fit(recipe, world_size())
+    _require_parts(recipe)
     with join(device) as world:
         reporter = reporter if reporter and world.is_main else SilentReporter()
         shards = open_shards(data, recipe.data.split)
@@ -168,6 +169,16 @@ def _require_fit(recipe: PretrainRecipe, processes: int) -> None:
             f"method.batch_norm.groups is {norm.groups}: the groups of the global batch cannot be "
             f"shared equally by {what}. Use a multiple of {shares}, or method.batch_norm.sync."
         )
+
+
+def _require_parts(recipe: PretrainRecipe) -> None:
+    """Raises UsageError when the method or the backbone is not there."""
+    from dupr_cli.backbones import make_backbone
+    from dupr_cli.pretrain.method import method_class
+
+    method_class(recipe)
+    if recipe.model.backbone.startswith(TIMM):
+        make_backbone(recipe.model.backbone)
 
 
 def _claim(
