@@ -41,7 +41,7 @@ def test_there_are_commands_to_check() -> None:
 def test_commands_of_the_documents_have_known_options(line: str) -> None:
     words = shlex.split(line.split(">")[0])[1:]
     names = [w for w in words if not w.startswith("-")]
-    depth = 2 if names[0] in ("evaluate", "recipe") else 1
+    depth = 2 if names[0] in ("checkpoint", "evaluate", "inspect", "recipe") else 1
     shown = subprocess.run(
         [sys.executable, "-m", "dupr_cli", *names[:depth], "--help"],
         capture_output=True,

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from dupr_cli.artifacts.files import fsync_directory, naming, write_json, write_text
+from dupr_cli.artifacts.remote import AbsentError, cache_folder, fetch, fetch_text, is_remote
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
@@ -363,6 +364,34 @@ def scan_tar(path: Path) -> ShardIndex:
     return index
 
 
+@dataclass(frozen=True)
+class RemoteShard:
+    """Where a shard in the cache comes from. bytes, sha256: what the manifest says."""
+
+    address: str
+    bytes: int
+    sha256: str | None = None
+
+    def fetch(self, tar: Path) -> None:
+        """Copy the shard to its place in the cache. Raises RunError."""
+        try:
+            fetch(self.address, tar, self.bytes, self.sha256)
+        except AbsentError as error:
+            raise RunError(
+                f"{error}. The shard is gone from where the others are. Put it back, and give the "
+                f"same command again; it goes on."
+            ) from error
+
+    def fetch_index(self, tar: Path) -> None:
+        """Copy the shard's index, or make one of the shard where it has none. Raises RunError."""
+        beside = index_path(tar)
+        try:
+            fetch(self.address.removesuffix(".tar") + ".index.json", beside)
+        except AbsentError:
+            self.fetch(tar)
+            scan_tar(tar).write(beside)
+
+
 class ShardSet:
     """Samples of one split, by number: random access over any number of shards.
 
@@ -370,10 +399,18 @@ class ShardSet:
     and for a thousand. Safe to pass to worker processes: each opens its own files.
     """
 
-    def __init__(self, shards: Sequence[Path], counts: Sequence[int], name: str) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        counts: Sequence[int],
+        name: str,
+        remote: Sequence[RemoteShard] | None = None,
+    ) -> None:
+        """remote: where each shard comes from, when `shards` are places in a cache."""
         self.shards = list(shards)
         self.counts = list(counts)
         self.name = name
+        self._remote = list(remote) if remote is not None else None
         self._starts = [sum(counts[:i]) for i in range(len(counts))]
         self._indexes: dict[int, ShardIndex] = {}
         self._files: dict[int, int] = {}
@@ -382,9 +419,19 @@ class ShardSet:
     def __len__(self) -> int:
         return sum(self.counts)
 
+    def identity(self) -> str:
+        """sha256 over name, size and sample count of each shard: the same for a copy elsewhere."""
+        digest = hashlib.sha256()
+        for shard, (path, count) in enumerate(zip(self.shards, self.counts, strict=True)):
+            size = self._remote[shard].bytes if self._remote else path.stat().st_size
+            digest.update(f"{path.name} {size} {count}\n".encode())
+        return digest.hexdigest()
+
     def index(self, shard: int) -> ShardIndex:
         if shard not in self._indexes:
             tar = self.shards[shard]
+            if self._remote:
+                self._remote[shard].fetch_index(tar)
             beside = index_path(tar)
             self._indexes[shard] = ShardIndex.read(beside) if beside.exists() else scan_tar(tar)
         return self._indexes[shard]
@@ -405,6 +452,8 @@ class ShardSet:
         if self._owner != os.getpid():
             self._files, self._owner = {}, os.getpid()
         path = self.shards[shard]
+        if self._remote and shard not in self._files:
+            self._remote[shard].fetch(path)
         try:
             if shard not in self._files:
                 if len(self._files) >= 64:
@@ -412,7 +461,10 @@ class ShardSet:
                 self._files[shard] = os.open(path, os.O_RDONLY)
             data = os.pread(self._files[shard], place[1], place[0])
         except OSError as error:
-            raise RunError(f"{path}: sample {key} cannot be read: {error.strerror}.") from error
+            raise RunError(
+                f"{path}: sample {key} cannot be read: {error.strerror}. Put the shard back, and "
+                f"give the same command again; it goes on."
+            ) from error
         if len(data) != place[1]:
             raise RunError(
                 f"{path}: the shard is cut off at sample {key}: {len(data)} of {place[1]} bytes "
@@ -459,10 +511,14 @@ def is_shard_folder(path: Path) -> bool:
 def open_shards(address: str, split: str | None = None) -> ShardSet:
     """Shards at a folder, a tar, or a brace pattern such as data/train-{000000..000009}.tar.
 
+    All three may also be an address (http://, https://, or any that fsspec knows, such as s3://):
+    shards are then copied into a cache when they are first read (`dupr_cli.artifacts.remote`).
     split: a split of the manifest; shards without a manifest have no splits and it is ignored.
     Raises UsageError when nothing is there, the split is unknown, or a shard is not as long as
     the manifest says.
     """
+    if is_remote(address):
+        return _open_remote(address, split)
     folder = Path(address)
     if folder.is_dir():
         if (folder / MANIFEST).is_file():
@@ -504,15 +560,62 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
 UNFINISHED = ".prepare.json"
 
 
-def _open_manifest(folder: Path, split: str | None) -> ShardSet:
-    manifest = Manifest.read(folder)
+def _entries(manifest: Manifest, split: str | None, address: str) -> list[ShardEntry]:
     splits = manifest.splits
     if split is None:
-        entries = [entry for listed in splits.values() for entry in listed]
-    elif split in splits:
-        entries = splits[split]
-    else:
-        raise UsageError(f"{folder}: there is no split {split!r}; it has {', '.join(splits)}.")
+        return [entry for listed in splits.values() for entry in listed]
+    if split not in splits:
+        raise UsageError(f"{address}: there is no split {split!r}; it has {', '.join(splits)}.")
+    return splits[split]
+
+
+def _open_remote(address: str, split: str | None) -> ShardSet:
+    if not address.endswith(".tar"):
+        return _open_remote_folder(address.rstrip("/"), split)
+    from webdataset.shardlists import expand_urls
+
+    remote, tars, counts = [], [], []
+    for url in expand_urls(address):
+        folder, _, name = url.rpartition("/")
+        tar = cache_folder(folder) / name
+        beside = index_path(tar)
+        # Without a manifest nothing tells the length; it is that of the copy.
+        try:
+            if not beside.exists():
+                fetch(url, tar)
+                scan_tar(tar).write(beside)
+        except AbsentError as error:
+            raise UsageError(f"{error}. There is no such shard.") from error
+        index = ShardIndex.read(beside)
+        tars.append(tar)
+        counts.append(len(index))
+        remote.append(RemoteShard(url, index.bytes))
+    return ShardSet(tars, counts, address, remote)
+
+
+def _open_remote_folder(address: str, split: str | None) -> ShardSet:
+    try:
+        text = fetch_text(f"{address}/{MANIFEST}")
+    except AbsentError as error:
+        raise UsageError(
+            f"{error}. An address of shards has a {MANIFEST}, which `dupr prepare` writes; for "
+            f"shards without one give a pattern such as {address}/train-{{000000..000009}}.tar."
+        ) from error
+    # Other shards at the same address are another set.
+    cache = cache_folder(f"{address}/{hashlib.sha256(text.encode()).hexdigest()[:12]}")
+    cache.mkdir(parents=True, exist_ok=True)
+    write_text(cache / MANIFEST, text)
+    entries = _entries(Manifest.read(cache), split, address)
+    return ShardSet(
+        [cache / entry.file for entry in entries],
+        [entry.samples for entry in entries],
+        f"{address}:{split}" if split else address,
+        [RemoteShard(f"{address}/{e.file}", e.bytes, e.sha256) for e in entries],
+    )
+
+
+def _open_manifest(folder: Path, split: str | None) -> ShardSet:
+    entries = _entries(Manifest.read(folder), split, str(folder))
     for entry in entries:
         path = folder / entry.file
         size = path.stat().st_size if path.is_file() else None

@@ -7,7 +7,6 @@ are modules of their own that it calls.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import platform
@@ -243,7 +242,7 @@ def _require_same_run(
         else:
             refused.append((key, difference))
     there = environment.get("data", {})
-    if there and there["sha256"] != _data_digest(shards) and "data" not in allow_changed:
+    if there and there["sha256"] != shards.identity() and "data" not in allow_changed:
         difference = (
             f"data: {there['images']} images of {there['name']} there, "
             f"{len(shards)} images of {shards.name} now"
@@ -264,14 +263,6 @@ def _read_or(path: Path, default: str) -> str:
     return path.read_text() if path.is_file() else default
 
 
-def _data_digest(shards: ShardSet) -> str:
-    """Identity of the data: names, sizes and sample counts of the shards."""
-    digest = hashlib.sha256()
-    for path, count in zip(shards.shards, shards.counts, strict=True):
-        digest.update(f"{path.name} {path.stat().st_size} {count}\n".encode())
-    return digest.hexdigest()
-
-
 def _environment(shards: ShardSet) -> dict[str, object]:
     import torch
     import torchvision
@@ -284,5 +275,5 @@ def _environment(shards: ShardSet) -> dict[str, object]:
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "data": {"name": shards.name, "images": len(shards), "sha256": _data_digest(shards)},
+        "data": {"name": shards.name, "images": len(shards), "sha256": shards.identity()},
     }

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dupr_cli.artifacts.shards import ShardSet
-from dupr_cli.errors import RunError
+from dupr_cli.errors import DuprError, RunError
 from dupr_cli.pretrain.augmentation import draw_parameters
 from dupr_cli.pretrain.geometry import Crop, random_crop_pair
 from dupr_cli.pretrain.parallel import World
@@ -142,13 +142,25 @@ class BatchOrder:
             yield batch[self._part]
 
 
-class ViewPairs(Dataset[Batch]):
-    """Decodes a sample and cuts its two views."""
+class ViewPairs(Dataset[Batch | DuprError]):
+    """Decodes a sample and cuts its two views.
+
+    As a data set it returns an error instead of raising it, so that it comes out of a loader
+    process in its own words and not in those of a traceback.
+    """
 
     def __init__(self, shards: ShardSet, method: MethodSection, seed: int) -> None:
         self._shards, self._method, self._seed = shards, method, seed
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> Batch | DuprError:
+        try:
+            return self.load(request)
+        except DuprError as error:
+            return error
+
+    def load(self, request: Request) -> Batch:
+        """One image's views. Raises RunError when the shard cannot be read, or too many images in a
+        row cannot be decoded."""
         epoch, number = request
         problems: list[str] = []
         for attempt in range(_MAX_REPLACEMENTS):
@@ -180,7 +192,15 @@ class ViewPairs(Dataset[Batch]):
         )
 
 
-def collate(samples: list[Batch]) -> Batch:
+def collate(samples: Sequence[Batch | DuprError]) -> Batch | DuprError:
+    """A batch of single images, or the first error among them."""
+    for sample in samples:
+        if isinstance(sample, DuprError):
+            return sample
+    return join_batches([s for s in samples if isinstance(s, Batch)])
+
+
+def join_batches(samples: Sequence[Batch]) -> Batch:
     return Batch(
         torch.stack([s.views for s in samples]),
         torch.stack([s.crops for s in samples]),
@@ -202,11 +222,14 @@ def _outlive_signals(_worker: int) -> None:
 
 def training_batches(
     shards: ShardSet, recipe: PretrainRecipe, first_step: int, world: World
-) -> tuple[DataLoader[Batch], BatchOrder]:
-    """The loader of this process's part of all batches from `first_step` on, and their order."""
+) -> tuple[Iterator[Batch], BatchOrder]:
+    """This process's part of all batches from `first_step` on, and their order.
+
+    The iterator raises RunError as `ViewPairs.load`.
+    """
     order = BatchOrder(shards, recipe, world.rank, world.size)
     order.first_step = first_step
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[Batch | DuprError] = DataLoader(
         ViewPairs(shards, recipe.method, recipe.seed),
         batch_sampler=order,
         num_workers=recipe.data.workers,
@@ -215,12 +238,21 @@ def training_batches(
         worker_init_fn=_outlive_signals,
         prefetch_factor=4 if recipe.data.workers else None,
     )
-    return loader, order
+    return _raising(loader), order
+
+
+def _raising(loader: DataLoader[Batch | DuprError]) -> Iterator[Batch]:
+    for batch in loader:
+        if not isinstance(batch, Batch):
+            raise batch
+        yield batch
 
 
 def probe_batches(shards: ShardSet, recipe: PretrainRecipe) -> list[Batch]:
     """Fixed view pairs of the held-out images, in batches of the training size."""
     pairs = ViewPairs(shards, recipe.method, seed=0)
-    samples = [pairs[_PROBE_EPOCH, int(n)] for n in held_out(len(shards), recipe.data.holdout)]
+    samples = [
+        pairs.load((_PROBE_EPOCH, int(n))) for n in held_out(len(shards), recipe.data.holdout)
+    ]
     size = recipe.data.batch_size
-    return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+    return [join_batches(samples[i : i + size]) for i in range(0, len(samples), size)]

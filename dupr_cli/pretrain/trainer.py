@@ -204,7 +204,7 @@ def train(
         monitor,
         reporter.task("pretrain", steps, "steps", done) as progress,
     ):
-        batches = timed(iter(loader))
+        batches = timed(loader)
         for step in range(done, steps):
             batch, waited = next(batches)
             generator = step_generator(recipe.seed, step)

@@ -1,0 +1,71 @@
+"""A real http server over a folder, with faults that can be switched on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass
+class Served:
+    """What a server is told to do, and what it saw.
+
+    fail_every: of every so many requests one fails, in turn by 503, by a dropped connection, and by
+    half a body. 0: none.
+    """
+
+    url: str = ""
+    fail_every: int = 0
+    requests: list[str] = field(default_factory=list)
+    failures: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def __init__(self, served: Served, *arguments: object, directory: str) -> None:
+        self.served = served
+        super().__init__(*arguments, directory=directory)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        served = self.served
+        with served.lock:
+            served.requests.append(self.path)
+            fails = served.fail_every and len(served.requests) % served.fail_every == 0
+            served.failures += bool(fails)
+            kind = served.failures % 3
+        if not fails:
+            super().do_GET()
+        elif kind == 0:
+            self.send_error(503)
+        elif kind == 1:
+            self.connection.close()
+        else:
+            data = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serve(folder: Path, fail_every: int = 0) -> Iterator[Served]:
+    """Serve a folder at `url` on this machine."""
+    served = Served(fail_every=fail_every)
+    handler = partial(_Handler, served, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    served.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        server.server_close()
