@@ -8,7 +8,7 @@ that timm can cut into levels serves for pre-training, as `timm:NAME`.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol, cast
+from typing import Protocol, cast, get_args
 
 import torchvision
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dupr_cli.errors import UsageError
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, TIMM, Level
+from dupr_cli.recipe.base import Backbone as TorchvisionName
 
 _STAGES: dict[Level, str] = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 
@@ -63,8 +64,13 @@ class ResNetBackbone(nn.Module):
     """
 
     def __init__(self, architecture: str) -> None:
-        """Raises ValueError for a name that torchvision does not know."""
+        """Raises UsageError for what is no ResNet of torchvision's."""
         super().__init__()
+        if architecture not in get_args(TorchvisionName):
+            raise UsageError(
+                f"{architecture} is no ResNet of torchvision's. Pre-training takes timm's networks "
+                f"too; export and evaluation know {', '.join(get_args(TorchvisionName))}."
+            )
         self.architecture = architecture
         self.recompute = False
         network = torchvision.models.get_model(architecture, weights=None)

@@ -45,8 +45,7 @@ def launch(nproc: int, nnodes: int, rendezvous: str, arguments: Sequence[str]) -
     os.environ[_LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE_SECONDS))
-    # Its reports of failed processes repeat ours.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # its reports of failed processes repeat ours
     config = LaunchConfig(
         min_nodes=nnodes,
         max_nodes=nnodes,

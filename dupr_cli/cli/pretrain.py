@@ -45,7 +45,8 @@ def pretrain(
         typer.Option(
             "--data",
             metavar="SHARDS",
-            help="Shards: a directory, a .tar, or a pattern such as 'train-{000000..000009}.tar'.",
+            help="Shards: a directory, a .tar, or a pattern such as 'train-{000000..000009}.tar', "
+            "here or at an address (https://, s3://, ...).",
         ),
     ] = "",
     out: Annotated[

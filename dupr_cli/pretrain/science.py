@@ -11,8 +11,9 @@ from dupr_cli.pretrain.geometry import overlap_fraction, random_crop_pair
 from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.pretrain import PretrainRecipe
 
-# MoCo v2's 0.03 at 256 images; runs within this factor of the scaled rate are ordinary.
-_RATE_PER_IMAGE, _RATE_FACTOR = 0.03 / 256, 10
+# MoCo v2's 0.03 at 256 images. Below a third of the scaled rate somebody forgot to scale it; short
+# runs on a CPU take several times more, ten times is too much for any.
+_RATE_PER_IMAGE, _LOWEST_RATE, _HIGHEST_RATE = 0.03 / 256, 1 / 3, 10
 # A key encoder has forgotten its random start after so many times 1 / (1 - momentum) steps.
 _MEMORIES = 3
 # Bins smaller than this share of a feature cell mostly repeat their neighbours.
@@ -55,7 +56,7 @@ def _queue(recipe: PretrainRecipe, images: int | None) -> list[str]:
 def _learning_rate(recipe: PretrainRecipe) -> list[str]:
     lr, batch = recipe.optimizer.lr, recipe.data.batch_size
     scaled = _RATE_PER_IMAGE * batch
-    if scaled / _RATE_FACTOR <= lr <= scaled * _RATE_FACTOR:
+    if scaled * _LOWEST_RATE <= lr <= scaled * _HIGHEST_RATE:
         return []
     return [
         f"optimizer.lr is {lr:g} for a batch of {batch}; the linear rule from 0.03 at 256 gives "

@@ -55,6 +55,13 @@ COMMANDS = (
     ("recipe", "show"),
     ("recipe", "validate"),
     ("recipe", "schema"),
+    ("checkpoint",),
+    ("checkpoint", "list"),
+    ("checkpoint", "verify"),
+    ("checkpoint", "diff"),
+    ("inspect",),
+    ("inspect", "views"),
+    ("inspect", "curves"),
     ("doctor",),
 )
 
@@ -63,7 +70,7 @@ COMMANDS = (
 def test_help_of_every_command(words: tuple[str, ...]) -> None:
     text = dupr(*words, "--help").stdout
     assert "Usage:" in text
-    if words and words not in (("evaluate",), ("recipe",)):
+    if words and words not in (("evaluate",), ("recipe",), ("checkpoint",), ("inspect",)):
         for option in ("--quiet", "--verbose", "--traceback", "--json"):
             assert option in text
 

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dupr_cli.backbones import as_backbone, make_backbone
+from dupr_cli.backbones import ResNetBackbone, as_backbone, make_backbone
 from dupr_cli.errors import UsageError
 from dupr_cli.pretrain.encoders import group_batch_norms, ungroup_batch_norms
 from dupr_cli.recipe import PretrainRecipe, load_recipe
@@ -81,6 +81,11 @@ def test_what_timm_cannot_give_is_said(name: str, message: str) -> None:
     pytest.importorskip("timm")
     with pytest.raises(UsageError, match=message):
         make_backbone(name)
+
+
+def test_export_says_what_it_cannot_take() -> None:
+    with pytest.raises(UsageError, match="timm:resnet18d is no ResNet of torchvision's"):
+        ResNetBackbone("timm:resnet18d")
 
 
 def test_a_timm_backbone_trains(tmp_path: Path, tiny_shards: Path) -> None:

@@ -30,7 +30,10 @@ def test_shipped_recipes_need_no_advice() -> None:
         (["method.queue_length=65000"], None, None, "not a multiple of the 256 keys .* Use 64768"),
         ([], 10_000, None, "queue_length is 65536, more than the 10000 images.* at most 4864"),
         (["optimizer.lr=3"], None, None, "lr is 3 for a batch of 256.* gives 0.03"),
-        (["optimizer.lr=0.0001"], None, None, "gives 0.03"),
+        (
+            ["data.batch_size=1024", "method.batch_norm.groups=32"], None, None,
+            "lr is 0.03 for a batch of 1024.* gives 0.12",
+        ),
         ([], None, 500, "momentum is 0.999, but the run has 500 steps.* Use 0.988"),
         (["method.views.size=64", "method.patch.bins={res4: 4, res5: 2}"], None, None, ""),
         (
