@@ -221,6 +221,7 @@ def train(
             ]
 
             losses: dict[str, Tensor] = {}
+            total = torch.zeros((), device=device)
             for part in parts(len(valid), recipe.train.accumulate):
                 loss = torch.zeros((), device=device)
                 for (q, _), of_view in zip(directions, keys, strict=True):
@@ -233,8 +234,8 @@ def train(
                     for name, value in found.items():
                         losses[name] = losses.get(name, 0) + value.detach() / len(directions)
                 torch.autograd.backward(scaler.scale(loss))
+                total += loss.detach()
             average_gradients(parameters, world)
-            total = model.weighted(losses)
             scaler.unscale_(optimizer)
             gradients = [p.grad for p in parameters if p.grad is not None]
             gradient_norm = torch.nn.utils.get_total_norm(gradients)
@@ -247,14 +248,15 @@ def train(
                 monitor.bad_step(step + 1, batch, shards)
             else:
                 scaler.step(optimizer)
-                scaler.update()
                 commit_statistics([model], world)
                 push_keys(model, keys, world, generator)
                 monitor.good_step()
                 values = {"loss": total, "gradient_norm": gradient_norm}
                 values |= {f"loss/{name}": value for name, value in losses.items()}
                 values["overlap"] = valid.float().mean()
-                monitor.step(step + 1, values, (queries, answers), model, batch, waited, {"lr": lr})
+                facts = {"lr": lr} | ({"loss_scale": scaler.get_scale()} if half else {})
+                monitor.step(step + 1, values, (queries, answers), model, batch, waited, facts)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
             progress.advance(1, monitor.status)

@@ -147,10 +147,15 @@ def not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("not_finite")
+@pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
-    tiny_recipe: Load, tiny_shards: Path, tmp_path: Path
+    tiny_recipe: Load, tiny_shards: Path, tmp_path: Path, precision: str
 ) -> None:
-    recipe = tiny_recipe("method.name=not-finite", "method.options={calls: [2, 3]}")
+    recipe = tiny_recipe(
+        "method.name=not-finite",
+        "method.options={calls: [2, 3]}",
+        f"train.precision={precision}",
+    )
     found = trained(recipe, tiny_shards, tmp_path / "run")
     assert all(bool(torch.isfinite(values).all()) for values in found.values())
     assert found["image_queues.res5.pushed"] == 4 * 8  # nothing of the two enters
