@@ -22,11 +22,18 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from dupr_cli.artifacts.files import fsync_directory, naming, write_json, write_text
-from dupr_cli.artifacts.remote import AbsentError, cache_folder, fetch, fetch_text, is_remote
+from dupr_cli.artifacts.files import fsync_directory, naming, write_bytes, write_json, write_text
+from dupr_cli.artifacts.remote import (
+    AbsentError,
+    cache_folder,
+    fetch,
+    fetch_bytes,
+    is_remote,
+    once,
+)
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
@@ -121,18 +128,23 @@ class ShardIndex:
     def read(cls, path: Path) -> ShardIndex:
         """Raises RunError when the file is not a whole index."""
         try:
-            values = json.loads(path.read_bytes())
-            index = cls(**values)
-            index.skipped = [Skipped(**entry) for entry in values["skipped"]]
+            return _parse_index(path.read_bytes())
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(
                 f"{path} is not a whole shard index ({error}). Delete it: the shard is then "
                 f"scanned when it is opened."
             ) from error
-        return index
 
     def write(self, path: Path) -> None:
         write_text(path, json.dumps(asdict(self), separators=(",", ":")) + "\n")
+
+
+def _parse_index(data: bytes) -> ShardIndex:
+    """Raises ValueError, TypeError or KeyError when the data are not a whole index."""
+    values = json.loads(data)
+    index = ShardIndex(**values)
+    index.skipped = [Skipped(**entry) for entry in values["skipped"]]
+    return index
 
 
 def index_path(tar: Path) -> Path:
@@ -302,10 +314,18 @@ class Manifest:
         """Raises UsageError when the file is damaged or of a later format."""
         path = folder / MANIFEST
         try:
-            values = json.loads(path.read_bytes())
+            return cls.parse(path.read_bytes(), str(path))
+        except OSError as error:
+            raise _not_whole(path, error) from error
+
+    @classmethod
+    def parse(cls, data: bytes, place: str) -> Manifest:
+        """As `read`, of what was read at `place`."""
+        try:
+            values = json.loads(data)
             if values["format_version"] > FORMAT_VERSION:
                 raise UsageError(
-                    f"{path}: the shards have format version {values['format_version']}, this "
+                    f"{place}: the shards have format version {values['format_version']}, this "
                     f"dupr reads up to {FORMAT_VERSION}. Update dupr."
                 )
             splits = {
@@ -313,14 +333,16 @@ class Manifest:
                 for name, entries in values.pop("splits").items()
             }
             return cls(splits=splits, **values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(
-                f"{path} is not a whole manifest ({error}). Run `dupr prepare` again."
-            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _not_whole(place, error) from error
 
     @property
     def samples(self) -> int:
         return sum(entry.samples for entries in self.splits.values() for entry in entries)
+
+
+def _not_whole(place: Path | str, error: Exception) -> UsageError:
+    return UsageError(f"{place} is not a whole manifest ({error}). Run `dupr prepare` again.")
 
 
 def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
@@ -328,8 +350,11 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
     write_text(folder / SKIPPED, "".join(line + "\n" for line in lines))
 
 
-def scan_tar(path: Path) -> ShardIndex:
-    """Index a tar that came without one. Raises RunError naming the sample where it breaks off."""
+def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
+    """Index a tar that came without one. Raises RunError naming the sample where it breaks off.
+
+    address: where the tar was copied from, for the message.
+    """
     index = ShardIndex(bytes=path.stat().st_size)
     by_key: dict[str, int] = {}
     last = "its start"
@@ -358,7 +383,7 @@ def scan_tar(path: Path) -> ShardIndex:
                 last = f"member {member.name}"
     except (tarfile.TarError, EOFError) as error:
         raise RunError(
-            f"{path}: the shard is cut off or damaged after {last}: {error}. "
+            f"{address or path}: the shard is cut off or damaged after {last}: {error}. "
             f"Copy it again or make it anew."
         ) from error
     return index
@@ -384,12 +409,27 @@ class RemoteShard:
 
     def fetch_index(self, tar: Path) -> None:
         """Copy the shard's index, or make one of the shard where it has none. Raises RunError."""
-        beside = index_path(tar)
+
+        def make() -> None:
+            index = self._index_there()
+            if index is None:
+                self.fetch(tar)
+                index = scan_tar(tar, self.address)
+            index.write(index_path(tar))
+
+        once(index_path(tar), make)
+
+    def _index_there(self) -> ShardIndex | None:
+        """The index that lies beside the shard, if it is one and of this very shard."""
         try:
-            fetch(self.address.removesuffix(".tar") + ".index.json", beside)
+            data = fetch_bytes(self.address.removesuffix(".tar") + ".index.json")
         except AbsentError:
-            self.fetch(tar)
-            scan_tar(tar).write(beside)
+            return None
+        try:
+            index = _parse_index(data)
+        except (ValueError, TypeError, KeyError):  # some servers answer 200 with a page
+            return None
+        return index if (index.bytes, index.sha256) == (self.bytes, self.sha256) else None
 
 
 class ShardSet:
@@ -549,15 +589,19 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
     ]
     opened = ShardSet(tars, [len(index) for index in indexes], str(address))
     opened._indexes = dict(enumerate(indexes))
-    if not len(opened):
-        raise UsageError(
-            f"{address}: the shards hold no images (members named <key>.jpg, .png or .webp)."
-        )
-    return opened
+    return _with_images(opened)
 
 
 # Marks an output folder whose shards are still being written.
 UNFINISHED = ".prepare.json"
+
+
+def _with_images(opened: ShardSet) -> ShardSet:
+    if not len(opened):
+        raise UsageError(
+            f"{opened.name}: the shards hold no images (members named <key>.jpg, .png or .webp)."
+        )
+    return opened
 
 
 def _entries(manifest: Manifest, split: str | None, address: str) -> list[ShardEntry]:
@@ -578,34 +622,53 @@ def _open_remote(address: str, split: str | None) -> ShardSet:
     for url in expand_urls(address):
         folder, _, name = url.rpartition("/")
         tar = cache_folder(folder) / name
-        beside = index_path(tar)
-        # Without a manifest nothing tells the length; it is that of the copy.
-        try:
-            if not beside.exists():
-                fetch(url, tar)
-                scan_tar(tar).write(beside)
-        except AbsentError as error:
-            raise UsageError(f"{error}. There is no such shard.") from error
-        index = ShardIndex.read(beside)
+        index = _index_of_copy(url, tar)
         tars.append(tar)
         counts.append(len(index))
         remote.append(RemoteShard(url, index.bytes))
-    return ShardSet(tars, counts, address, remote)
+    return _with_images(ShardSet(tars, counts, address, remote))
+
+
+def _index_of_copy(address: str, tar: Path) -> ShardIndex:
+    """Index of a tar of which no manifest tells anything: it is copied and scanned, once."""
+    beside = index_path(tar)
+
+    def make() -> None:
+        fetch(address, tar)
+        try:
+            scan_tar(tar, address).write(beside)
+        except RunError:
+            tar.unlink()  # nothing else would tell this copy from one of the mended shard
+            raise
+
+    try:
+        once(beside, make)
+    except AbsentError as error:
+        raise UsageError(f"{error}. There is no such shard.") from error
+    return ShardIndex.read(beside)
 
 
 def _open_remote_folder(address: str, split: str | None) -> ShardSet:
     try:
-        text = fetch_text(f"{address}/{MANIFEST}")
+        data = fetch_bytes(f"{address}/{MANIFEST}")
     except AbsentError as error:
         raise UsageError(
             f"{error}. An address of shards has a {MANIFEST}, which `dupr prepare` writes; for "
             f"shards without one give a pattern such as {address}/train-{{000000..000009}}.tar."
         ) from error
+    manifest = Manifest.parse(data, f"{address}/{MANIFEST}")
+    entries = _entries(manifest, split, address)
+    for entry in entries:
+        # Someone else wrote these names, and files of this machine get them.
+        name = PurePosixPath(entry.file)
+        if not name.name or name.is_absolute() or ".." in name.parts:
+            raise UsageError(
+                f"{address}/{MANIFEST}: the shard {entry.file!r} would lie outside the folder of "
+                f"the manifest. Nothing of it was fetched."
+            )
     # Other shards at the same address are another set.
-    cache = cache_folder(f"{address}/{hashlib.sha256(text.encode()).hexdigest()[:12]}")
-    cache.mkdir(parents=True, exist_ok=True)
-    write_text(cache / MANIFEST, text)
-    entries = _entries(Manifest.read(cache), split, address)
+    cache = cache_folder(f"{address}/{hashlib.sha256(data).hexdigest()[:12]}")
+    once(cache / MANIFEST, lambda: write_bytes(cache / MANIFEST, data))
     return ShardSet(
         [cache / entry.file for entry in entries],
         [entry.samples for entry in entries],

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import pickle
+import socket
 import subprocess
 import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from dupr_cli.artifacts import remote
-from dupr_cli.artifacts.shards import MANIFEST, Sample, open_shards
+from dupr_cli.artifacts.shards import MANIFEST, Sample, index_path, open_shards
 from dupr_cli.errors import RunError, UsageError
 from tests.conftest import write_shards
 from tests.servers import serve
@@ -68,21 +76,24 @@ def test_shards_are_fetched_when_they_are_read_and_only_once(shards: Path) -> No
         assert tars == ["/train-000000.tar", "/train-000001.tar"]
 
 
-def test_processes_share_one_copy(shards: Path) -> None:
+@pytest.mark.parametrize("place", ["", "/train-{000000..000004}.tar"])
+def test_processes_share_one_copy(shards: Path, place: str) -> None:
+    for index in shards.glob("*.index.json"):
+        index.unlink()  # so that indexes are made, too, while the others want them
     program = (
         "import sys; from dupr_cli.artifacts.shards import open_shards\n"
         "opened = open_shards(sys.argv[1], 'train')\n"
         "print(sum(len(opened[n].image) for n in range(len(opened))))"
     )
     with serve(shards) as served:
-        running = [
-            subprocess.Popen([sys.executable, "-c", program, served.url], stdout=subprocess.PIPE)
-            for _ in range(3)
-        ]
+        command = [sys.executable, "-c", program, served.url + place]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
         printed = {process.communicate(timeout=120)[0] for process in running}
         assert len(printed) == 1
         tars = [path for path in served.requests if path.endswith(".tar")]
         assert len(tars) == len(set(tars)) == 5
+        indexes = [path for path in served.requests if path.endswith(".index.json")]
+        assert len(indexes) == (0 if place else 5)
 
 
 def test_a_server_that_always_fails_is_given_up_with_one_message(shards: Path) -> None:
@@ -94,9 +105,60 @@ def test_a_server_that_always_fails_is_given_up_with_one_message(shards: Path) -
         assert len(served.requests) == 9
 
 
-def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match=r"manifest.json cannot be had: .*refused"):
+@contextmanager
+def answering(status: int) -> Iterator[tuple[str, list[str]]]:
+    """A server with one answer to everything: its address, and the requests that came."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/shards", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_answers_that_may_change_are_asked_for_again(status: int) -> None:
+    with answering(status) as (address, requests):
+        with pytest.raises(RunError, match=rf"cannot be had: {status} .*\(8 attempts\)"):
+            open_shards(address)
+        assert len(requests) == 8
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_answers_that_will_not_change_are_taken(status: int) -> None:
+    with answering(status) as (address, requests):
+        with pytest.raises(UsageError, match=rf"manifest.json: {status} "):
+            open_shards(address)
+        assert len(requests) == 1
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(RunError, match=r"manifest.json cannot be had: Connection refused \(8"):
         open_shards("http://127.0.0.1:9/shards")
+
+
+def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_TIMEOUT_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/shards"
+        with pytest.raises(RunError, match=r"cannot be had: timed out \(8 attempts\)"):
+            open_shards(address)
+
+
+def test_no_address_at_all() -> None:
+    with pytest.raises(UsageError, match=r"http://host:port/shards/manifest.json is not an addr"):
+        open_shards("http://host:port/shards")
 
 
 def test_what_is_not_there_is_said_at_once(shards: Path) -> None:
@@ -143,6 +205,122 @@ def test_a_full_disk_names_the_cache(shards: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(RunError, match=r"No space left on device.*set DUPR_CACHE"):
             opened[0]
         assert sum(path.endswith("000000.tar") for path in served.requests) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_not_the_servers_fault(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUPR_CACHE", str(shards / MANIFEST))
+    with serve(shards) as served:
+        for address in (served.url, served.url + "/train-000000.tar"):
+            with pytest.raises(RunError, match=r"manifest.json/.*Not a directory.*set DUPR_CACHE"):
+                open_shards(address)
+
+
+def test_the_folder_of_a_copy_tells_no_password(cache: Path) -> None:
+    folder = remote.cache_folder("sftp://somebody:secret@host/my/shards")
+    assert folder.parent == cache
+    assert folder.name.startswith("host-my-shards-")
+
+
+@pytest.mark.parametrize("name", ["../../escaped.tar", "/escaped.tar", "a/../../escaped.tar", ""])
+def test_a_manifest_cannot_write_outside_the_cache(shards: Path, cache: Path, name: str) -> None:
+    manifest = json.loads((shards / MANIFEST).read_text())
+    manifest["splits"]["train"][0]["file"] = name
+    (shards / MANIFEST).write_text(json.dumps(manifest))
+    with serve(shards) as served, pytest.raises(UsageError, match="would lie outside the folder"):
+        open_shards(served.url, "train")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("there", [None, b"<html>Welcome</html>", b"of another shard"])
+def test_a_shard_whose_index_is_of_no_use_is_scanned(shards: Path, there: bytes | None) -> None:
+    expected = samples(str(shards))
+    index = index_path(shards / "train-000001.tar")
+    if there is None:
+        index.unlink()
+    elif there == b"of another shard":
+        index.write_bytes(index_path(shards / "train-000000.tar").read_bytes())
+    else:
+        index.write_bytes(there)
+    with serve(shards) as served:
+        assert samples(served.url) == expected
+
+
+def test_a_manifest_that_is_none_is_named_by_its_address(shards: Path) -> None:
+    for data in (b"<html>Welcome</html>", b"\xff\xfe"):
+        (shards / MANIFEST).write_bytes(data)
+        with serve(shards) as served, pytest.raises(UsageError) as caught:
+            open_shards(served.url)
+        assert str(caught.value).startswith(f"{served.url}/manifest.json is not a whole manifest")
+
+
+def test_a_foreign_shard_that_was_mended_is_fetched_again(shards: Path) -> None:
+    tar = shards / "train-000000.tar"
+    whole = tar.read_bytes()
+    with serve(shards) as served:
+        address = f"{served.url}/{tar.name}"
+        tar.write_bytes(whole[:5000])
+        with pytest.raises(RunError, match=rf"^{address}: the shard is cut off or damaged after"):
+            open_shards(address)
+        tar.write_bytes(whole)
+        assert samples(address) == samples(str(tar))
+
+
+def test_foreign_shards_without_images_are_a_usage_error(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "texts.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    with serve(tmp_path) as served, pytest.raises(UsageError, match="hold no images"):
+        open_shards(f"{served.url}/texts.tar")
+
+
+def test_a_copy_of_the_wrong_length_is_replaced_and_leftovers_go(shards: Path) -> None:
+    with serve(shards) as served:
+        opened = open_shards(served.url, "train")
+        first = opened[0]
+        copy = opened.shards[0]
+        copy.write_bytes(copy.read_bytes()[:100])
+        leftover = copy.with_name(f".{copy.name}.99999.tmp")
+        leftover.write_bytes(b"of a process that was killed")
+        assert open_shards(served.url, "train")[0] == first
+        assert not leftover.exists()
+
+
+def test_a_set_that_travels_to_another_process_reads_the_same(shards: Path) -> None:
+    with serve(shards) as served:
+        opened = open_shards(served.url, "train")
+        travelled = pickle.loads(pickle.dumps(opened))
+        assert travelled[42] == opened[42]
+        assert travelled.identity() == opened.identity()
+
+
+def test_identity_is_what_earlier_runs_recorded(shards: Path) -> None:
+    tars = sorted(shards.glob("*.tar"))
+    counts = [20, 20, 20, 20, 10]
+    lines = [f"{tar.name} {tar.stat().st_size} {n}\n" for tar, n in zip(tars, counts, strict=True)]
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    with serve(shards) as served:
+        for address in (str(shards), served.url, served.url + "/train-{000000..000004}.tar"):
+            assert open_shards(address, "train").identity() == expected
+
+
+def test_errors_of_packages_behind_fsspec_are_repeated_too(shards: Path) -> None:
+    class Flaky(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        """As botocore: its errors are not OSErrors."""
+
+        opened, always = 0, False
+
+        def _open(self, path: str, mode: str = "rb", **_: object) -> object:
+            Flaky.opened += 1
+            if Flaky.always or Flaky.opened % 2:
+                raise RuntimeError("the endpoint cannot be reached")
+            return (shards / path.rpartition("/")[2]).open(mode)
+
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    assert samples("flaky://bucket") == samples(str(shards))
+    Flaky.always = True
+    with pytest.raises(RunError, match=r"flaky://bucket/.*cannot be reached \(8 attempts\)"):
+        open_shards("flaky://bucket")
 
 
 def test_any_address_that_fsspec_knows(shards: Path) -> None:
