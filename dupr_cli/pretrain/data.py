@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -222,7 +222,7 @@ def _outlive_signals(_worker: int) -> None:
 
 def training_batches(
     shards: ShardSet, recipe: PretrainRecipe, first_step: int, world: World
-) -> tuple[Iterator[Batch], BatchOrder]:
+) -> tuple[Generator[Batch, None, None], BatchOrder]:
     """This process's part of all batches from `first_step` on, and their order.
 
     The iterator raises RunError as `ViewPairs.load`.
@@ -241,7 +241,7 @@ def training_batches(
     return _raising(loader), order
 
 
-def _raising(loader: DataLoader[Batch | DuprError]) -> Iterator[Batch]:
+def _raising(loader: DataLoader[Batch | DuprError]) -> Generator[Batch, None, None]:
     for batch in loader:
         if not isinstance(batch, Batch):
             raise batch

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -201,6 +202,7 @@ def train(
 
     with (
         Stop(limits, launched=world.size > 1) as stop,
+        closing(loader),  # ends its processes, also where an error keeps this frame alive
         monitor,
         reporter.task("pretrain", steps, "steps", done) as progress,
     ):

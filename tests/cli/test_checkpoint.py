@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from dupr_cli.artifacts.checkpoints import compare_values, diff
 from dupr_cli.artifacts.run import (
@@ -27,17 +26,10 @@ from dupr_cli.artifacts.run import (
     list_checkpoints,
     write_checkpoint,
 )
-from dupr_cli.cli.app import app
+from tests.cli.command_line import dupr
 from tests.conftest import TINY
 
 BIAS = "query.image_heads.res5.2.bias"
-
-
-def dupr(*arguments: object, code: int = 0) -> Result:
-    done = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(app, [*map(str, arguments)])
-    assert done.exit_code == code, done.output
-    assert isinstance(done.exception, SystemExit | None), done.exception
-    return done
 
 
 @pytest.fixture(scope="module")

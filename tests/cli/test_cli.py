@@ -1,4 +1,4 @@
-"""The command line as people use it: real processes, exit codes, messages, signals."""
+"""The command line as people use it: help, messages, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -14,27 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
+from dupr_cli.artifacts.run import list_checkpoints
 from tests.artifacts.test_artifacts import METADATA
-from tests.conftest import TINY, noise_image, write_shards
+from tests.cli.command_line import TINY_SET, dupr, pretrain
+from tests.conftest import noise_image
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
 
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "dupr_cli", *map(str, arguments)]
-
-
-def dupr(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-TINY_SET = [argument for override in TINY for argument in ("--set", override)]
 
 
 def pretrain_command(shards: Path, run: Path, *more: object) -> list[str]:
@@ -134,13 +123,11 @@ def test_the_four_stages_from_photographs_to_ap(tmp_path: Path, image_folder: Pa
     shards, run, weights = tmp_path / "shards", tmp_path / "run", tmp_path / "w.safetensors"
     prepared = json.loads(dupr("prepare", image_folder, shards, "--json").stdout)
     assert prepared["samples"] == {"train": 60}
+    # One of the stages as a process of its own.
     done = subprocess.run(
         pretrain_command(shards, run, "--json"),
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=False,
-    )
+        capture_output=True, text=True, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 6
     assert {p.name for p in run.iterdir()} >= {
@@ -169,10 +156,7 @@ def test_the_four_stages_from_photographs_to_ap(tmp_path: Path, image_folder: Pa
 
 
 def test_dry_run_prints_a_recipe_and_does_nothing(tmp_path: Path, tiny_shards: Path) -> None:
-    done = subprocess.run(
-        pretrain_command(tiny_shards, tmp_path / "run", "--dry-run"),
-        capture_output=True, text=True, env=ENVIRONMENT, check=True,
-    )  # fmt: skip
+    done = pretrain(tiny_shards, tmp_path / "run", "--dry-run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "printed.yaml").write_text(done.stdout)
     dupr("recipe", "validate", tmp_path / "printed.yaml")
@@ -327,57 +311,3 @@ def group_exists(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_stopped_pretraining_continues_to_the_same_weights(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    shards = write_shards(tmp_path / "shards", 60)
-    options = ("--steps", 30, "--set", "data.workers=1")
-    subprocess.run(
-        pretrain_command(shards, tmp_path / "whole", *options), env=ENVIRONMENT, check=True,
-        capture_output=True,
-    )  # fmt: skip
-    cut = tmp_path / "cut"
-    process = start(pretrain_command(shards, cut, *options))
-    wait_for(lambda: len(list_checkpoints(cut)) >= 2, process, "second checkpoint")
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    saved = max(int(p.name.removeprefix("step-")) for p in list_checkpoints(cut))
-    assert saved < 30, "it finished before it was stopped"
-    if number != signal.SIGKILL:
-        assert process.returncode == (130 if number == signal.SIGINT else 75)
-        assert f"step {saved} of 30 is saved" in errors
-    subprocess.run(pretrain_command(shards, cut, *options), env=ENVIRONMENT, check=True)
-    ends = [run / "latest" / "model.safetensors" for run in (tmp_path / "whole", cut)]
-    from safetensors.torch import load_file
-
-    whole, continued = (load_file(end) for end in ends)
-    assert all((whole[name] == continued[name]).all() for name in whole)
-    steps = [line["step"] for line in MetricsLog(cut).read() if "loss" in line]
-    assert steps == sorted(set(steps))
-    assert steps[-1] == 30
-
-
-def test_continuing_with_another_recipe_shows_the_difference(
-    tmp_path: Path, tiny_shards: Path
-) -> None:
-    run = tmp_path / "run"
-    subprocess.run(
-        pretrain_command(tiny_shards, run), env=ENVIRONMENT, check=True, capture_output=True
-    )
-    done = subprocess.run(
-        pretrain_command(tiny_shards, run, "--set", "optimizer.lr=0.5"),
-        env=ENVIRONMENT, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "optimizer.lr: 0.06 there, 0.5 now" in done.stderr
-    again = subprocess.run(
-        pretrain_command(tiny_shards, run, "--set", "train.log_every=1"),
-        env=ENVIRONMENT, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
+from tests.cli import command_line
 from tests.conftest import TINY, write_shards
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -88,6 +89,32 @@ def test_killed_at_random_moments(
     assert_same(out, whole)
 
 
+def test_signals_stop_after_a_step_that_is_saved(
+    tmp_path: Path, shards: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    """One run, stopped by each of the signals that ask for it."""
+    out, options = tmp_path / "run", ("--set", "data.workers=1")
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)):
+        before = len(MetricsLog(out).read())
+        process = subprocess.Popen(
+            pretrain(shards, out, *options), env=ENVIRONMENT, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(MetricsLog(out).read()) <= before:
+            assert process.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline, "no step"
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        saved = max(int(p.name.removeprefix("step-")) for p in list_checkpoints(out))
+        assert saved < STEPS, "it finished before it was stopped"
+        assert process.returncode == code, errors
+        assert f"step {saved} of {STEPS} is saved" in errors
+    run(pretrain(shards, out, *options))
+    assert_same(out, whole)
+
+
 def flip_a_byte(checkpoint: Path) -> None:
     with (checkpoint / "model.safetensors").open("r+b") as file:
         file.seek(-1000, 2)
@@ -109,15 +136,14 @@ def test_damaged_checkpoints_are_passed_over(
     tmp_path: Path, shards: Path, whole: dict[str, torch.Tensor]
 ) -> None:
     out = tmp_path / "run"
-    stopped = run(
-        pretrain(shards, out, "--stop-after", 11, "--set", "train.keep_checkpoints=9"), 75
-    )
+    options = ("--steps", STEPS, "--stop-after", 11, "--set", "train.keep_checkpoints=9")
+    stopped = command_line.pretrain(shards, out, *options, code=75).stderr
     assert "stopped by --stop-after 11; step 11 of 24 is saved" in stopped
     newest = list_checkpoints(out)[::-1]
     assert len(newest) == 6
     for checkpoint, damage in zip(newest, (flip_a_byte, truncate, lose_a_file), strict=False):
         damage(checkpoint)
-    errors = run(pretrain(shards, out))
+    errors = command_line.pretrain(shards, out, "--steps", STEPS).stderr
     for checkpoint in newest[:3]:
         assert str(checkpoint) in errors
         assert (checkpoint.parent / f"damaged-{checkpoint.name}").is_dir()
@@ -130,15 +156,19 @@ def test_a_time_limit_saves_and_the_run_goes_on(
     tmp_path: Path, shards: Path, whole: dict[str, torch.Tensor]
 ) -> None:
     out = tmp_path / "run"
-    errors = run(pretrain(shards, out, "--max-hours", "0"), 75)
+    options = ("--steps", STEPS, "--max-hours", 0)
+    errors = command_line.pretrain(shards, out, *options, code=75).stderr
     assert "stopped after --max-hours 0; step 1 of 24 is saved" in errors
-    run(pretrain(shards, out))
+    command_line.pretrain(shards, out, "--steps", STEPS)
     assert_same(out, whole)
 
 
 def test_old_checkpoints_are_thinned_out(tmp_path: Path, shards: Path) -> None:
     out = tmp_path / "run"
-    run(pretrain(shards, out, "--set", "train.keep_checkpoints=2", "--set", "train.keep_every=8"))
+    command_line.pretrain(
+        shards, out, "--steps", 24, "--set", "train.keep_checkpoints=2",
+        "--set", "train.keep_every=8",
+    )  # fmt: skip
     assert [p.name for p in list_checkpoints(out)] == [
         f"step-{step:08d}" for step in (8, 16, 22, 24)
     ]
@@ -146,15 +176,20 @@ def test_old_checkpoints_are_thinned_out(tmp_path: Path, shards: Path) -> None:
 
 def test_a_changed_recipe_goes_on_only_where_it_is_allowed(tmp_path: Path, shards: Path) -> None:
     out, change = tmp_path / "run", ("--set", "optimizer.lr=0.5")
-    run(pretrain(shards, out, "--stop-after", 2), 75)
-    errors = run(pretrain(shards, out, *change), 2)
+    command_line.pretrain(shards, out, "--stop-after", 2, code=75)
+    errors = command_line.pretrain(shards, out, *change, code=2).stderr
     assert "optimizer.lr: 0.06 there, 0.5 now" in errors
     assert "--allow-changed optimizer.lr" in errors
-    errors = run(pretrain(shards, out, *change, "--allow-changed", "optimizer.lrr"), 2)
+    errors = command_line.pretrain(
+        shards, out, *change, "--allow-changed", "optimizer.lrr", code=2
+    ).stderr
     assert "Did you mean optimizer.lr?" in errors
-    run(pretrain(shards, out, *change, "--allow-changed", "optimizer.lr", "--stop-after", 2), 75)
+    command_line.pretrain(
+        shards, out, *change, "--allow-changed", "optimizer.lr", "--stop-after", 2, code=75
+    )
     recorded = json.loads((out / "environment.json").read_text())["changes"]
     assert recorded == [{"key": "optimizer.lr", "before": 0.06, "after": 0.5}]
     # From now on it is the recipe of the run; keys that only change rounding are free.
-    errors = run(pretrain(shards, out, *change, "--set", "train.accumulate=2"))
+    free = ("--set", "train.accumulate=2", "--set", "train.log_every=1")
+    errors = command_line.pretrain(shards, out, *change, *free).stderr
     assert "train.accumulate: 1 there, 2 now: the run goes on equal to rounding" in errors

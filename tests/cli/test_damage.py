@@ -11,59 +11,52 @@ from pathlib import Path
 
 import pytest
 
+from dupr_cli.artifacts import remote
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import Sample, write_shard
-from tests.conftest import TINY, encode, noise_image, write_shards
+from tests.cli import command_line
+from tests.conftest import encode, noise_image, write_shards
 from tests.servers import serve
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DUPR_CACHE": str(tmp_path / "cache")}
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUPR_CACHE", str(tmp_path / "cache"))
 
 
-def pretrain(data: object, out: Path, *options: object) -> list[str]:
-    words: list[object] = [sys.executable, "-m", "dupr_cli", "pretrain", "dupr-r18-cpu-smoke"]
-    words += ["--data", data, "--out", out]
-    for override in (*TINY, "data.workers=3"):
-        words += ["--set", override]
-    return [str(word) for word in (*words, *options)]
+def pretrain(data: object, out: Path, *options: object, code: int = 0) -> str:
+    """What a run says on standard error."""
+    return command_line.pretrain(data, out, "--set", "data.workers=3", *options, code=code).stderr
 
 
-def run(command: list[str], environment: dict[str, str], code: int = 0) -> str:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
-def test_five_percent_damaged_samples(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_five_percent_damaged_samples(tmp_path: Path) -> None:
     good = [encode(noise_image(number)) for number in range(100)]
     damaged = [data[:150] if number % 20 == 7 else data for number, data in enumerate(good)]
     samples = [Sample(f"k{n:03d}", "jpg", data) for n, data in enumerate(damaged)]
     write_shard(tmp_path / "s.tar", samples)
     out = tmp_path / "run"
     # 90 images are an epoch: 24 steps of 8 pass all of them twice.
-    errors = run(pretrain(tmp_path / "s.tar", out, "--steps", 24), environment)
+    errors = pretrain(tmp_path / "s.tar", out, "--steps", 24)
     assert errors.count("cannot be decoded are replaced") == 1
     assert 5 <= MetricsLog(out).latest()["unreadable"] <= 20
 
 
 @pytest.mark.parametrize("per_shard", [60, 30])
-def test_one_shard_and_fewer_shards_than_workers(
-    tmp_path: Path, environment: dict[str, str], per_shard: int
-) -> None:
+def test_one_shard_and_fewer_shards_than_workers(tmp_path: Path, per_shard: int) -> None:
     shards = write_shards(tmp_path / "shards", 60, per_shard)
     assert len(list(shards.glob("*.tar"))) == 60 // per_shard
-    run(pretrain(shards, tmp_path / "run"), environment)
+    pretrain(shards, tmp_path / "run")
     assert MetricsLog(tmp_path / "run").latest()["step"] == 6
 
 
-def test_a_shard_that_vanishes_and_comes_back(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_shard_that_vanishes_and_comes_back(tmp_path: Path) -> None:
     shards, out = write_shards(tmp_path / "shards", 300, 10), tmp_path / "run"
     # One of the 30 shards at a time: most are still unread when the first checkpoint is there.
-    command = pretrain(shards, out, "--steps", 30, "--set", "data.shuffle_shards=1")
-    command += ["--set", "data.workers=1", "--set", "train.probe_every=1000"]
+    options = ["--steps", "30", "--set", "data.shuffle_shards=1", "--set", "data.workers=1"]
+    options += ["--set", "train.probe_every=1000"]
+    command = [sys.executable, "-m", "dupr_cli", "pretrain", "dupr-r18-cpu-smoke"]
+    command += ["--data", str(shards), "--out", str(out), *command_line.TINY_SET, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     while not list(out.glob("checkpoints/step-*")):
         assert process.poll() is None
@@ -78,21 +71,19 @@ def test_a_shard_that_vanishes_and_comes_back(tmp_path: Path, environment: dict[
     assert re.search(r"train-0000\d\d.tar: sample s0\d+ cannot be read: No such file", errors)
     for tar in tars:
         tar.with_suffix(".away").rename(tar)
-    run(command, environment)
+    pretrain(shards, out, *options)
     assert MetricsLog(out).latest()["step"] == 30
 
 
-def test_over_http_with_every_tenth_request_failing(
-    tmp_path: Path, environment: dict[str, str], tiny_shards: Path
-) -> None:
+def test_over_http_with_every_tenth_request_failing(tmp_path: Path, tiny_shards: Path) -> None:
     from safetensors.torch import load_file
 
     with serve(tiny_shards, fail_every=10) as served:
         # Requests of other tests' sizes do not fail: make sure that some of these do.
         served.requests.extend(["warm-up"] * 7)
-        run(pretrain(served.url, tmp_path / "far"), environment)
+        pretrain(served.url, tmp_path / "far")
         assert served.failures
-    run(pretrain(tiny_shards, tmp_path / "near"), environment)
+    pretrain(tiny_shards, tmp_path / "near")
     far, near = (
         load_file(tmp_path / name / "latest" / "model.safetensors") for name in ("far", "near")
     )
@@ -100,10 +91,11 @@ def test_over_http_with_every_tenth_request_failing(
 
 
 def test_over_http_with_a_server_that_goes_away(
-    tmp_path: Path, environment: dict[str, str], tiny_shards: Path
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.01)  # seconds, not a minute
     with serve(tiny_shards) as served:
         address = served.url
-    errors = run(pretrain(address, tmp_path / "run"), environment, code=1)
+    errors = pretrain(address, tmp_path / "run", code=1)
     assert f"error: {address}/manifest.json cannot be had" in errors
     assert not (tmp_path / "run").exists()

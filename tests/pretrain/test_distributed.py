@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from dupr_cli.artifacts.shards import Manifest, Sample, ShardEntry, write_shard
+from tests.cli import command_line
 from tests.conftest import TINY, encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +101,7 @@ def test_two_processes_and_one_give_the_same_run(
 ) -> None:
     options = [*SAME, *(word for key in method for word in ("--set", key))]
     one, two = tmp_path / "one", tmp_path / "two"
-    run(pretrain(grainy_shards, one, *options))
+    command_line.pretrain(grainy_shards, one, *options)
     # The processes compare their parameters and queues bit for bit at each checkpoint.
     if "sync" in str(method):
         run(pretrain(grainy_shards, two, *options, launcher="--nproc-per-node 2"))
@@ -121,7 +122,7 @@ def test_two_processes_and_one_give_the_same_run(
 
 
 def test_two_processes_continue_exactly(tmp_path: Path, grainy_shards: Path) -> None:
-    options = ("--nproc", 2, "--steps", 20, "--set", "data.workers=1")
+    options = ("--nproc", 2, "--steps", 9, "--set", "data.workers=1")
     run(pretrain(grainy_shards, tmp_path / "whole", *options))
     cut = tmp_path / "cut"
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -153,7 +154,7 @@ def test_another_number_of_processes_goes_on_and_says_what_is_not_exact(
     tmp_path: Path, grainy_shards: Path
 ) -> None:
     out = tmp_path / "run"
-    run(pretrain(grainy_shards, out, "--stop-after", 3), code=75)
+    command_line.pretrain(grainy_shards, out, "--stop-after", 3, code=75)
     done = run(pretrain(grainy_shards, out, "--nproc", 2))
     assert "was on 1 processes and is on 2 now" in done.stderr
     assert json.loads((out / "latest" / "state.json").read_text())["processes"] == 2

@@ -1,0 +1,32 @@
+"""The command line in this process, for tests that are not about processes and signals.
+
+Starting Python and importing torch costs seconds; Typer's own runner parses, runs and exits as the
+program does.
+"""
+
+from __future__ import annotations
+
+from typer.testing import CliRunner, Result
+
+from dupr_cli.cli.app import app
+from tests.conftest import TINY
+
+TINY_SET = [argument for override in TINY for argument in ("--set", override)]
+
+
+def dupr(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> Result:
+    """Run `dupr ARGUMENTS`; fails unless it exits with `code`, and on any traceback."""
+    runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1", **(env or {})})
+    done = runner.invoke(app, [*map(str, arguments)])
+    assert isinstance(done.exception, SystemExit | None), done.exception
+    assert done.exit_code == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def pretrain(data: object, out: object, *more: object, code: int = 0, **env: str) -> Result:
+    """`dupr pretrain` with the smallest recipe."""
+    return dupr(
+        "pretrain", "dupr-r18-cpu-smoke", "--data", data, "--out", out, *TINY_SET, *more,
+        code=code, env=env,
+    )  # fmt: skip
