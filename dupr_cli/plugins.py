@@ -15,13 +15,25 @@ from importlib import metadata
 from dupr_cli.errors import UsageError
 
 METHODS = "dupr.methods"
+SOURCES = "dupr.sources"
 
 # What ships with dupr: found without installed metadata, and never replaced by another package.
 _BUILT_IN = {
     METHODS: {
         "dupr": "dupr_cli.pretrain.method:Dupr",
         "densecl": "dupr_cli.pretrain.densecl:DenseCl",
-    }
+    },
+    SOURCES: {
+        "folder": "dupr_cli.prepare.sources.folder:FolderSource",
+        "classes": "dupr_cli.prepare.sources.folder:ClassFolderSource",
+        "archive": "dupr_cli.prepare.sources.archive:ArchiveSource",
+        "shards": "dupr_cli.prepare.sources.shards:ShardSource",
+        "voc": "dupr_cli.prepare.sources.voc:VocSource",
+        "coco": "dupr_cli.prepare.sources.coco:CocoSource",
+        "yolo": "dupr_cli.prepare.sources.yolo:YoloSource",
+        "list": "dupr_cli.prepare.sources.address_list:ListSource",
+        "hf": "dupr_cli.prepare.sources.hugging_face:HuggingFaceSource",
+    },
 }
 
 

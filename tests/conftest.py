@@ -13,7 +13,8 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from dupr_cli.artifacts.shards import Manifest, Sample, ShardEntry, write_shard
+from dupr_cli.artifacts.shard_files import Sample, write_shard
+from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.recipe import PretrainRecipe, load_recipe
 
 # A busy machine is no failure; where nobody looks for new cases, the known ones must pass.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ class Served:
     """What a server is told to do, and what it saw.
 
     fail_every: of every so many requests one fails, in turn by 503, by a dropped connection, and by
-    half a body. 0: none.
+    half a body. 0: none. on_send: gets the number of bytes of each answer to a Range.
     """
 
     url: str = ""
@@ -24,6 +24,7 @@ class Served:
     requests: list[str] = field(default_factory=list)
     failures: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    on_send: Callable[[int], None] = lambda _: None
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -38,7 +39,9 @@ class _Handler(SimpleHTTPRequestHandler):
             fails = served.fail_every and len(served.requests) % served.fail_every == 0
             served.failures += bool(fails)
             kind = served.failures % 3
-        if not fails:
+        if not fails and "Range" in self.headers:
+            self._send_rest()
+        elif not fails:
             super().do_GET()
         elif kind == 0:
             self.send_error(503)
@@ -50,6 +53,21 @@ class _Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2])
+
+    def _send_rest(self) -> None:
+        """Answer `Range: bytes=N-`, which the standard handler does not know."""
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.served.on_send(len(data) - start)
+        self.wfile.write(data[start:])
 
     def log_message(self, *_: object) -> None:
         pass

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cli.command_line import dupr
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,13 +41,10 @@ def test_there_are_commands_to_check() -> None:
 def test_commands_of_the_documents_have_known_options(line: str) -> None:
     words = shlex.split(line.split(">")[0])[1:]
     names = [w for w in words if not w.startswith("-")]
-    depth = 2 if names[0] in ("checkpoint", "evaluate", "inspect", "recipe") else 1
-    shown = subprocess.run(
-        [sys.executable, "-m", "dupr_cli", *names[:depth], "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    groups = ("checkpoint", "evaluate", "inspect", "recipe")
+    after_prepare = ("merge", "verify", "stats", "view")
+    grouped = names[0] in groups or (names[0] == "prepare" and names[1] in after_prepare)
+    shown = dupr(*names[: 1 + grouped], "--help").stdout
     for option in (w for w in words if w.startswith("--")):
         assert option in shown
 

@@ -92,9 +92,9 @@ def fetch(address: str, path: Path, size: int | None = None, sha256: str | None 
     once(path, lambda: _repeat(address, lambda: _copy(address, path, size, sha256)), size)
 
 
-def fetch_bytes(address: str) -> bytes:
+def fetch_bytes(address: str, attempts: int = _ATTEMPTS) -> bytes:
     """All of a small file, never from the cache. Raises as `fetch`."""
-    return _repeat(address, lambda: _read(address))
+    return _repeat(address, lambda: _read(address), attempts)
 
 
 def _is_there(path: Path, size: int | None) -> bool:
@@ -135,9 +135,9 @@ def _check_length(length: int, expected: int | None) -> None:
         raise _FailedError(f"{length} bytes came instead of {expected}")
 
 
-def _repeat(address: str, attempt: Callable[[], T]) -> T:
+def _repeat(address: str, attempt: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
     problem = _FailedError("no attempt was made")
-    for number in range(_ATTEMPTS):
+    for number in range(attempts):
         if number:
             time.sleep(_FIRST_DELAY * 2 ** (number - 1) * random.uniform(0.5, 1))
         try:
@@ -145,7 +145,7 @@ def _repeat(address: str, attempt: Callable[[], T]) -> T:
         except _FailedError as error:
             problem = error
     raise RunError(
-        f"{address} cannot be had: {problem} ({_ATTEMPTS} attempts). See that the server answers "
+        f"{address} cannot be had: {problem} ({attempts} attempts). See that the server answers "
         f"and has the whole file, and give the same command again; it goes on."
     ) from problem
 

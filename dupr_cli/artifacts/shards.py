@@ -1,31 +1,25 @@
-"""Shards: plain WebDataset tars, each with an index beside it, under one manifest.
+"""Sets of shards: tars with an index beside each (`shard_files`), under one manifest.
 
     OUT/train-000000.tar         <key>.jpg, <key>.json, with labels also <key>.boxes.json
     OUT/train-000000.index.json  key, offset and length of every member: random access
     OUT/manifest.json            splits, shards with sample count, bytes, sha256; skipped; recipe
     OUT/skipped.jsonl            one line per file left out: path, reason
 
-An index is written after its tar has its final name, so it also marks the shard as whole; the
-manifest is written last and marks the set as whole. Tars hold no times, users or modes of the
-machine: the same samples give the same bytes. Shards that dupr did not write (no manifest, no
-index) are indexed by one scan when they are opened. docs/formats.md has every field.
+The manifest is written last and marks the set as whole. Shards that dupr did not write (no
+manifest, no index) are indexed by one scan when they are opened. docs/formats.md has every field.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
 
-from dupr_cli.artifacts.files import fsync_directory, naming, write_bytes, write_json, write_text
+from dupr_cli.artifacts.files import write_bytes, write_json
 from dupr_cli.artifacts.remote import (
     AbsentError,
     cache_folder,
@@ -34,252 +28,29 @@ from dupr_cli.artifacts.remote import (
     is_remote,
     once,
 )
+from dupr_cli.artifacts.shard_files import (
+    Place,
+    Sample,
+    ShardIndex,
+    index_path,
+    sample_from_json,
+    scan_tar,
+)
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
-
-@dataclass(frozen=True)
-class Box:
-    """One labelled object. x_min, y_min, x_max, y_max: pixel edges, 0-based, half-open."""
-
-    name: str
-    x_min: float
-    y_min: float
-    x_max: float
-    y_max: float
-    difficult: bool = False
-    truncated: bool = False
-    crowd: bool = False
-
-    @property
-    def corners(self) -> tuple[float, float, float, float]:
-        return (self.x_min, self.y_min, self.x_max, self.y_max)
-
-    def upright(self, orientation: int, width: int, height: int) -> Box:
-        """The box after the image is turned upright.
-
-        orientation: EXIF tag 274, 1 to 8. width, height: of the image as stored, pixels.
-        Source: EXIF 2.3, tag Orientation.
-        """
-        xs, ys = (self.x_min, self.x_max), (self.y_min, self.y_max)
-        mirrored = (width - self.x_max, width - self.x_min)
-        upended = (height - self.y_max, height - self.y_min)
-        turned = {
-            2: (mirrored, ys),
-            3: (mirrored, upended),
-            4: (xs, upended),
-            5: (ys, xs),
-            6: (upended, xs),
-            7: (upended, mirrored),
-            8: (ys, mirrored),
-        }
-        (x_min, x_max), (y_min, y_max) = turned.get(orientation, (xs, ys))
-        return replace(self, x_min=x_min, y_min=y_min, x_max=x_max, y_max=y_max)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image of a shard, not decoded. boxes is None where the source had no labels."""
-
-    key: str
-    extension: str
-    image: bytes
-    source: str = ""
-    width: int = 0
-    height: int = 0
-    boxes: tuple[Box, ...] | None = None
+# Marks an output folder whose shards are still being written, and holds what it takes.
+UNFINISHED = ".prepare"
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A source file that was left out of the shards, and why."""
+    """A file of the source that was left out of the shards, and why."""
 
     path: str
     reason: str
-
-
-@dataclass
-class ShardIndex:
-    """Where each sample of one shard lies: byte offset and length of its members in the tar.
-
-    source_end: items of the source that were used up when the shard was full (0 for a scan).
-    skipped: files left out on the way. classes: names of the objects in it.
-    """
-
-    keys: list[str] = field(default_factory=list)
-    extensions: list[str] = field(default_factory=list)
-    images: list[tuple[int, int]] = field(default_factory=list)
-    infos: list[tuple[int, int] | None] = field(default_factory=list)
-    boxes: list[tuple[int, int] | None] = field(default_factory=list)
-    bytes: int = 0
-    sha256: str = ""
-    source_end: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @classmethod
-    def read(cls, path: Path) -> ShardIndex:
-        """Raises RunError when the file is not a whole index."""
-        try:
-            return _parse_index(path.read_bytes())
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(
-                f"{path} is not a whole shard index ({error}). Delete it: the shard is then "
-                f"scanned when it is opened."
-            ) from error
-
-    def write(self, path: Path) -> None:
-        write_text(path, json.dumps(asdict(self), separators=(",", ":")) + "\n")
-
-
-def _parse_index(data: bytes) -> ShardIndex:
-    """Raises ValueError, TypeError or KeyError when the data are not a whole index."""
-    values = json.loads(data)
-    index = ShardIndex(**values)
-    index.skipped = [Skipped(**entry) for entry in values["skipped"]]
-    return index
-
-
-def index_path(tar: Path) -> Path:
-    return tar.with_suffix(".index.json")
-
-
-def shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:06d}.tar"
-
-
-class _HashingFile:
-    """A file being written from start to end, its sha256 on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self.length = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        self.length += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.length
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
-class ShardWriter:
-    """Writes one shard, sample by sample; the tar and its index appear only when whole.
-
-    Without samples there is no tar: only an index, which records what was skipped.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._index = path, ShardIndex()
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file: BinaryIO | None = None
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def _open(self) -> None:
-        self._file = self._temporary.open("wb")
-        self._hashing = _HashingFile(self._file)
-        self._tar = tarfile.open(  # noqa: SIM115
-            fileobj=cast(BinaryIO, self._hashing), mode="w", format=tarfile.PAX_FORMAT
-        )
-
-    def _append(self, name: str, data: bytes) -> tuple[int, int]:
-        info = tarfile.TarInfo(name)  # no time, user or mode of this machine
-        info.size, info.mode = len(data), 0o644
-        with naming(self._path):
-            self._tar.addfile(info, io.BytesIO(data))
-        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return self._hashing.length - padded, len(data)
-
-    def add(self, sample: Sample) -> None:
-        if self._file is None:
-            self._open()
-        index = self._index
-        info = {
-            "source": sample.source,
-            "width": sample.width,
-            "height": sample.height,
-            "sha256": hashlib.sha256(sample.image).hexdigest(),
-        }
-        index.keys.append(sample.key)
-        index.extensions.append(sample.extension)
-        index.images.append(self._append(f"{sample.key}.{sample.extension}", sample.image))
-        index.infos.append(self._append(f"{sample.key}.json", _json(info)))
-        if sample.boxes is None:
-            index.boxes.append(None)
-        else:
-            objects = {"objects": [_box_to_json(box) for box in sample.boxes]}
-            index.boxes.append(self._append(f"{sample.key}.boxes.json", _json(objects)))
-            index.classes = sorted({*index.classes, *(box.name for box in sample.boxes)})
-
-    def finish(self, source_end: int, skipped: Sequence[Skipped]) -> ShardIndex:
-        """Give tar and index their names. source_end, skipped: see ShardIndex."""
-        index = self._index
-        index.source_end, index.skipped = source_end, list(skipped)
-        if self._file is not None:
-            with naming(self._path):
-                self._tar.close()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-            index.bytes, index.sha256 = self._hashing.length, self._hashing.sha256
-            self._temporary.replace(self._path)
-            fsync_directory(self._path.parent)
-        index.write(index_path(self._path))
-        return index
-
-    def abandon(self) -> None:
-        """Leave no trace of an unfinished shard."""
-        self._temporary.unlink(missing_ok=True)
-        if self._file is not None:
-            with suppress(OSError):  # what is still buffered does not fit either
-                self._file.close()
-
-
-def write_shard(
-    path: Path, samples: Sequence[Sample], source_end: int = 0, skipped: Sequence[Skipped] = ()
-) -> ShardIndex:
-    """Write one shard of samples that are all at hand, and its index."""
-    writer = ShardWriter(path)
-    try:
-        for sample in samples:
-            writer.add(sample)
-        return writer.finish(source_end, skipped)
-    except BaseException:
-        writer.abandon()
-        raise
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _box_to_json(box: Box) -> dict[str, object]:
-    return {
-        "class": box.name,
-        "box": list(box.corners),
-        "difficult": box.difficult,
-        "truncated": box.truncated,
-        "crowd": box.crowd,
-    }
-
-
-def _box_from_json(value: dict[str, object]) -> Box:
-    x_min, y_min, x_max, y_max = (float(v) for v in cast(list[float], value["box"]))
-    flags = {flag: bool(value.get(flag, False)) for flag in ("difficult", "truncated", "crowd")}
-    return Box(str(value["class"]), x_min, y_min, x_max, y_max, **flags)
 
 
 @dataclass(frozen=True)
@@ -345,50 +116,6 @@ def _not_whole(place: Path | str, error: Exception) -> UsageError:
     return UsageError(f"{place} is not a whole manifest ({error}). Run `dupr prepare` again.")
 
 
-def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
-    lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in skipped]
-    write_text(folder / SKIPPED, "".join(line + "\n" for line in lines))
-
-
-def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
-    """Index a tar that came without one. Raises RunError naming the sample where it breaks off.
-
-    address: where the tar was copied from, for the message.
-    """
-    index = ShardIndex(bytes=path.stat().st_size)
-    by_key: dict[str, int] = {}
-    last = "its start"
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
-                place = (member.offset_data, member.size)
-                if member.offset_data + member.size > index.bytes:
-                    raise tarfile.ReadError("unexpected end of data")
-                if suffix in IMAGE_EXTENSIONS and key not in by_key:
-                    by_key[key] = len(index.keys)
-                    index.keys.append(key)
-                    index.extensions.append(suffix)
-                    index.images.append(place)
-                    index.infos.append(None)
-                    index.boxes.append(None)
-                elif suffix == "boxes.json" and key in by_key:
-                    index.boxes[by_key[key]] = place
-                elif suffix == "json" and key in by_key:
-                    index.infos[by_key[key]] = place
-                last = f"member {member.name}"
-    except (tarfile.TarError, EOFError) as error:
-        raise RunError(
-            f"{address or path}: the shard is cut off or damaged after {last}: {error}. "
-            f"Copy it again or make it anew."
-        ) from error
-    return index
-
-
 @dataclass(frozen=True)
 class RemoteShard:
     """Where a shard in the cache comes from. bytes, sha256: what the manifest says."""
@@ -426,7 +153,7 @@ class RemoteShard:
         except AbsentError:
             return None
         try:
-            index = _parse_index(data)
+            index = ShardIndex.parse(data)
         except (ValueError, TypeError, KeyError):  # some servers answer 200 with a page
             return None
         return index if (index.bytes, index.sha256) == (self.bytes, self.sha256) else None
@@ -438,6 +165,9 @@ class ShardSet:
     Indexes are read when a shard is first touched, so that opening costs the same for one shard
     and for a thousand. Safe to pass to worker processes: each opens its own files.
     """
+
+    # Indexes kept in memory; who reads from one end to the other needs few.
+    cached_indexes = 1 << 20
 
     def __init__(
         self,
@@ -467,8 +197,14 @@ class ShardSet:
             digest.update(f"{path.name} {size} {count}\n".encode())
         return digest.hexdigest()
 
+    def remote_of(self, shard: int) -> list[RemoteShard] | None:
+        """Where one shard comes from, for a set of it alone; None where all are of this machine."""
+        return self._remote and [self._remote[shard]]
+
     def index(self, shard: int) -> ShardIndex:
         if shard not in self._indexes:
+            while len(self._indexes) >= self.cached_indexes:
+                del self._indexes[next(iter(self._indexes))]
             tar = self.shards[shard]
             if self._remote:
                 self._remote[shard].fetch_index(tar)
@@ -488,7 +224,7 @@ class ShardSet:
         # Empty shards share their start with the next one: bisect lands on the last of them.
         return shard, number - self._starts[shard]
 
-    def _read(self, shard: int, place: tuple[int, int], key: str) -> bytes:
+    def _read(self, shard: int, place: Place, key: str) -> bytes:
         if self._owner != os.getpid():
             self._files, self._owner = {}, os.getpid()
         path = self.shards[shard]
@@ -513,31 +249,38 @@ class ShardSet:
         return data
 
     def __getitem__(self, number: int) -> Sample:
+        """A sample without its extras. Raises RunError when its shard is damaged."""
+        return self._sample(number, extras=False)
+
+    def whole(self, number: int) -> Sample:
+        """A sample with its extras. Raises RunError when its shard is damaged."""
+        return self._sample(number, extras=True)
+
+    def _sample(self, number: int, extras: bool) -> Sample:
         shard, position = self.place(number)
         index = self.index(shard)
         key = index.keys[position]
-        image = self._read(shard, index.images[position], key)
-        boxes_at, info_at = index.boxes[position], index.infos[position]
-        boxes, info = None, {}
+
+        def member(place: Place | None) -> bytes | None:
+            return None if place is None else self._read(shard, place, key)
+
+        image, info, boxes = (
+            member(column[position]) for column in (index.images, index.infos, index.boxes)
+        )
+        others = index.extras.get(key, {}) if extras else {}
         try:
-            if boxes_at is not None:
-                objects = json.loads(self._read(shard, boxes_at, key))["objects"]
-                boxes = tuple(_box_from_json(value) for value in objects)
-            if info_at is not None:
-                info = json.loads(self._read(shard, info_at, key))
-        except (ValueError, KeyError, TypeError) as error:
+            return sample_from_json(
+                key,
+                index.extensions[position],
+                image or b"",
+                json.loads(info) if info else {},
+                json.loads(boxes)["objects"] if boxes else None,
+                {suffix: self._read(shard, place, key) for suffix, place in others.items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{self.shards[shard]}: the JSON of sample {key} is damaged ({error})."
             ) from error
-        return Sample(
-            key,
-            index.extensions[position],
-            image,
-            source=str(info.get("source", "")),
-            width=int(info.get("width", 0)),
-            height=int(info.get("height", 0)),
-            boxes=boxes,
-        )
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}}
@@ -563,7 +306,7 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
     if folder.is_dir():
         if (folder / MANIFEST).is_file():
             return _open_manifest(folder, split)
-        if (folder / UNFINISHED).is_file():
+        if (folder / UNFINISHED).is_dir():
             raise UsageError(
                 f"{folder}: `dupr prepare` did not finish here. Give the same prepare command "
                 f"again; it goes on where it stopped."
@@ -590,10 +333,6 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
     opened = ShardSet(tars, [len(index) for index in indexes], str(address))
     opened._indexes = dict(enumerate(indexes))
     return _with_images(opened)
-
-
-# Marks an output folder whose shards are still being written.
-UNFINISHED = ".prepare.json"
 
 
 def _with_images(opened: ShardSet) -> ShardSet:

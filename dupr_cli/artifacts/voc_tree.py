@@ -13,10 +13,18 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
-from dupr_cli.artifacts.shards import Box
+from dupr_cli.artifacts.labels import Box
 from dupr_cli.errors import RunError, UsageError
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".JPG", ".JPEG", ".png", ".PNG")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Objects of an image, and the (width, height) in pixels for which they were drawn."""
+
+    boxes: list[Box]
+    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,11 @@ class VocTree:
         return next((path for path in candidates if path.is_file()), candidates[0])
 
     def boxes(self, image_id: str) -> list[Box]:
-        """Objects of one image; `part` boxes inside objects are not objects.
+        """Objects of one image; see `annotation`."""
+        return self.annotation(image_id).boxes
+
+    def annotation(self, image_id: str) -> Annotation:
+        """What is known of one image; `part` boxes inside objects are not objects.
 
         Raises RunError when the annotation is missing or not as VOC writes it.
         """
@@ -60,7 +72,11 @@ class VocTree:
             raise RunError(f"{path}: the annotation is missing.") from None
         except ET.ParseError as error:
             raise RunError(f"{path}: not valid XML: {error}.") from error
-        return [_parse_object(element, path) for element in root.findall("object")]
+        width, height = (root.findtext(f"size/{side}") or "" for side in ("width", "height"))
+        size = (int(width), int(height)) if width.isdigit() and height.isdigit() else None
+        return Annotation(
+            [_parse_object(element, path) for element in root.findall("object")], size
+        )
 
 
 def _parse_object(element: ET.Element, path: Path) -> Box:

@@ -1,44 +1,115 @@
-"""`dupr prepare`."""
+"""`dupr prepare`: the stage itself, and merge, verify, stats, view on what it made."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from dupr_cli.cli.command import (
     DryRun,
     Overwrite,
     Recipe,
+    Seed,
     Set,
     Workers,
     command,
     overrides,
 )
 from dupr_cli.cli.plan import show_plan
+from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
     from dupr_cli.prepare import PrepareResult
+    from dupr_cli.prepare.stats import Stats
+    from dupr_cli.prepare.verify import Verified
+    from dupr_cli.prepare.view import View
+
+_STAGE = "run"
+_ENGINES = ("processes", "ray")
+
+Shards = Annotated[
+    str,
+    typer.Argument(
+        metavar="SHARDS", help="A folder of shards, a tar, a brace pattern, or an address of them."
+    ),
+]
+Split = Annotated[str | None, typer.Option("--split", help="Of the manifest; by default all.")]
+Picture = Annotated[
+    Path | None, typer.Option("--out", metavar="PNG", help="A picture; one there is replaced.")
+]
+
+
+class _StageGroup(TyperGroup):
+    """A group whose first word may be a subcommand; if it is none, the stage itself is meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            args = ["--help"]
+        if args[0] not in self.commands:
+            args = [_STAGE, *args]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        # People do not write the name of the stage's own command, so help shows none.
+        return "" if name == _STAGE else name, found, rest
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, "prepare", show)(prepare)
+    group = typer.Typer(cls=_StageGroup, rich_markup_mode="rich")
+
+    @group.callback()
+    def stage() -> None:
+        """Make shards out of images."""
+
+    command(group, _STAGE, show)(prepare)
+    command(group, "merge", show)(merge)
+    command(group, "verify", show_verified, lambda found: int(not found.whole))(verify)
+    command(group, "stats", show_stats)(stats)
+    command(group, "view", show_view)(view)
+    app.add_typer(group, name="prepare")
 
 
 def prepare(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="SOURCE",
-            help="A folder of images (any depth), a VOC tree, or WebDataset shards.",
+            help="Images of any layout: a folder, class folders, archives, shards, VOC, COCO's "
+            "JSON, YOLO, a list (.txt, .csv, .parquet), hf://owner/name.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for the shards.")],
     recipe: Recipe = None,
     set_: Set = None,
+    seed: Seed = None,
     workers: Workers = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", metavar="I/N", help="Do the I-th of N parts; `dupr prepare merge` joins them."
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="processes, or ray on a running Ray cluster.")
+    ] = "processes",
+    download: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--download",
+            metavar="SET",
+            help="Fetch voc2007, voc2012 or coco2017 into SOURCE first. Repeatable.",
+        ),
+    ] = None,
+    mirror: Annotated[
+        str | None,
+        typer.Option("--mirror", metavar="URL", help="Where --download finds the archives."),
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     *,
@@ -46,33 +117,151 @@ def prepare(
 ) -> PrepareResult | None:
     """Make shards out of images.
 
-    What SOURCE is, is seen from its contents. Images that do not decode are left out and listed
-    in OUT/skipped.jsonl with the reason. The same command after an interruption goes on.
+    What SOURCE is, is seen from its contents (or said by --set source.kind=KIND). Images that
+    cannot be used are left out and listed in OUT/skipped.jsonl with the reason. The same command
+    after an interruption goes on. What was made is looked at by
+
+      dupr prepare verify|stats|view SHARDS
 
     [bold]Examples[/]
 
       dupr prepare photos/ shards/
 
-      dupr prepare VOCdevkit/VOC2007 voc07/ --set shard.max_samples=500
+      dupr prepare photos/ shards/ --set image.min_side=512 --set split.held_out=0.01
+
+      dupr prepare VOCdevkit/ voc0712/ --set 'source.splits=\\[trainval, 2007/test]'
+
+      dupr prepare list.parquet shards/ --task 3/64   # then: dupr prepare merge shards/
     """
     from dupr_cli import prepare as stage
     from dupr_cli.recipe import PrepareRecipe, load_recipe
 
-    resolved = load_recipe(PrepareRecipe, recipe or "default", overrides(set_))
+    resolved = load_recipe(PrepareRecipe, recipe or "default", overrides(set_, seed=("seed", seed)))
+    part = _task(task)
+    if engine not in _ENGINES:
+        raise UsageError(f"--engine {engine}: use {' or '.join(_ENGINES)}.")
+    if download:
+        from dupr_cli.prepare.download import download_sets
+
+        download_sets(download, Path(source), mirror, dry_run, reporter)
+        if dry_run:
+            return None
     if dry_run:
         show_plan(resolved, stage.plan(resolved, source, out))
         return None
     return stage.run(
-        resolved, source, out, workers=workers or 0, overwrite=overwrite, reporter=reporter
-    )
+        resolved, source, out, workers=workers or 0, overwrite=overwrite, engine=engine,
+        task=part, reporter=reporter,
+    )  # fmt: skip
+
+
+def _task(given: str | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", given)
+    number, total = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= total:
+        raise UsageError(f"--task {given}: give I/N with 1 <= I <= N, for example 3/64.")
+    return number, total
+
+
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that all tasks wrote to.")],
+    *,
+    reporter: Reporter,
+) -> PrepareResult:
+    """Join what the tasks of `dupr prepare --task I/N` have written.
+
+    [bold]Example[/]
+
+      dupr prepare merge shards/
+    """
+    from dupr_cli import prepare as stage
+
+    return stage.merge(out, reporter=reporter)
 
 
 def show(result: PrepareResult) -> None:
     from dupr_cli.cli.console import print_facts
 
     facts = [(split, f"{count} images") for split, count in result.samples.items()]
-    facts.append(("shards", f"{result.shards}, {result.bytes / 1e6:.1f} MB"))
+    what = "shards" if result.task is None else f"blocks of task {result.task}"
+    facts.append((what, f"{result.shards}, {result.bytes / 1e6:.1f} MB"))
     if result.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in result.skip_reasons.items())
-        facts.append(("left out", f"{result.skipped}: {reasons} ({result.out}/skipped.jsonl)"))
-    print_facts([*facts, ("written to", result.out)])
+        where = "" if result.task else f" ({result.out}/skipped.jsonl)"
+        facts.append(("left out", f"{result.skipped}: {reasons}{where}"))
+    facts.append(("written to", result.out))
+    if result.task is not None:
+        facts.append(("then", f"dupr prepare merge {result.out}, when all tasks have ended"))
+    print_facts(facts)
+
+
+def verify(shards: Shards, workers: Workers = None, *, reporter: Reporter) -> Verified:
+    """Read every shard and every sample, and name what is broken.
+
+    Shards against the manifest (length, sha256), indexes against tars, every image decoded. Exit
+    code 1 when anything is broken.
+
+    [bold]Example[/]
+
+      dupr prepare verify shards/
+    """
+    from dupr_cli.prepare.verify import verify_shards
+
+    return verify_shards(shards, reporter, workers or 0)
+
+
+def show_verified(found: Verified) -> None:
+    from dupr_cli.cli.console import print_facts, print_text
+
+    for problem in found.problems:
+        print_text(problem)
+    verdict = "whole" if found.whole else f"{len(found.problems)} problems"
+    print_facts([("shards", str(found.shards)), ("samples", str(found.samples)), ("are", verdict)])
+
+
+def stats(shards: Shards, split: Split = None, out: Picture = None, *, reporter: Reporter) -> Stats:
+    """Count and measure what is in shards: sizes, aspects, colours, classes, boxes.
+
+    [bold]Example[/]
+
+      dupr prepare stats shards/ --out stats.png
+    """
+    from dupr_cli.prepare.stats import draw_stats, measure
+
+    found = measure(shards, split, reporter)
+    if out is not None:
+        draw_stats(found, out)
+    return found
+
+
+def show_stats(found: Stats) -> None:
+    from dupr_cli.cli.console import print_facts
+    from dupr_cli.prepare.stats import as_facts
+
+    print_facts(as_facts(found))
+
+
+def view(
+    shards: Shards,
+    out: Annotated[Path, typer.Option("--out", metavar="PNG", help="The picture.")],
+    split: Split = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=400, help="Images.")] = 40,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which images.")] = 0,
+) -> View:
+    """Draw a contact sheet of shards, with the boxes of labelled images.
+
+    [bold]Example[/]
+
+      dupr prepare view shards/ --out sheet.png
+    """
+    from dupr_cli.prepare.view import draw_sheet
+
+    return draw_sheet(shards, split, out, count, seed)
+
+
+def show_view(found: View) -> None:
+    from dupr_cli.cli.console import print_facts
+
+    print_facts([("shows", ", ".join(found.keys)), ("written to", found.path)])

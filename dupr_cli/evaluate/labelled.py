@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from dupr_cli.artifacts.labels import Box, Placement
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
-from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, Box, ShardSet, open_shards
+from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, ShardSet, open_shards
 from dupr_cli.artifacts.voc_tree import VocTree, find_voc_trees
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.evaluate.voc_metric import Truth
@@ -243,7 +244,7 @@ def _open_source(address: str, split: str) -> _Source:
     trees = find_voc_trees(path)
     if trees:
         return _VocSource(trees, split, address)
-    if any((path / name).is_file() for name in (MANIFEST, UNFINISHED)):
+    if any((path / name).exists() for name in (MANIFEST, UNFINISHED)):
         return _ShardSource(open_shards(address, split))
     if not path.exists():
         raise UsageError(f"{address}: there is no such folder.")
@@ -267,7 +268,8 @@ def _annotate(
 
     clipped, dropped: get the image's id for every box that was changed or left out.
     """
-    turned = [box.upright(orientation, *stored).corners for box in boxes]
+    upright = Placement.upright(orientation, *stored)
+    turned = [upright.box(box).corners for box in boxes]
     corners = np.array(turned, dtype=np.float64).reshape(-1, 4)
     width, height = stored[::-1] if orientation >= 5 else stored
     inside = corners.clip(0, [width, height, width, height])

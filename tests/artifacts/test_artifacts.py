@@ -18,17 +18,11 @@ from torchvision.datasets.voc import VOCDetection
 
 from dupr_cli.artifacts import run as run_module
 from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.artifacts.run import Checkpoint, CheckpointState, MetricsLog, write_checkpoint
-from dupr_cli.artifacts.shards import (
-    Box,
-    Manifest,
-    Sample,
-    index_path,
-    open_shards,
-    scan_tar,
-    write_shard,
-)
+from dupr_cli.artifacts.shard_files import Sample, index_path, scan_tar, write_shard
+from dupr_cli.artifacts.shards import Manifest, open_shards
 from dupr_cli.artifacts.voc_tree import VocTree, find_voc_trees
 from dupr_cli.artifacts.weights import (
     Weights,

@@ -21,7 +21,8 @@ import fsspec
 import pytest
 
 from dupr_cli.artifacts import remote
-from dupr_cli.artifacts.shards import MANIFEST, Sample, index_path, open_shards
+from dupr_cli.artifacts.shard_files import Sample, index_path
+from dupr_cli.artifacts.shards import MANIFEST, open_shards
 from dupr_cli.errors import RunError, UsageError
 from tests.conftest import write_shards
 from tests.servers import serve

@@ -5,15 +5,12 @@ make bench prints them; docs/benchmarks.md says what was seen, on what.
 
 from __future__ import annotations
 
-import io
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
 
 import torch
-import webdataset
-from PIL import Image
 
 from dupr_cli import prepare
 from dupr_cli.artifacts.shards import open_shards
@@ -29,26 +26,6 @@ def photographs(folder: Path, count: int) -> Path:
     for number in range(count):
         noise_image(number, 500, 375).save(folder / f"{number:04d}.jpg", quality=92)
     return folder
-
-
-def test_prepare_against_a_plain_webdataset_loop() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        source, count = photographs(root / "images", 6000), 6000
-        start = time.perf_counter()
-        with webdataset.ShardWriter(str(root / "plain-%06d.tar"), maxcount=1000, verbose=0) as sink:
-            for path in sorted(source.iterdir()):
-                data = path.read_bytes()
-                Image.open(io.BytesIO(data)).load()  # the same check that prepare makes
-                sink.write({"__key__": path.stem, "jpg": data})
-        plain = count / (time.perf_counter() - start)
-        start = time.perf_counter()
-        prepare.run(load_recipe(PrepareRecipe, "default"), source, root / "out", workers=2)
-        ours = count / (time.perf_counter() - start)
-        print(
-            f"\nprepare, 2 workers {ours:.0f} images/s, plain loop {plain:.0f}: x{ours / plain:.2f}"
-        )
-        assert ours > 0
 
 
 def test_view_pairs_per_second_of_one_loader_process() -> None:

@@ -6,10 +6,8 @@ import json
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +32,10 @@ def pretrain_command(shards: Path, run: Path, *more: object) -> list[str]:
 
 COMMANDS = (
     ("prepare",),
+    ("prepare", "merge"),
+    ("prepare", "verify"),
+    ("prepare", "stats"),
+    ("prepare", "view"),
     ("pretrain",),
     ("export",),
     ("evaluate",),
@@ -177,7 +179,7 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
     out = tmp_path / "out"
     tiny_run = ("pretrain", "dupr-r18-cpu-smoke", "--data", tiny_shards, "--out", out)
     for arguments, message in (
-        (("prepare", tmp_path / "nowhere", out), "there is no such folder"),
+        (("prepare", tmp_path / "nowhere", out), "there is no such file or folder"),
         (("prepare", tmp_path / "empty", out), "the folder is empty"),
         (("prepare", tiny_shards, out, "--set", "shard.max_sample=3"), "Did you mean shard.max_"),
         (("pretrain", "dupr-r18-cpu-smok", "--data", "x", "--out", out), "Did you mean dupr-r18-"),
@@ -245,69 +247,3 @@ def test_output_that_does_not_fit_leaves_nothing_half_written(
     assert not list_checkpoints(out)
     again = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, check=False)
     assert again.returncode == 0
-
-
-def wait_for(condition: object, process: subprocess.Popen[str], what: str) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, f"ended before {what}"
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.02)
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments, env=ENVIRONMENT, start_new_session=True, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def shard_bytes(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
-
-
-def test_prepare_killed_in_the_middle_ends_with_the_same_shards(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for number in range(600):
-        noise_image(number, 300, 200).save(source / f"{number:04d}.png")
-    options = ("--set", "shard.max_samples=20", "--workers", "2")
-    dupr("prepare", source, tmp_path / "whole", *options)
-    process = start(command("prepare", source, tmp_path / "cut", *options))
-    wait_for(
-        lambda: len(list((tmp_path / "cut").glob("*.index.json"))) >= 5, process, "fifth shard"
-    )
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut" / "manifest.json").exists()
-    done = dupr("prepare", source, tmp_path / "cut", *options)
-    assert re.search(r"\d+ of 600 images are in finished shards; going on", done.stderr)
-    assert shard_bytes(tmp_path / "cut") == shard_bytes(tmp_path / "whole")
-
-
-def test_prepares_workers_end_when_only_the_main_process_is_killed(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for number in range(400):
-        noise_image(number, 300, 200).save(source / f"{number:04d}.png")
-    out = tmp_path / "out"
-    process = start(
-        command("prepare", source, out, "--set", "shard.max_samples=20", "--workers", "2")
-    )
-    wait_for(lambda: list(out.glob("*.index.json")), process, "first shard")
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 30
-    while group_exists(process.pid):
-        assert time.monotonic() < deadline, "workers are left"
-        time.sleep(0.2)
-
-
-def group_exists(group: int) -> bool:
-    """Whether any process of a process group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from dupr_cli.artifacts.shards import Manifest, Sample, ShardEntry, open_shards, write_shard
+from dupr_cli.artifacts.shard_files import Sample, write_shard
+from dupr_cli.artifacts.shards import Manifest, ShardEntry, open_shards
 from dupr_cli.cli.app import app
 from dupr_cli.inspect.curves import curves_figure, draw_curves, run_names
 from dupr_cli.inspect.views import draw_views

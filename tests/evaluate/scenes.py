@@ -8,7 +8,8 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-from dupr_cli.artifacts.shards import Manifest, Sample, ShardEntry, shard_name, write_shard
+from dupr_cli.artifacts.shard_files import Sample, shard_name, write_shard
+from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.artifacts.voc_tree import VocTree
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dupr_cli.artifacts.shards import Manifest, Sample, ShardEntry, write_shard
+from dupr_cli.artifacts.shard_files import Sample, write_shard
+from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.evaluate.labelled import open_labelled
 from dupr_cli.progress import SilentReporter, Task

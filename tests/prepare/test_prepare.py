@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from dupr_cli import prepare
-from dupr_cli.artifacts.shards import Box, Manifest, Sample, Skipped, open_shards
+from dupr_cli.artifacts.labels import Box
+from dupr_cli.artifacts.shard_files import Sample, write_shard
+from dupr_cli.artifacts.shards import Manifest, open_shards
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.prepare.ingest import ingest
-from dupr_cli.prepare.sources import RawImage, open_source
 from dupr_cli.recipe import PrepareRecipe, load_recipe
-from dupr_cli.recipe.prepare import ImageSection
+from dupr_cli.recipe.prepare import ShardSection
 from tests.artifacts.test_artifacts import voc_year
 from tests.conftest import encode, noise_image, write_shards
 
@@ -94,91 +91,6 @@ def test_bad_files_are_listed_with_their_reasons_and_good_ones_kept(
     assert renamed.extension == "png"
 
 
-class Item:
-    """An item of a source that holds what it is given."""
-
-    name = "x"
-    key = "x"
-
-    def __init__(self, data: bytes, boxes: tuple[Box, ...] | None = None) -> None:
-        self.raw = RawImage(data, boxes)
-
-    def read(self) -> RawImage:
-        return self.raw
-
-
-def ingested(data: bytes, boxes: tuple[Box, ...] | None = None) -> Sample:
-    result = ingest(Item(data, boxes), ImageSection())  # type: ignore[arg-type]
-    assert isinstance(result, Sample), result
-    return result
-
-
-@pytest.mark.parametrize(
-    ("mode", "format_"),
-    [
-        ("L", "JPEG"),
-        ("CMYK", "JPEG"),
-        ("P", "PNG"),
-        ("LA", "PNG"),
-        ("RGBA", "PNG"),
-        ("I;16", "PNG"),
-        ("1", "PNG"),
-        ("RGB", "BMP"),
-        ("RGB", "TIFF"),
-        ("RGBA", "WEBP"),
-        ("P", "GIF"),
-    ],
-)
-def test_every_mode_and_format_becomes_rgb(mode: str, format_: str) -> None:
-    base = noise_image(0)
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257)
-    else:
-        image = base.convert(mode)
-    sample = ingested(encode(image, format_))
-    stored = Image.open(io.BytesIO(sample.image))
-    assert stored.mode == "RGB"
-    assert sample.extension in ("jpg", "png", "webp")
-    gray = [np.asarray(i.convert("L"), dtype=float) for i in (base, stored)]
-    limit = 128 if mode == "1" else 12  # dithering changes every pixel, but not the mean
-    assert np.abs(gray[0] - gray[1]).mean() < limit
-    assert abs(gray[0].mean() - gray[1].mean()) < 12
-
-
-@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=40)
-@given(
-    orientation=st.integers(1, 8),
-    width=st.integers(12, 60),
-    height=st.integers(12, 60),
-    data=st.data(),
-)
-def test_boxes_turn_with_the_image(
-    orientation: int, width: int, height: int, data: st.DataObject
-) -> None:
-    x0 = data.draw(st.integers(0, width - 8))
-    y0 = data.draw(st.integers(0, height - 8))
-    x1, y1 = data.draw(st.integers(x0 + 4, width)), data.draw(st.integers(y0 + 4, height))
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[y0:y1, x0:x1] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = encode(Image.fromarray(pixels), "PNG", exif=exif)
-    sample = ingested(stored, (Box("a", x0, y0, x1, y1),))
-    upright = np.asarray(Image.open(io.BytesIO(sample.image)))[..., 0] > 128
-    ys, xs = np.nonzero(upright)
-    assert sample.boxes is not None
-    expected = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
-    assert sample.boxes[0].corners == expected
-    assert (sample.width, sample.height) == upright.shape[::-1]
-
-
-def test_decompression_bomb_is_skipped_by_its_header() -> None:
-    data = encode(Image.new("1", (4000, 4000)), "PNG")
-    result = ingest(Item(data), ImageSection(max_pixels=1_000_000))  # type: ignore[arg-type]
-    assert isinstance(result, Skipped)
-    assert "4000 x 4000 pixels, more than image.max_pixels = 1000000" in result.reason
-
-
 def test_voc_tree_becomes_labelled_splits(tmp_path: Path) -> None:
     tree = voc_year(
         tmp_path / "VOCdevkit" / "VOC2012",
@@ -234,13 +146,24 @@ def test_damaged_manifest_can_be_overwritten(image_folder: Path, tmp_path: Path)
     assert digests(out) == before
 
 
+def test_a_complete_set_that_lost_a_shard_says_so(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare.run(SMALL, image_folder, out, workers=1)
+    before = digests(out)
+    (out / "train-000002.tar").unlink()
+    with pytest.raises(UsageError, match=r"train-000002.tar is missing .* --overwrite"):
+        prepare.run(SMALL, image_folder, out, workers=1)
+    prepare.run(SMALL, image_folder, out, workers=1, overwrite=True)
+    assert digests(out) == before
+
+
 def test_source_without_a_usable_image_leaves_an_output_that_can_be_used(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     (source / "a.jpg").write_bytes(b"x")
     with pytest.raises(RunError, match="none of 1 images could be used"):
         prepare.run(SMALL, source, out, workers=1)
-    assert list(out.iterdir()) == []
+    assert not out.exists()
     noise_image(0).save(source / "b.jpg")
     assert prepare.run(SMALL, source, out, workers=1).samples == {"train": 1}
 
@@ -261,14 +184,14 @@ def test_interrupted_output_is_finished_with_the_same_bytes(
 ) -> None:
     (image_folder / "a-bad.jpg").write_bytes(b"no")
     prepare.run(SMALL, image_folder, tmp_path / "whole", workers=1)
-    from dupr_cli.artifacts.shards import ShardWriter
+    from dupr_cli.artifacts.shard_files import ShardWriter
 
     finish, count = ShardWriter.finish, iter(range(100))
 
     def failing(self: ShardWriter, *arguments: object) -> object:
         if next(count) == stop_after:
             raise KeyboardInterrupt
-        return finish(self, *arguments)  # type: ignore[arg-type]
+        return finish(self, *arguments)
 
     monkeypatch.setattr(ShardWriter, "finish", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -287,12 +210,164 @@ def test_wrong_sources(tmp_path: Path) -> None:
     (text / "a.txt").write_text("x")
     out = tmp_path / "out"
     for source, message in (
-        (tmp_path / "nowhere", "there is no such folder"),
+        (tmp_path / "nowhere", "there is no such file or folder"),
         (empty, "the folder is empty"),
-        (text, "no images in it, at any depth"),
+        (text, "there are no images in it"),
     ):
         with pytest.raises(UsageError, match=message):
-            open_source(source, SMALL, out)
+            prepare.run(SMALL, source, out, workers=1)
+        assert not out.exists()
     (text / "a.jpg").write_bytes(b"x")
     with pytest.raises(RunError, match="none of 1 images could be used"):
         prepare.run(SMALL, text, out, workers=1)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 40])
+def test_tasks_and_merge_give_the_set_of_one_call(
+    image_folder: Path, tmp_path: Path, parts: int
+) -> None:
+    (image_folder / "bad.jpg").write_bytes(b"no")
+    prepare.run(SMALL, image_folder, tmp_path / "one", workers=1)
+    out = tmp_path / "tasks"
+    for number in reversed(range(1, parts + 1)):
+        if parts > 1:
+            with pytest.raises(UsageError, match=r"no tasks|blocks are not finished"):
+                prepare.merge(out)
+        prepare.run(SMALL, image_folder, out, workers=1, task=(number, parts))
+    merged = prepare.merge(out)
+    assert merged.samples == {"train": 24}
+    assert digests(out) == digests(tmp_path / "one")
+    assert prepare.merge(out) == merged  # nothing is left to do
+
+
+def test_overwriting_keeps_the_old_set_until_the_new_one_is_whole(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prepare.run(SMALL, image_folder, out, workers=1)
+    before = digests(out)
+    other = load_recipe(PrepareRecipe, None, ["shard.max_samples=7"])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dupr_cli.prepare.blocks.write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            prepare.run(other, image_folder, out, workers=1, overwrite=True)
+    assert digests(out) == before
+    assert len(open_shards(str(out))) == 24
+    with pytest.raises(UsageError, match="unfinished shards of another"):
+        prepare.run(load_recipe(PrepareRecipe, None, ["seed=1"]), image_folder, out, workers=1)
+    prepare.run(other, image_folder, out, workers=1)
+    prepare.run(other, image_folder, tmp_path / "alone", workers=1)
+    assert digests(out) == digests(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_naming_shards_may_be_interrupted_anywhere(
+    image_folder: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over an older set, and with a duplicate to take out."""
+    recipe = load_recipe(PrepareRecipe, None, ["shard.max_samples=9"])
+    (image_folder / "z.jpg").write_bytes((image_folder / "image01.jpg").read_bytes())
+    prepare.run(recipe, image_folder, tmp_path / "whole", workers=1)
+    out = tmp_path / "cut"
+    prepare.run(SMALL, image_folder, out, workers=1)
+    renames, replace = iter(range(1000)), Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        inside = Path(target).parent == out
+        if inside and next(renames) == step:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+        patched.setattr(Path, "replace", failing)
+        prepare.run(recipe, image_folder, out, workers=1, overwrite=True)
+    prepare.run(recipe, image_folder, out, workers=1, overwrite=True)
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not (out / ".prepare").exists()
+
+
+def test_shuffling_is_a_permutation_that_the_seed_decides(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    orders = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        recipe = load_recipe(
+            PrepareRecipe, None, ["shard.max_samples=5", "shard.shuffle=true", f"seed={seed}"]
+        )
+        prepare.run(recipe, image_folder, tmp_path / name, workers=1)
+        shards = open_shards(str(tmp_path / name))
+        orders.append([shards[i].source for i in range(len(shards))])
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
+    assert orders[0] != sorted(orders[0])
+
+
+def test_images_are_held_out_by_their_key(image_folder: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(PrepareRecipe, None, ["split.held_out=0.3", "split.name=val"])
+    prepare.run(recipe, image_folder, tmp_path / "few", workers=1)
+    for number in range(40):
+        noise_image(100 + number).save(image_folder / f"later{number}.png")
+    prepare.run(recipe, image_folder, tmp_path / "many", workers=1)
+    few, many = (
+        {split: set(open_shards(str(tmp_path / name), split).keys()) for split in ("train", "val")}
+        for name in ("few", "many")
+    )
+    assert few["train"] <= many["train"]
+    assert few["val"] <= many["val"]
+    assert 8 <= len(many["val"]) <= 32
+    assert not many["train"] & many["val"]
+
+
+def test_shards_stay_below_a_number_of_bytes(image_folder: Path, tmp_path: Path) -> None:
+    limit = 20_480
+    recipe = load_recipe(PrepareRecipe, None, [f"shard.max_bytes={limit}"])
+    prepare.run(recipe, image_folder, tmp_path / "out", workers=1)
+    entries = Manifest.read(tmp_path / "out").splits["train"]
+    assert len(entries) > 2
+    assert sum(entry.samples for entry in entries) == 24
+    # A tar ends with two empty blocks and is filled to 10,240 bytes.
+    assert all(entry.bytes <= limit + 10_240 for entry in entries)
+
+
+def test_a_source_that_changed_is_refused_and_a_second_process_too(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    from filelock import FileLock
+
+    out = tmp_path / "out"
+    prepare.run(SMALL, image_folder, out, workers=1, task=(1, 2))
+    with FileLock(out / ".prepare" / "run.lock"), pytest.raises(UsageError, match="is writing"):
+        prepare.run(SMALL, image_folder, out, workers=1)
+    noise_image(1).save(image_folder / "new.png")
+    with pytest.raises(UsageError, match="on the source as it was"):
+        prepare.run(SMALL, image_folder, out, workers=1)
+    (image_folder / "new.png").unlink()
+    assert prepare.run(SMALL, image_folder, out, workers=1).samples == {"train": 24}
+
+
+def test_two_images_of_one_key_both_stay(tmp_path: Path) -> None:
+    """As in sets whose shards count from 0 each."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(2):
+        samples = [
+            Sample(f"{i:04d}", "jpg", encode(noise_image(10 * number + i))) for i in range(3)
+        ]
+        write_shard(source / f"{number}.tar", [*samples, Sample("same", "jpg", samples[0].image)])
+    recipe = load_recipe(PrepareRecipe, None, ["source.kind=shards", "filter.duplicates=keep"])
+    for number, block in enumerate((1000, 4)):
+        out = tmp_path / f"out{number}"
+        prepare.run(
+            recipe.model_copy(update={"shard": ShardSection(max_samples=block)}),
+            source, out, workers=1,
+        )  # fmt: skip
+        shards = open_shards(str(out))
+        found = {shards[i].key: shards[i].image for i in range(len(shards))}
+        assert len(found) == len(shards) == 8
+        assert len(set(found.values())) == 6
+        assert {key[:4] for key in found} == {"0000", "0001", "0002", "same"}

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dupr_cli.artifacts.shards import Sample, open_shards, write_shard
+from dupr_cli.artifacts.shard_files import Sample, write_shard
+from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.errors import RunError
 from dupr_cli.pretrain.data import BatchOrder, epoch_order, held_out, training_batches
 from dupr_cli.pretrain.parallel import World

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
-from dupr_cli.artifacts.shards import Manifest, Sample, ShardEntry, write_shard
+from dupr_cli.artifacts.shard_files import Sample, write_shard
+from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from tests.cli import command_line
 from tests.conftest import TINY, encode
 

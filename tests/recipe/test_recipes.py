@@ -157,9 +157,9 @@ def test_override_reaches_into_a_map_and_keeps_the_rest() -> None:
 
 def test_extends_a_file_beside_it(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("stage: prepare\nshard: {max_samples: 7}\n")
-    (tmp_path / "child.yaml").write_text("extends: base.yaml\nimage: {jpeg_quality: 80}\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\nimage: {quality: 80}\n")
     recipe = load_recipe(PrepareRecipe, str(tmp_path / "child.yaml"))
-    assert (recipe.shard.max_samples, recipe.image.jpeg_quality) == (7, 80)
+    assert (recipe.shard.max_samples, recipe.image.quality) == (7, 80)
 
 
 @given(st.floats(1e-12, 1e12))
@@ -171,9 +171,9 @@ def test_numbers_in_any_notation_are_numbers(value: float) -> None:
 
 def test_digest_ignores_order_and_description(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    first.write_text("stage: prepare\nshard: {max_samples: 5}\nimage: {jpeg_quality: 90}\n")
+    first.write_text("stage: prepare\nshard: {max_samples: 5}\nimage: {quality: 90}\n")
     second.write_text(
-        "description: x\nimage: {jpeg_quality: 90}\nshard: {max_samples: 5}\nstage: prepare\n"
+        "description: x\nimage: {quality: 90}\nshard: {max_samples: 5}\nstage: prepare\n"
     )
     digests = [recipe_digest(load_recipe(PrepareRecipe, str(f))) for f in (first, second)]
     assert digests[0] == digests[1]

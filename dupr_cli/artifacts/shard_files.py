@@ -1,0 +1,310 @@
+"""One shard: a plain WebDataset tar and, beside it, the index that gives random access.
+
+    train-000000.tar         <key>.jpg, <key>.json, with labels also <key>.boxes.json
+    train-000000.index.json  key, offset and length of every member
+
+Tars hold no times, users or modes of the machine: the same samples give the same bytes. An index is
+written after its tar has its final name, so it also marks the shard as whole. A tar that dupr did
+not write is indexed by one scan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dupr_cli.artifacts.files import fsync_directory, naming, write_text
+from dupr_cli.artifacts.labels import Box
+from dupr_cli.errors import RunError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# What dupr writes into <key>.json; a source's own <key>.json keeps everything else.
+_INFO = ("source", "width", "height", "sha256", "class")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a shard, not decoded.
+
+    boxes: None where the source had no labels. label: class of the whole image. info: what else
+    <key>.json holds. extras: further members of the sample (txt, cls, ...), by suffix. sha256: of
+    the image, computed when it is written where it is not known.
+    """
+
+    key: str
+    extension: str
+    image: bytes
+    source: str = ""
+    width: int = 0
+    height: int = 0
+    boxes: tuple[Box, ...] | None = None
+    label: str | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    sha256: str = ""
+
+    def info_json(self) -> dict[str, object]:
+        """<key>.json."""
+        values: dict[str, object] = {
+            "source": self.source,
+            "width": self.width,
+            "height": self.height,
+            "sha256": self.sha256 or hashlib.sha256(self.image).hexdigest(),
+        }
+        if self.label is not None:
+            values["class"] = self.label
+        return {**self.info, **values}
+
+
+def sample_from_json(
+    key: str,
+    extension: str,
+    image: bytes,
+    info: Mapping[str, Any],
+    objects: Sequence[Mapping[str, Any]] | None,
+    extras: Mapping[str, bytes] | None = None,
+) -> Sample:
+    """A sample out of its members; dupr did not need to write them.
+
+    Raises KeyError, TypeError or ValueError when `objects` are not those of a shard.
+    """
+    return Sample(
+        key,
+        extension,
+        image,
+        source=str(info.get("source", "")),
+        width=_whole(info.get("width")),
+        height=_whole(info.get("height")),
+        boxes=None if objects is None else tuple(Box.from_json(value) for value in objects),
+        label=info["class"] if isinstance(info.get("class"), str) else None,
+        info={name: value for name, value in info.items() if name not in _INFO},
+        extras=extras or {},
+    )
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+Place = tuple[int, int]
+_Bytes = bytes  # a column of the index has that name
+
+
+@dataclass
+class ShardIndex:
+    """Where each sample of one shard lies: byte offset and length of its members in the tar.
+
+    extras: by key, the members that are neither image, <key>.json nor boxes, by suffix.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    extensions: list[str] = field(default_factory=list)
+    images: list[Place] = field(default_factory=list)
+    infos: list[Place | None] = field(default_factory=list)
+    boxes: list[Place | None] = field(default_factory=list)
+    extras: dict[str, dict[str, Place]] = field(default_factory=dict)
+    bytes: int = 0
+    sha256: str = ""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def read(cls, path: Path) -> ShardIndex:
+        """Raises RunError when the file is not a whole index."""
+        try:
+            return cls.parse(path.read_bytes())
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RunError(
+                f"{path} is not a whole shard index ({error}). Delete it: the shard is then "
+                f"scanned when it is opened."
+            ) from error
+
+    @classmethod
+    def parse(cls, data: _Bytes) -> ShardIndex:
+        """Raises ValueError, TypeError or KeyError when the data are not a whole index."""
+        values = json.loads(data)
+        return cls(**{column.name: values[column.name] for column in fields(cls)})
+
+    def write(self, path: Path) -> None:
+        write_text(path, json.dumps(vars(self), separators=(",", ":")) + "\n")
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_suffix(".index.json")
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The header of a regular file, with nothing of this machine in it: no time, user or mode.
+
+    Source: POSIX.1-1988 ustar; longer or other names than it can hold have a pax header before it.
+    """
+    encoded = name.encode()
+    if len(encoded) > 100 or size >= 8**11 or not name.isascii():
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        return info.tobuf(tarfile.PAX_FORMAT)
+    start = encoded.ljust(100, b"\0") + b"0000644\x000000000\x000000000\x00%011o\x0000000000000\x00"
+    block = (start % size + b" " * 8 + b"0").ljust(257, b"\0") + b"ustar\x0000"
+    block = block.ljust(tarfile.BLOCKSIZE, b"\0")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def _padding(size: int) -> int:
+    """Bytes that follow a member of `size` bytes, to the next block."""
+    return -size % tarfile.BLOCKSIZE
+
+
+def _members(sample: Sample) -> list[tuple[str, bytes]]:
+    """Suffix and content of each member of a sample, in their order in the tar."""
+    members = [(sample.extension, sample.image), ("json", _json(sample.info_json()))]
+    if sample.boxes is not None:
+        objects = {"objects": [box.to_json() for box in sample.boxes]}
+        members.append(("boxes.json", _json(objects)))
+    return [*members, *sample.extras.items()]
+
+
+class ShardWriter:
+    """Writes one shard, sample by sample; the tar and its index appear only when whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._index = path, ShardIndex()
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._file: BinaryIO | None = None
+        self._digest, self.bytes = hashlib.sha256(), 0
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._digest.update(data)
+        self.bytes += len(data)
+
+    def _append(self, name: str, data: bytes) -> Place:
+        self._write(tar_header(name, len(data)))
+        offset = self.bytes
+        self._write(data)
+        self._write(bytes(_padding(len(data))))
+        return offset, len(data)
+
+    def size_of(self, sample: Sample) -> int:
+        """Bytes by which a sample makes the tar longer."""
+        members = _members(sample)
+        heads = (len(tar_header(f"{sample.key}.{suffix}", len(data))) for suffix, data in members)
+        return (
+            sum(heads)
+            + sum(-(-len(data) // tarfile.BLOCKSIZE) for _, data in members) * tarfile.BLOCKSIZE
+        )
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample. Raises OSError, naming the shard, when it cannot be written."""
+        index, key = self._index, sample.key
+        with naming(self.path):
+            if self._file is None:
+                self._file = self._temporary.open("wb", buffering=1 << 20)
+            places = {
+                suffix: self._append(f"{key}.{suffix}", data) for suffix, data in _members(sample)
+            }
+        index.keys.append(key)
+        index.extensions.append(sample.extension)
+        index.images.append(places.pop(sample.extension))
+        index.infos.append(places.pop("json"))
+        index.boxes.append(places.pop("boxes.json", None))
+        if places:
+            index.extras[key] = places
+
+    def finish(self) -> ShardIndex:
+        """Give tar and index their names. Raises OSError as `add`."""
+        with naming(self.path):
+            if self._file is None:
+                self._file = self._temporary.open("wb")
+            self._write(bytes(2 * tarfile.BLOCKSIZE))
+            self._write(bytes(-self.bytes % tarfile.RECORDSIZE))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        index = self._index
+        index.bytes, index.sha256 = self.bytes, self._digest.hexdigest()
+        self._temporary.replace(self.path)
+        fsync_directory(self.path.parent)
+        index.write(index_path(self.path))
+        return index
+
+    def abandon(self) -> None:
+        """Leave no trace of an unfinished shard."""
+        self._temporary.unlink(missing_ok=True)
+        if self._file is not None:
+            with suppress(OSError):  # what is still buffered does not fit either
+                self._file.close()
+
+
+def write_shard(path: Path, samples: Sequence[Sample]) -> ShardIndex:
+    """Write one shard of samples that are all at hand, and its index."""
+    writer = ShardWriter(path)
+    try:
+        for sample in samples:
+            writer.add(sample)
+        return writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
+    """Index a tar that came without one. Raises RunError naming the sample where it breaks off.
+
+    address: where the tar was copied from, for the message.
+    """
+    index = ShardIndex(bytes=path.stat().st_size)
+    by_key: dict[str, int] = {}
+    others: dict[str, dict[str, Place]] = {}  # may come before or without their image
+    last = "its start"
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
+                place = (member.offset_data, member.size)
+                if member.offset_data + member.size > index.bytes:
+                    raise tarfile.ReadError("unexpected end of data")
+                if suffix in IMAGE_EXTENSIONS and key not in by_key:
+                    by_key[key] = len(index.keys)
+                    index.keys.append(key)
+                    index.extensions.append(suffix)
+                    index.images.append(place)
+                else:
+                    others.setdefault(key, {})[suffix] = place
+                last = f"member {member.name}"
+    except (tarfile.TarError, EOFError) as error:
+        raise RunError(
+            f"{address or path}: the shard is cut off or damaged after {last}: {error}. "
+            f"Copy it again or make it anew."
+        ) from error
+    for key in index.keys:
+        members = others.get(key, {})
+        index.infos.append(members.pop("json", None))
+        index.boxes.append(members.pop("boxes.json", None))
+        if members:
+            index.extras[key] = members
+    return index

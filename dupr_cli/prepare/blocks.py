@@ -1,0 +1,207 @@
+"""One block of a listing to shards: the unit of work, whoever does it and wherever.
+
+    OUT/.prepare/blocks/train-000007.000.tar          the first part of block 7, and its index
+    OUT/.prepare/blocks/train-000007.000.index.json
+    OUT/.prepare/blocks/train-000007.records          a `duplicates.RECORD` for each sample
+    OUT/.prepare/blocks/train-000007.json             written last: the block is done
+
+No block depends on another, so any number of processes, tasks and machines give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dupr_cli.artifacts.files import write_bytes, write_json
+from dupr_cli.artifacts.shard_files import ShardWriter
+from dupr_cli.artifacts.shards import UNFINISHED, ShardEntry, Skipped
+from dupr_cli.prepare.duplicates import RECORD, Array
+from dupr_cli.prepare.ingest import Ingested, ingest
+from dupr_cli.prepare.listing import Listing, listing_path, read_listing
+from dupr_cli.prepare.sources import Entry, ImageSource, make_source
+from dupr_cli.recipe import PrepareRecipe
+
+_FOLDER = "blocks"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all blocks have in common; it travels to the workers.
+
+    kind, address: of the source. near: whether perceptual hashes are wanted.
+    """
+
+    kind: str
+    address: str
+    out: str
+    recipe: PrepareRecipe
+    near: bool
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / UNFINISHED
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.address, self.out))
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """A finished block. parts: its tars, most often one; none where no image could be used."""
+
+    images: int
+    parts: list[ShardEntry]
+    skipped: list[Skipped]
+    classes: list[str]
+
+
+def block_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}"
+
+
+def blocks_folder(folder: Path) -> Path:
+    return folder / _FOLDER
+
+
+def read_report(folder: Path, split: str, number: int) -> BlockReport | None:
+    """The report of a block that is whole; None otherwise."""
+    blocks = blocks_folder(folder)
+    name = block_name(split, number)
+    try:
+        values = json.loads((blocks / f"{name}.json").read_bytes())
+        parts = [ShardEntry(**part) for part in values["parts"]]
+        if any((blocks / part.file).stat().st_size != part.bytes for part in parts):
+            return None
+        samples = sum(part.samples for part in parts)
+        if samples and (blocks / f"{name}.records").stat().st_size != samples * RECORD.itemsize:
+            return None
+        skipped = [Skipped(*pair) for pair in values["skipped"]]
+        return BlockReport(values["images"], parts, skipped, values["classes"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def read_records(folder: Path, split: str, number: int) -> Array:
+    """(samples,) `RECORD`s of a block that is done."""
+    path = blocks_folder(folder) / f"{block_name(split, number)}.records"
+    return np.fromfile(path, RECORD) if path.exists() else np.empty(0, RECORD)
+
+
+@lru_cache(maxsize=2)
+def _opened(work: Work, _listed: int) -> tuple[ImageSource, Listing]:
+    """Source and listing, kept from block to block. _listed: when the listing was written."""
+    listing = read_listing(work.folder)
+    assert listing is not None, "the listing is written before any block"
+    source = make_source(work.kind, work.address, work.recipe.source, Path(work.out))
+    return source, listing
+
+
+def write_block(
+    work: Work, block: tuple[str, int], threads: int = 1, advance: Callable[[], None] | None = None
+) -> BlockReport:
+    """Ingest the entries of one block into one or several tars.
+
+    threads: that read and decode. advance: called after each image. Raises OSError when the output
+    cannot be written; what was written of the block is then taken away.
+    """
+    Image.preinit()
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, on odd metadata
+        return _write_block(work, block, threads, advance)
+
+
+def _write_block(
+    work: Work, block: tuple[str, int], threads: int, advance: Callable[[], None] | None
+) -> BlockReport:
+    split, number = block
+    source, listing = _opened(work, listing_path(work.folder).stat().st_mtime_ns)
+    entries = listing.read(split, number)
+    name, blocks = block_name(split, number), blocks_folder(work.folder)
+    parts, limit = list[ShardEntry](), work.recipe.shard.max_bytes
+    skipped, classes, keys = list[Skipped](), set[str](), dict[str, bytes]()
+    records = np.zeros(len(entries), RECORD)
+    writer = _writer(blocks, name, 0)
+
+    def close_part() -> None:
+        index = writer.finish()
+        parts.append(ShardEntry(writer.path.name, len(index), index.bytes, index.sha256))
+
+    try:
+        read = partial(ingest, read=source.read, recipe=work.recipe, look=work.near)
+        for found in _in_order(read, entries, threads):
+            if advance is not None:
+                advance()
+            if isinstance(found, Skipped):
+                skipped.append(found)
+                continue
+            sample = found.sample
+            key = sample.key
+            if keys.get(key, found.sha256) != found.sha256:
+                key = another_key(key, found.sha256.hex())
+            if key in keys:
+                skipped.append(Skipped(sample.source, f"listed twice: key {key}"))
+                continue
+            keys[key] = found.sha256
+            if key != sample.key:
+                sample = replace(sample, key=key)
+            if limit and len(writer) and writer.bytes + writer.size_of(sample) > limit:
+                close_part()
+                writer = _writer(blocks, name, len(parts))
+            writer.add(sample)
+            classes |= {box.name for box in sample.boxes or ()}
+            row = records[sum(part.samples for part in parts) + len(writer) - 1]
+            row["key"] = _short(hashlib.sha256(sample.key.encode()).digest())
+            row["low"], row["high"] = _short(found.sha256), _short(found.sha256[8:])
+            row["look"] = found.look
+        if len(writer):
+            close_part()
+    except BaseException:
+        writer.abandon()
+        raise
+    report = BlockReport(len(entries), parts, skipped, sorted(classes))
+    write_bytes(blocks / f"{name}.records", records[: sum(p.samples for p in parts)].tobytes())
+    write_json(
+        blocks / f"{name}.json",
+        {**asdict(report), "skipped": [[entry.path, entry.reason] for entry in skipped]},
+    )
+    return report
+
+
+def another_key(key: str, sha256: str) -> str:
+    """A key for an image whose own is another image's."""
+    return f"{key}-{sha256[:8]}"
+
+
+def _writer(blocks: Path, name: str, part: int) -> ShardWriter:
+    return ShardWriter(blocks / f"{name}.{part:03d}.tar")
+
+
+def _short(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little")
+
+
+def _in_order(
+    read: Callable[[Entry], Ingested | Skipped], entries: Sequence[Entry], threads: int
+) -> Iterator[Ingested | Skipped]:
+    """Results in the order of the entries, a few ahead of their use where there are threads."""
+    if threads == 1:
+        yield from map(read, entries)
+        return
+    waiting: deque[Future[Ingested | Skipped]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for entry in entries:
+            waiting.append(pool.submit(read, entry))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,186 @@
+"""Who writes the blocks: this process, a pool of processes, or a Ray cluster.
+
+All of them run `blocks.write_block`; they differ in where, and in how they tell of progress.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from threading import Thread
+from types import FrameType
+from typing import Any
+
+from dupr_cli.errors import RunError, StoppedRunError, UsageError
+from dupr_cli.prepare.blocks import BlockReport, Work, write_block
+from dupr_cli.progress import Task
+
+Block = tuple[str, int]
+
+# Images that wait for a server, at once and per process.
+_REMOTE_THREADS = 16
+_POLL_SECONDS = 0.2
+
+
+def write_blocks(
+    work: Work, blocks: Sequence[Block], engine: str, workers: int, remote: bool, progress: Task
+) -> None:
+    """Write all of `blocks`; `progress` counts their images.
+
+    engine: processes or ray. workers: processes, 0 for one per core. remote: images come from a
+    server. Raises OSError when the output cannot be written, StoppedRunError on SIGTERM.
+    """
+    if not blocks:
+        return
+    with _sigterm():
+        if engine == "ray":
+            _on_ray(work, blocks, remote, progress)
+            return
+        workers = workers or os.cpu_count() or 1
+        processes = min(workers, len(blocks))
+        # Where blocks are few, the threads of a process share one.
+        threads = -(-workers // processes) * (_REMOTE_THREADS if remote else 1)
+        if processes == 1:
+            for block in blocks:
+                write_block(work, block, threads, progress.advance)
+        else:
+            _in_processes(work, blocks, processes, threads, progress)
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    """SIGTERM ends the work as Control-C does."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise StoppedRunError(
+            "stopped by SIGTERM; finished shards are kept. The same command continues from there."
+        )
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread of a Python caller: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _in_processes(
+    work: Work, blocks: Sequence[Block], processes: int, threads: int, progress: Task
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once for all workers
+    images, stop = context.Value("Q", 0), context.Event()
+    with ProcessPoolExecutor(
+        processes, context, _start_worker, (os.getpid(), images, stop)
+    ) as pool:
+        waiting: set[Future[BlockReport]] = set()
+        counted, remaining = 0, iter(blocks)
+        try:
+            while True:
+                # Few are handed out at a time: a hundred thousand futures are not free.
+                while len(waiting) < 2 * processes and (block := next(remaining, None)):
+                    waiting.add(pool.submit(_write_in_worker, work, block, threads))
+                if not waiting:
+                    break
+                done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                if (now := images.value) > counted:
+                    progress.advance(now - counted)
+                    counted = now
+        except BrokenProcessPool:
+            raise RunError(
+                "a worker process was killed, most often because memory ran out. Give the same "
+                "command again with fewer --workers; it goes on."
+            ) from None
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _StoppedError(Exception):
+    """A worker was told to stop in the middle of a block."""
+
+
+_advance: Callable[[], None] = lambda: None  # noqa: E731
+
+
+def _start_worker(main: int, images: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Thread(target=_end_with, args=(main,), daemon=True).start()
+
+    def advance() -> None:
+        if stop.is_set():
+            raise _StoppedError
+        with images.get_lock():
+            images.value += 1
+
+    global _advance
+    _advance = advance
+
+
+def _end_with(main: int) -> None:
+    """A pool's worker would wait for work for ever when the main process is killed."""
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(main, 0)  # asks whether it is there
+            time.sleep(1)
+    os._exit(1)
+
+
+def _write_in_worker(work: Work, block: Block, threads: int) -> BlockReport:
+    return write_block(work, block, threads, _advance)
+
+
+def _on_ray(work: Work, blocks: Sequence[Block], remote: bool, progress: Task) -> None:
+    """Blocks as tasks of a Ray cluster, whose machines all see source and output."""
+    try:
+        ray: Any = import_module("ray")
+    except ImportError:
+        raise UsageError("--engine ray needs Ray: pip install 'dupr-cli[ray]'.") from None
+    begun_here = not ray.is_initialized()
+    if begun_here:
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level="error")
+        except ConnectionError as error:
+            raise UsageError(
+                "--engine ray: no Ray cluster is running that this machine belongs to. Start one "
+                "with `ray start --head`, or set RAY_ADDRESS."
+            ) from error
+    write = ray.remote(num_cpus=1, max_retries=2)(write_block)
+    threads = _REMOTE_THREADS if remote else 1
+    try:
+        shared = ray.put(work)
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        waiting: list[Any] = []
+        remaining = iter(blocks)
+        while True:
+            while len(waiting) < 2 * cores and (block := next(remaining, None)):
+                waiting.append(write.remote(shared, block, threads))
+            if not waiting:
+                break
+            done, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
+            for report in ray.get(done):
+                progress.advance(report.images)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.as_instanceof_cause()
+        raise (cause if isinstance(cause, OSError) else RunError(str(error))) from error
+    except ray.exceptions.RayError as error:
+        raise RunError(
+            f"the Ray cluster failed: {error}. Give the same command again; it goes on."
+        ) from error
+    finally:
+        if begun_here:
+            ray.shutdown()

@@ -1,0 +1,195 @@
+"""The images of a source as a file, cut into blocks: what workers, tasks and continuation share.
+
+    OUT/.prepare/listing/<split>.jsonl    one entry per line, in the order of the shards
+    OUT/.prepare/listing/<split>.starts   where each block begins: uint64
+    OUT/.prepare/listing.json             how many, and the digest of the source
+
+A block is `shard.max_samples` entries. Writing a listing takes the memory of a folder, or,
+shuffled, of a 64th of the entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dupr_cli.artifacts.files import write_json
+from dupr_cli.prepare.sources import Entry, ImageSource
+from dupr_cli.recipe import PrepareRecipe
+
+_BUCKETS = 64
+_FILE = "listing.json"
+_FOLDER = "listing"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A finished listing. entries: number of images by split. digest: sha256 of their names."""
+
+    folder: Path
+    entries: dict[str, int]
+    digest: str
+    block_size: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.entries.values())
+
+    def blocks(self) -> list[tuple[str, int]]:
+        """All blocks, (split, number), in the order of their shards."""
+        return [
+            (split, number)
+            for split, entries in self.entries.items()
+            for number in range(-(-entries // self.block_size))
+        ]
+
+    def read(self, split: str, block: int) -> list[Entry]:
+        """The entries of one block."""
+        place = self.folder / _FOLDER / split
+        with place.with_suffix(".starts").open("rb") as file:
+            file.seek(8 * block)
+            ends = array("Q", file.read(16))
+        with place.with_suffix(".jsonl").open("rb") as file:
+            file.seek(ends[0])
+            data = file.read(ends[1] - ends[0])
+        return [_parse(line, split) for line in data.splitlines()]
+
+
+def _line(entry: Entry) -> bytes:
+    """As little as an entry needs: its name alone, where that is all."""
+    values = [entry.name, entry.place, entry.key]
+    while values[-1] in (None, "") and len(values) > 1:
+        values.pop()
+    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
+
+
+def _parse(line: bytes, split: str) -> Entry:
+    name, *rest = json.loads(line)
+    place, key = [*rest, None, None][:2]
+    return Entry(name, place, split, key or "")
+
+
+def split_entries(source: ImageSource, recipe: PrepareRecipe) -> Iterator[Entry]:
+    """The entries of a source, those held out in a split of their own."""
+    share, name = recipe.split.held_out, recipe.split.name
+    for entry in source.entries():
+        if share and entry.split == "train" and _fraction(entry.sample_key) < share:
+            yield Entry(entry.name, entry.place, name, entry.key)
+        else:
+            yield entry
+
+
+def _fraction(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+class _Digest:
+    """Identity of a listing: its names and splits, in order."""
+
+    def __init__(self) -> None:
+        self._hash, self.entries = hashlib.sha256(), dict[str, int]()
+
+    def add(self, entry: Entry) -> None:
+        self._hash.update(os.fsencode(f"{entry.split}\0{entry.name}\n"))
+        self.entries[entry.split] = self.entries.get(entry.split, 0) + 1
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+
+def survey(source: ImageSource, recipe: PrepareRecipe) -> tuple[dict[str, int], str]:
+    """Number of images by split and the digest, without writing anything."""
+    digest = _Digest()
+    for entry in split_entries(source, recipe):
+        digest.add(entry)
+    return digest.entries, str(digest)
+
+
+def write_listing(source: ImageSource, recipe: PrepareRecipe, folder: Path) -> Listing:
+    """List a source into `folder`. Raises what listing the source raises."""
+    place = folder / _FOLDER
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    digest, files = _Digest(), dict[str, _SplitFile]()
+    try:
+        for entry in split_entries(source, recipe):
+            digest.add(entry)
+            if entry.split not in files:
+                files[entry.split] = _SplitFile(place / entry.split, recipe)
+            files[entry.split].add(entry)
+        for file in files.values():
+            file.finish()
+    finally:
+        for file in files.values():
+            file.close()
+    listing = Listing(folder, digest.entries, str(digest), recipe.shard.max_samples)
+    values = asdict(listing)
+    del values["folder"]
+    write_json(listing_path(folder), values)
+    return listing
+
+
+def listing_path(folder: Path) -> Path:
+    """The file that marks a listing as whole."""
+    return folder / _FILE
+
+
+def read_listing(folder: Path) -> Listing | None:
+    """The listing in `folder`, or None where none is whole."""
+    try:
+        return Listing(folder, **json.loads(listing_path(folder).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class _SplitFile:
+    """The listing of one split being written."""
+
+    def __init__(self, place: Path, recipe: PrepareRecipe) -> None:
+        self._block, self._seed = recipe.shard.max_samples, recipe.seed
+        self._file: BinaryIO = place.with_suffix(".jsonl").open("wb", buffering=1 << 20)
+        self._starts = place.with_suffix(".starts").open("wb", buffering=1 << 16)
+        self._position, self._count = 0, 0
+        self._buckets = [
+            place.with_suffix(f".bucket-{number:02d}").open("w+b", buffering=1 << 16)
+            for number in range(_BUCKETS if recipe.shard.shuffle else 0)
+        ]
+
+    def add(self, entry: Entry) -> None:
+        line = _line(entry)
+        if not self._buckets:
+            self._append(line)
+            return
+        salt = b"%d %s %s" % (self._seed, os.fsencode(entry.split), os.fsencode(entry.name))
+        order = hashlib.blake2b(salt, digest_size=8).digest()
+        self._buckets[order[0] * _BUCKETS // 256].write(order.hex().encode() + line)
+
+    def _append(self, line: bytes) -> None:
+        if self._count % self._block == 0:
+            self._mark()
+        self._file.write(line)
+        self._position += len(line)
+        self._count += 1
+
+    def _mark(self) -> None:
+        self._starts.write(self._position.to_bytes(8, "little"))
+
+    def finish(self) -> None:
+        for bucket in self._buckets:
+            bucket.seek(0)
+            for line in sorted(bucket.read().splitlines(keepends=True)):
+                self._append(line[16:])
+            bucket.close()
+            Path(bucket.name).unlink()
+        self._mark()
+
+    def close(self) -> None:
+        for file in (self._file, self._starts, *self._buckets):
+            file.close()

@@ -1,0 +1,140 @@
+"""Tar and zip archives of images: one, or a folder of them.
+
+Members are read where they lie. A compressed tar can only be read from its start: it is unpacked
+into one plain tar first, beside the unfinished shards.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from filelock import FileLock
+
+from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED
+from dupr_cli.errors import RunError, UsageError
+from dupr_cli.prepare.sources.base import IMAGE_SUFFIXES, BuiltIn, Entry, RawImage
+
+_OPEN: dict[str, Callable[[Path], Any]] = {
+    ".tar.gz": gzip.open,
+    ".tgz": gzip.open,
+    ".tar.bz2": bz2.open,
+    ".tar.xz": lzma.open,
+}
+_SUFFIXES = (".tar", ".zip", *_OPEN)
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
+
+
+def archives(path: Path) -> list[Path]:
+    """The archive itself, or those in a folder, by name."""
+    found = path.iterdir() if path.is_dir() else iter([path])
+    return sorted(p for p in found if p.name.lower().endswith(_SUFFIXES) and p.is_file())
+
+
+def _is_shard(tar: Path) -> bool:
+    """Whether a plain tar is a WebDataset shard: its first files have a key in common."""
+    if tar.with_suffix(".index.json").exists() or (tar.parent / MANIFEST).exists():
+        return True
+    try:
+        with tarfile.open(tar, "r:") as opened:
+            names = [m.name for m, _ in zip(opened, range(20), strict=False) if m.isfile()]
+    except (tarfile.TarError, EOFError):
+        return False
+    return len({name.rpartition("/")[2].partition(".")[0] for name in names}) < len(names)
+
+
+class ArchiveSource(BuiltIn):
+    """Every image file in one or many archives."""
+
+    @classmethod
+    def recognises(cls, address: str) -> bool:
+        path = Path(address)
+        found = archives(path)
+        if not found or (path.is_dir() and _loose_images(path)):
+            return False
+        return not (found[0].suffix == ".tar" and _is_shard(found[0]))
+
+    def entries(self) -> Iterator[Entry]:
+        for archive in archives(self.path):
+            try:
+                yield from _members(archive)
+            except _DAMAGED as error:
+                raise UsageError(
+                    f"{archive}: the archive is cut off or damaged: {error}. Copy it again, or "
+                    f"unpack what is left of it and prepare that."
+                ) from error
+
+    def read(self, entry: Entry) -> RawImage:
+        archive, *place = entry.place
+        path = self.path / archive if self.path.is_dir() else self.path
+        if path.suffix.lower() == ".zip":
+            try:
+                return RawImage(_open_zip(path, os.getpid()).read(place[0]))
+            except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+                raise RunError(f"the zip archive does not give it: {error}") from error
+        offset, size = place
+        plain = path if path.name.lower().endswith(".tar") else self._unpacked(path)
+        with plain.open("rb") as file:
+            file.seek(offset)
+            return RawImage(file.read(size))
+
+    def _unpacked(self, path: Path) -> Path:
+        plain = self.out / UNFINISHED / "unpacked" / f"{path.name}.tar"
+        if not plain.exists():
+            plain.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(plain.with_suffix(".lock")):
+                if not plain.exists():
+                    with _decompressed(path) as packed, atomic_file(plain) as file:
+                        shutil.copyfileobj(packed, file, 1 << 20)
+        return plain
+
+
+def _loose_images(folder: Path) -> bool:
+    return any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir() if p.is_file())
+
+
+def _decompressed(path: Path) -> IO[bytes]:
+    name = path.name.lower()
+    opened: IO[bytes] = next(o for suffix, o in _OPEN.items() if name.endswith(suffix))(path)
+    return opened
+
+
+@lru_cache(maxsize=4)
+def _open_zip(path: Path, _process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def _wanted(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _members(archive: Path) -> Iterator[Entry]:
+    name = archive.name.lower()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as opened:
+            for info in opened.infolist():
+                if not info.is_dir() and _wanted(info.filename):
+                    place: list[Any] = [archive.name, info.filename]
+                    yield Entry(f"{archive.name}/{info.filename}", place)
+        return
+    with (
+        archive.open("rb") if name.endswith(".tar") else _decompressed(archive) as file,
+        tarfile.open(fileobj=file, mode="r:" if name.endswith(".tar") else "r|") as tar,
+    ):
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+            if member.isfile() and _wanted(member.name):
+                place = [archive.name, member.offset_data, member.size]
+                yield Entry(f"{archive.name}/{member.name}", place)

@@ -1,0 +1,76 @@
+"""A data set of the Hugging Face Hub, or of a local folder that its `datasets` library reads.
+
+hf://owner/name    hf://owner/name:config    hf:///folder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dupr_cli.errors import UsageError
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key
+
+_PREFIX = "hf://"
+
+
+class HuggingFaceSource(BuiltIn):
+    """The images column of every split; the bytes are those that the data set holds."""
+
+    @classmethod
+    def recognises(cls, address: str) -> bool:
+        return address.startswith(_PREFIX)
+
+    @cached_property
+    def _splits(self) -> dict[str, Any]:
+        try:
+            import datasets
+        except ImportError:
+            raise UsageError(
+                f"{self.address}: this needs the datasets library: pip install 'dupr-cli[hf]'."
+            ) from None
+        name, _, config = self.address.removeprefix(_PREFIX).partition(":")
+        datasets.disable_progress_bars()
+        # A folder that is no repository's name would be looked for on the Hub otherwise.
+        name = str(Path(name).resolve()) if Path(name).is_dir() else name
+        try:
+            loaded = datasets.load_dataset(name, config or None)
+        except Exception as error:  # whatever its builders and the Hub's client raise
+            raise UsageError(f"{self.address}: datasets cannot load it: {error}") from error
+        column = self._column(next(iter(loaded.values())).features, datasets.Image)
+        plain = datasets.Image(decode=False)
+        return {
+            split: rows.select_columns([column]).cast_column(column, plain)
+            for split, rows in loaded.items()
+        }
+
+    def _column(self, features: Any, image: type) -> str:
+        wanted = self.options.column
+        found = [n for n, kind in features.items() if isinstance(kind, image)]
+        if wanted is not None and wanted in features:
+            return wanted
+        if wanted is not None or not found:
+            raise UsageError(
+                f"{self.address}: no {wanted or 'column of images'}; its columns are "
+                f"{', '.join(features)}. Name one with --set source.column=NAME."
+            )
+        return str(found[0])
+
+    def entries(self) -> Iterator[Entry]:
+        for split in self.options.splits or list(self._splits):
+            if split not in self._splits:
+                raise UsageError(
+                    f"{self.address}: there is no split {split}; it has {', '.join(self._splits)}."
+                )
+            for row in range(len(self._splits[split])):
+                name = f"{split}/{row:09d}"
+                yield Entry(name, [split, row], split, plain_key(name))
+
+    def read(self, entry: Entry) -> RawImage:
+        split, row = entry.place
+        (value,) = self._splits[split][row].values()
+        if value["bytes"] is not None:
+            return RawImage(value["bytes"])
+        return RawImage(Path(value["path"]).read_bytes())

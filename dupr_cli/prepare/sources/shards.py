@@ -1,0 +1,79 @@
+"""WebDataset shards, written by dupr or by anyone: to shard them anew, filter or resize them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dupr_cli.artifacts.remote import is_remote
+from dupr_cli.artifacts.shards import (
+    MANIFEST,
+    Manifest,
+    ShardSet,
+    is_shard_folder,
+    open_shards,
+)
+from dupr_cli.errors import RunError, UsageError
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key
+from dupr_cli.recipe.prepare import SourceSection
+
+
+class ShardSource(BuiltIn):
+    """The samples of shards: a folder, a tar, a brace pattern, also over http or fsspec."""
+
+    def __init__(self, address: str, options: SourceSection, out: Path) -> None:
+        super().__init__(address, options, out)
+        self._opened: dict[str | None, ShardSet] = {}
+
+    @property
+    def labelled(self) -> bool:  # type: ignore[override]
+        return (
+            not is_remote(self.address)
+            and (self.path / MANIFEST).is_file()
+            and bool(Manifest.read(self.path).classes)
+        )
+
+    @classmethod
+    def recognises(cls, address: str) -> bool:
+        path = Path(address)
+        if is_remote(address) or "{" in address:
+            return not address.lower().endswith((".txt", ".csv", ".parquet"))
+        return path.suffix == ".tar" or (path.is_dir() and is_shard_folder(path))
+
+    def _open(self, split: str | None) -> ShardSet:
+        if split not in self._opened:
+            try:
+                self._opened[split] = open_shards(self.address, split)
+            except RunError as error:
+                raise UsageError(str(error)) from error
+            self._opened[split].cached_indexes = 8
+        return self._opened[split]
+
+    def _splits(self) -> list[str | None]:
+        if self.options.splits is not None:
+            return list(self.options.splits)
+        if not is_remote(self.address) and (self.path / MANIFEST).is_file():
+            return list(Manifest.read(self.path).splits)
+        return [None]
+
+    def entries(self) -> Iterator[Entry]:
+        for split in self._splits():
+            shards = self._open(split)
+            number = 0
+            for shard, tar in enumerate(shards.shards):
+                for key in shards.index(shard).keys:
+                    name = f"{tar.name}/{key}"
+                    yield Entry(name, [split, number], split or "train", plain_key(key))
+                    number += 1
+
+    def read(self, entry: Entry) -> RawImage:
+        split, number = entry.place
+        sample = self._open(split).whole(number)
+        return RawImage(
+            sample.image,
+            sample.boxes,
+            label=sample.label,
+            source=sample.source,
+            info=sample.info,
+            extras=sample.extras,
+        )

@@ -1,0 +1,186 @@
+"""What is in shards, in numbers and as a picture: sizes, aspects, colours, classes, boxes."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.shards import open_shards
+from dupr_cli.errors import UsageError
+from dupr_cli.progress import Reporter
+
+_COLOURS_OF = 1000  # images whose pixels are averaged, spread over the set
+_SMALL, _LARGE = 32**2, 96**2  # pixels; source: COCO's small, medium and large objects
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts[i] of values from edges[i] to below edges[i + 1]; the last edge is included."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """widths, heights: quantiles 0, 0.25, 0.5, 0.75, 1, in pixels. aspect: width / height.
+
+    mean, std: of the channels R, G, B in 0..1, over the pixels of some images. objects: labelled
+    boxes, by class; sizes: how many are small, medium and large by COCO's areas.
+    """
+
+    shards: int
+    images: int
+    bytes: int
+    unreadable: int
+    widths: list[float]
+    heights: list[float]
+    side: Histogram
+    aspect: Histogram
+    mean: list[float]
+    std: list[float]
+    labelled_images: int
+    objects: dict[str, int]
+    object_sizes: dict[str, int]
+    object_side: Histogram
+    labels: dict[str, int]
+
+
+def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
+    """Read every sample once. Raises UsageError when there are no shards."""
+    shards = open_shards(address, split)
+    shards.cached_indexes = 8
+    every = max(1, len(shards) // _COLOURS_OF)
+    sizes: list[tuple[int, int]] = []
+    sides: list[float] = []
+    classes: Counter[str] = Counter()
+    areas: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    sums, labelled, unreadable, size = np.zeros((2, 3)), 0, 0, 0
+    pixels = 0
+    with reporter.task("measure", len(shards), "images") as progress:
+        for number in range(len(shards)):
+            sample = shards[number]
+            size += len(sample.image)
+            try:
+                image = Image.open(io.BytesIO(sample.image))
+                sizes.append(image.size)
+                if number % every == 0:
+                    values = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3) / 255
+                    sums += [values.sum(0), (values**2).sum(0)]
+                    pixels += len(values)
+            # Decoders of damaged files raise whatever their parsing ran into.
+            except Exception:
+                unreadable += 1
+            if sample.label is not None:
+                labels[sample.label] += 1
+            labelled += sample.boxes is not None
+            for box in sample.boxes or ():
+                area = max(0.0, box.x_max - box.x_min) * max(0.0, box.y_max - box.y_min)
+                classes[box.name] += 1
+                areas["small" if area < _SMALL else "medium" if area < _LARGE else "large"] += 1
+                sides.append(area**0.5)
+            progress.advance(1)
+    if not sizes:
+        raise UsageError(f"{address}: none of {len(shards)} images can be read.")
+    both = np.array(sizes, dtype=np.float64)
+    mean = sums[0] / pixels
+    std = np.sqrt(np.maximum(0, sums[1] / pixels - mean**2))
+    return Stats(
+        shards=len(shards.shards),
+        images=len(shards),
+        bytes=size,
+        unreadable=unreadable,
+        widths=np.quantile(both[:, 0], [0, 0.25, 0.5, 0.75, 1]).tolist(),
+        heights=np.quantile(both[:, 1], [0, 0.25, 0.5, 0.75, 1]).tolist(),
+        side=_histogram(np.sqrt(both.prod(1))),
+        aspect=_histogram(both[:, 0] / both[:, 1]),
+        mean=mean.tolist(),
+        std=std.tolist(),
+        labelled_images=labelled,
+        objects=dict(classes.most_common()),
+        object_sizes={name: areas[name] for name in ("small", "medium", "large")},
+        object_side=_histogram(np.array(sides)),
+        labels=dict(labels.most_common()),
+    )
+
+
+def _histogram(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Histogram:
+    """Bins of equal ratio: sizes and aspects spread over powers."""
+    positive = values[values > 0]
+    if not len(positive):
+        return Histogram([], [])
+    low, high = float(positive.min()), float(positive.max())
+    bins = 1 if low == high else 24
+    edges = np.geomspace(low, high if high > low else low * 1.01, bins + 1)
+    edges[0], edges[-1] = low, max(high, edges[-1])
+    counts, _ = np.histogram(positive, edges)
+    return Histogram(edges.tolist(), counts.tolist())
+
+
+def as_facts(stats: Stats) -> list[tuple[str, str]]:
+    """For a table of two columns."""
+
+    def spread(values: Sequence[float]) -> str:
+        low, quarter, middle, three, high = (round(value) for value in values)
+        return f"{middle} (half from {quarter} to {three}, all from {low} to {high})"
+
+    facts = [
+        ("images", f"{stats.images} in {stats.shards} shards, {stats.bytes / 1e6:.1f} MB"),
+        ("widths", spread(stats.widths)),
+        ("heights", spread(stats.heights)),
+        ("mean", ", ".join(f"{value:.3f}" for value in stats.mean)),
+        ("std", ", ".join(f"{value:.3f}" for value in stats.std)),
+    ]
+    if stats.unreadable:
+        facts.append(("unreadable", f"{stats.unreadable} images"))
+    if stats.labels:
+        facts.append(("classes of images", _most_common(stats.labels)))
+    if stats.labelled_images:
+        total = sum(stats.objects.values())
+        sizes = ", ".join(f"{count} {name}" for name, count in stats.object_sizes.items())
+        facts.append(("objects", f"{total} in {stats.labelled_images} labelled images: {sizes}"))
+        facts.append(("classes", _most_common(stats.objects)))
+    return facts
+
+
+def _most_common(counts: dict[str, int], most: int = 20) -> str:
+    shown = [f"{name} {count}" for name, count in list(counts.items())[:most]]
+    return ", ".join(shown) + (f" and {len(counts) - most} more" if len(counts) > most else "")
+
+
+def draw_stats(stats: Stats, path: Path) -> None:
+    """Write the histograms as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    labelled = bool(stats.objects)
+    figure = Figure(figsize=(11, 7 if labelled else 3.6), layout="constrained")
+    axes = figure.subplots(2 if labelled else 1, 2, squeeze=False)
+    panels = [
+        (axes[0, 0], stats.side, "side of an image, square root of its area (pixels)"),
+        (axes[0, 1], stats.aspect, "width / height"),
+    ]
+    if labelled:
+        panels.append((axes[1, 0], stats.object_side, "side of an object (pixels)"))
+        names = list(stats.objects)[:20][::-1]
+        axes[1, 1].barh(names, [stats.objects[name] for name in names], color="#1f77b4")
+        axes[1, 1].set_xlabel("objects")
+    for axis, histogram, title in panels:
+        if histogram.counts:
+            axis.stairs(histogram.counts, histogram.edges, fill=True, color="#1f77b4")
+        axis.set_xscale("log")
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks(ScalarFormatter())
+        axis.set_xlabel(title)
+        axis.set_ylabel("images" if axis in axes[0] else "objects")
+    figure.suptitle(f"{stats.images} images in {stats.shards} shards")
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=100)

@@ -1,0 +1,85 @@
+"""A contact sheet of shards: images as they are in them, labelled ones with their boxes."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.shard_files import Sample
+from dupr_cli.artifacts.shards import open_shards
+
+_CELL, _CAPTION, _GAP = 200, 18, 6
+_GROUND, _INK = "#eeeeee", "#222222"
+
+
+@dataclass(frozen=True)
+class View:
+    """path: of the PNG. keys: of the samples it shows, row by row."""
+
+    path: str
+    keys: list[str]
+
+
+def draw_sheet(address: str, split: str | None, path: Path, count: int, seed: int) -> View:
+    """Write a PNG of `count` samples drawn by `seed`, in the order of the shards."""
+    shards = open_shards(address, split)
+    shards.cached_indexes = 8
+    chosen = sorted(Random(seed).sample(range(len(shards)), min(count, len(shards))))
+    samples = [shards[number] for number in chosen]
+    columns = min(len(samples), max(1, round(math.sqrt(len(samples) * 1.6))))
+    rows = -(-len(samples) // columns)
+    step = (_CELL + _GAP, _CELL + _CAPTION + _GAP)
+    sheet = Image.new("RGB", (columns * step[0] + _GAP, rows * step[1] + _GAP), _GROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, sample in enumerate(samples):
+        left, top = (
+            _GAP + step[0] * (number % columns),
+            _GAP + step[1] * (number // columns),
+        )
+        cell = _cell(sample)
+        sheet.paste(cell, (left + (_CELL - cell.width) // 2, top + (_CELL - cell.height) // 2))
+        draw.text((left, top + _CELL + 2), _short(sample.key), _INK, font)
+    with atomic_file(path) as file:
+        sheet.save(file, "PNG")
+    return View(str(path), [sample.key for sample in samples])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:18]}...{text[-9:]}"
+
+
+def _cell(sample: Sample) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(sample.image))
+        width, height = image.size
+        image.draft("RGB", (2 * _CELL, 2 * _CELL))
+        cell = image.convert("RGB")
+    # Decoders of damaged files raise whatever their parsing ran into.
+    except Exception:
+        cell = Image.new("RGB", (_CELL, _CELL), "#cc3333")
+        ImageDraw.Draw(cell).text((8, 8), "does not decode", "white")
+        return cell
+    scale = _CELL / max(width, height)
+    cell = cell.resize((max(1, round(width * scale)), max(1, round(height * scale))))
+    draw = ImageDraw.Draw(cell)
+    for box in sample.boxes or ():
+        corners = [value * scale for value in box.corners]
+        if corners[0] < corners[2] and corners[1] < corners[3]:
+            draw.rectangle(corners, outline=_colour(box.name), width=1 if box.difficult else 2)
+            draw.text((corners[0] + 3, corners[1] + 1), box.name, _colour(box.name))
+    return cell
+
+
+def _colour(name: str) -> str:
+    """Always the same for a class."""
+    hue = zlib.crc32(name.encode()) / 2**32
+    red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.9, 1.0))
+    return f"#{red:02x}{green:02x}{blue:02x}"
