@@ -37,22 +37,28 @@ _BUILT_IN = {
 }
 
 
-def _entry_points(group: str) -> dict[str, metadata.EntryPoint]:
-    found = {point.name: point for point in metadata.entry_points(group=group)}
-    own = {
-        name: metadata.EntryPoint(name, value, group) for name, value in _BUILT_IN[group].items()
-    }
-    return found | own
-
-
 def plugin_names(group: str) -> list[str]:
     """What a recipe may name, without importing any of it."""
-    return sorted(_entry_points(group))
+    return sorted(
+        {*_BUILT_IN[group], *(point.name for point in metadata.entry_points(group=group))}
+    )
+
+
+def is_plugin(group: str, name: str) -> bool:
+    """Whether a recipe may name it; packages are only asked for what does not ship with dupr."""
+    return name in _BUILT_IN[group] or name in plugin_names(group)
+
+
+def _entry_point(group: str, name: str) -> metadata.EntryPoint:
+    if name in _BUILT_IN[group]:
+        return metadata.EntryPoint(name, _BUILT_IN[group][name], group)
+    point, *_ = metadata.entry_points(group=group, name=name)
+    return point
 
 
 def load_plugin(group: str, name: str) -> object:
     """The object behind a name. Raises UsageError when its package cannot be imported."""
-    point = _entry_points(group)[name]
+    point = _entry_point(group, name)
     try:
         return point.load()
     except (ImportError, AttributeError) as error:

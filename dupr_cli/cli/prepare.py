@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,6 +134,8 @@ def prepare(
 
       dupr prepare list.parquet shards/ --task 3/64   # then: dupr prepare merge shards/
     """
+    if engine == "processes" and workers != 1 and not dry_run:
+        _start_server_of_workers()
     from dupr_cli import prepare as stage
     from dupr_cli.recipe import PrepareRecipe, load_recipe
 
@@ -153,6 +156,12 @@ def prepare(
         resolved, source, out, workers=workers or 0, overwrite=overwrite, engine=engine,
         task=part, reporter=reporter,
     )  # fmt: skip
+
+
+def _start_server_of_workers() -> None:
+    """Workers fork from a server that has imported what they need; it does so while we import."""
+    forkserver.set_forkserver_preload(["dupr_cli.prepare.engines"])
+    forkserver.ensure_running()
 
 
 def _task(given: str | None) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dupr_cli.plugins import SOURCES, plugin_names
+from dupr_cli.plugins import SOURCES, is_plugin, plugin_names
 from dupr_cli.recipe.base import Fraction, Section, Seed, reject
 
 Side = Annotated[int, Field(ge=1)]
@@ -28,8 +28,8 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        known = ["auto", *plugin_names(SOURCES)]
-        if self.kind not in known:
+        if self.kind != "auto" and not is_plugin(SOURCES, self.kind):
+            known = ["auto", *plugin_names(SOURCES)]
             reject("kind", f"it is {self.kind!r}, but it should be one of {', '.join(known)}")
         return self
 
