@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from dupr_cli.prepare.view import View
 
 _STAGE = "run"
-_ENGINES = ("processes", "ray")
 
 Shards = Annotated[
     str,
@@ -141,8 +140,6 @@ def prepare(
 
     resolved = load_recipe(PrepareRecipe, recipe or "default", overrides(set_, seed=("seed", seed)))
     part = _task(task)
-    if engine not in _ENGINES:
-        raise UsageError(f"--engine {engine}: use {' or '.join(_ENGINES)}.")
     if download:
         from dupr_cli.prepare.download import download_sets
 

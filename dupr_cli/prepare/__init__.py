@@ -26,7 +26,7 @@ from dupr_cli.artifacts.shards import MANIFEST, SKIPPED, UNFINISHED, Manifest
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.assembly import assemble, is_planned
 from dupr_cli.prepare.blocks import Work, blocks_folder, read_report
-from dupr_cli.prepare.engines import write_blocks
+from dupr_cli.prepare.engines import check_engine, write_blocks
 from dupr_cli.prepare.listing import Listing, read_listing, survey, write_listing
 from dupr_cli.prepare.sources import ImageSource, make_source, nothing_found, recognise
 from dupr_cli.progress import Reporter, SilentReporter
@@ -91,9 +91,10 @@ def run(
 
     workers: processes that decode; 0 means one per core. engine: processes or ray. task: (i, n),
     write only every n-th block from the i-th on, i from 1; `merge` makes a set of them.
-    Raises UsageError when the source has no images or `out` holds something else, RunError when
-    no image could be used, OSError when the output cannot be written.
+    Raises UsageError when the source has no images, `out` holds something else or the engine is not
+    installed, RunError when no image could be used, OSError when the output cannot be written.
     """
+    check_engine(engine)
     source, reporter = str(source), reporter or SilentReporter()
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, recipe.filter.duplicates == "near")

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.util import find_spec
 from threading import Thread
 from types import FrameType
 from typing import Any
@@ -23,10 +24,19 @@ from dupr_cli.prepare.blocks import BlockReport, Work, write_block
 from dupr_cli.progress import Task
 
 Block = tuple[str, int]
+ENGINES = ("processes", "ray")
 
 # Images that wait for a server, at once and per process.
 _REMOTE_THREADS = 16
 _POLL_SECONDS = 0.2
+
+
+def check_engine(engine: str) -> None:
+    """Raises UsageError when an engine is none, or its package is not installed."""
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: use {' or '.join(ENGINES)}.")
+    if engine == "ray" and find_spec("ray") is None:
+        raise UsageError("--engine ray needs Ray: pip install 'dupr-cli[ray]'.")
 
 
 def write_blocks(
@@ -146,10 +156,7 @@ def _write_in_worker(work: Work, block: Block, threads: int) -> BlockReport:
 
 def _on_ray(work: Work, blocks: Sequence[Block], remote: bool, progress: Task) -> None:
     """Blocks as tasks of a Ray cluster, whose machines all see source and output."""
-    try:
-        ray: Any = import_module("ray")
-    except ImportError:
-        raise UsageError("--engine ray needs Ray: pip install 'dupr-cli[ray]'.") from None
+    ray: Any = import_module("ray")
     begun_here = not ray.is_initialized()
     if begun_here:
         try:
