@@ -494,6 +494,12 @@ def test_a_list_without_a_known_column_is_named(tmp_path: Path) -> None:
     assert prepared(tmp_path / "l.csv", tmp_path / "out", "source.column=picture")
 
 
+def test_a_list_that_lies_far_away_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"list.txt: not a source that dupr knows"):
+        prepared("http://localhost/list.txt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_path_that_is_listed_twice_goes_in_once(tmp_path: Path) -> None:
     noise_image(0).save(tmp_path / "a.png")
     noise_image(1).save(tmp_path / "b.png")

@@ -31,7 +31,8 @@ class ListSource(BuiltIn):
 
     @classmethod
     def recognises(cls, address: str) -> bool:
-        return Path(address).suffix.lower() in (".txt", ".csv", ".tsv", ".parquet")
+        suffix = Path(address).suffix.lower()
+        return suffix in (".txt", ".csv", ".tsv", ".parquet") and not is_remote(address)
 
     def entries(self) -> Iterator[Entry]:
         return map(Entry, self._addresses())
