@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from dupr_cli.artifacts.files import write_bytes, write_json
+from dupr_cli.artifacts.files import named, write_bytes, write_json
 from dupr_cli.artifacts.remote import (
     AbsentError,
     cache_folder,
@@ -288,7 +288,7 @@ class ShardSet:
 
 def is_shard_folder(path: Path) -> bool:
     """Whether a folder holds shards: a manifest, or tars and no loose images beside them."""
-    return (path / MANIFEST).is_file() or any(path.glob("*.tar"))
+    return (path / MANIFEST).is_file() or bool(named(path, lambda name: name.endswith(".tar")))
 
 
 def open_shards(address: str, split: str | None = None) -> ShardSet:

@@ -9,6 +9,7 @@ Source: the VOC development kit's annotation format.
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,9 @@ def find_voc_trees(path: Path) -> list[VocTree]:
         return [VocTree(path)]
     for parent in (path, path / "VOCdevkit"):
         if parent.is_dir():
-            years = [VocTree(p) for p in sorted(parent.iterdir()) if p.is_dir() and is_year(p)]
+            with os.scandir(parent) as entries:  # it may be a folder of a million images
+                folders = sorted(parent / entry.name for entry in entries if entry.is_dir())
+            years = [VocTree(folder) for folder in folders if is_year(folder)]
             if years:
                 return years
     return []

@@ -6,6 +6,7 @@ without a name, the first that recognises the address is taken.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -27,7 +28,7 @@ def recognise(address: str) -> str:
     path = Path(address)
     if not is_remote(address) and "{" not in address and not path.exists():
         raise UsageError(f"{address}: there is no such file or folder.")
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and _is_empty(path):
         raise UsageError(f"{address}: the folder is empty.")
     for kind in _ORDER:
         if cast(type[BuiltIn], load_plugin(SOURCES, kind)).recognises(address):
@@ -37,6 +38,11 @@ def recognise(address: str) -> str:
         f".zip), WebDataset shards, a VOC tree, COCO's JSON, YOLO's labels, a list (.txt, .csv, "
         f".parquet), hf://owner/name. Say what it is with --set source.kind=KIND."
     )
+
+
+def _is_empty(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
 
 
 def make_source(kind: str, address: str, options: SourceSection, out: Path) -> ImageSource:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from filelock import FileLock
 
-from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.files import atomic_file, named
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.prepare.sources.base import IMAGE_SUFFIXES, BuiltIn, Entry, RawImage
@@ -38,8 +38,12 @@ _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZM
 
 def archives(path: Path) -> list[Path]:
     """The archive itself, or those in a folder, by name."""
-    found = path.iterdir() if path.is_dir() else iter([path])
-    return sorted(p for p in found if p.name.lower().endswith(_SUFFIXES) and p.is_file())
+
+    def is_archive(name: str) -> bool:
+        return name.lower().endswith(_SUFFIXES)
+
+    found = named(path, is_archive) if path.is_dir() else [path]
+    return [p for p in found if is_archive(p.name) and p.is_file()]
 
 
 def _is_shard(tar: Path) -> bool:
@@ -101,7 +105,8 @@ class ArchiveSource(BuiltIn):
 
 
 def _loose_images(folder: Path) -> bool:
-    return any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir() if p.is_file())
+    with os.scandir(folder) as entries:
+        return any(_wanted(entry.name) and entry.is_file() for entry in entries)
 
 
 def _decompressed(path: Path) -> IO[bytes]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dupr_cli.artifacts.files import named
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.prepare.sources.base import IMAGE_SUFFIXES, BuiltIn, Entry, RawImage
@@ -33,9 +34,8 @@ class YoloSource(BuiltIn):
         path = Path(address)
         if path.is_file():
             return path.suffix in (".yaml", ".yml")
-        return _data_file(path) is not None or (
-            (path / "images").is_dir() and (path / "labels").is_dir()
-        )
+        plain = (path / "images").is_dir() and (path / "labels").is_dir()
+        return plain or (path.is_dir() and _data_file(path) is not None)
 
     @cached_property
     def _data(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _data_file(folder: Path) -> Path | None:
     """data.yaml, or the one YAML file of the folder that names classes."""
     if (folder / "data.yaml").is_file():
         return folder / "data.yaml"
-    for file in sorted(folder.glob("*.y*ml")):
+    for file in named(folder, lambda name: name.endswith((".yaml", ".yml"))):
         text = file.read_text(encoding="utf-8", errors="replace")
         if "names:" in text and "train:" in text:
             return file
