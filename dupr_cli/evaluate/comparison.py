@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,11 +25,10 @@ import torchvision
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import remove_leftovers, write_json, write_text
 from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
-from dupr_cli.artifacts.weights import Weights, load_backbone, read_weights
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.devices import choose_device
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.batches import test_batches, training_batches, training_positions
+from dupr_cli.evaluate.candidates import RANDOM_WEIGHTS, Candidate, open_candidates
 from dupr_cli.evaluate.detector import build_detector
 from dupr_cli.evaluate.inference import detect_all
 from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
@@ -47,7 +45,6 @@ DETECTIONS_FILE = "detections.json"
 TABLE_FILE = "table.txt"
 DETECTIONS_PICTURE = "detections.png"
 LOSSES_PICTURE = "losses.png"
-RANDOM_WEIGHTS = "none"
 
 # Keys that change how an evaluation is carried out or shown, not what it measures.
 _OPERATIONAL_KEYS = frozenset({"description", "train.workers", "train.log_every", "test.pictures"})
@@ -68,20 +65,6 @@ class EvaluatePlan:
     epochs: float
     device: str
     out: str
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One of the compared weights. weights: None for a random backbone. folder: its name in OUT."""
-
-    address: str
-    architecture: str
-    weights: Weights | None
-    folder: str
-
-    @property
-    def sha256(self) -> str | None:
-        return self.weights.sha256 if self.weights else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ def prepare_comparison(
     """
     reporter = reporter or SilentReporter()
     chosen = choose_device(device)
-    candidates = _open_weights(recipe, weights)
+    candidates = open_candidates(weights, recipe.detector.backbone)
     train = open_labelled(data, train_split, reporter)
     test = train if test_split == train_split else open_labelled(data, test_split, reporter)
     positions = training_positions(train, recipe)
@@ -170,38 +153,6 @@ def prepare_comparison(
         )
     classes = sorted({*train.classes, *test.classes})
     return Comparison(recipe, candidates, train.subset(positions), test, classes, chosen, out)
-
-
-def _open_weights(recipe: EvaluateRecipe, addresses: Sequence[str]) -> list[Candidate]:
-    if not addresses:
-        raise UsageError("Give at least one of: run directory, checkpoint, weights file, none.")
-    opened = {a: read_weights(a) for a in addresses if a != RANDOM_WEIGHTS}
-    named = {weights.metadata.architecture for weights in opened.values()}
-    fixed = recipe.detector.backbone
-    for address, weights in opened.items():
-        if fixed not in ("auto", weights.metadata.architecture):
-            raise UsageError(
-                f"{address}: the weights are of a {weights.metadata.architecture}, but the recipe "
-                f"asks for {fixed}. Set detector.backbone to auto or "
-                f"{weights.metadata.architecture}. (recipe key: detector.backbone)"
-            )
-        # Loaded once here, so that a tensor that does not fit is found before anything is trained.
-        load_backbone(ResNetBackbone(weights.metadata.architecture), weights)
-    if fixed == "auto" and RANDOM_WEIGHTS in addresses and len(named) > 1:
-        raise UsageError(
-            f"{RANDOM_WEIGHTS}: the other weights are of {' and '.join(sorted(named))}; evaluate "
-            f"them apart, each with its own {RANDOM_WEIGHTS}."
-        )
-    random = fixed if fixed != "auto" else next(iter(named), "resnet50")
-    candidates = []
-    for number, address in enumerate(addresses, 1):
-        weights_or_none = opened.get(address)
-        architecture = weights_or_none.metadata.architecture if weights_or_none else random
-        name = re.sub(r"[^\w.-]+", "_", Path(address).resolve().stem)[:40]
-        if address == RANDOM_WEIGHTS:
-            name = RANDOM_WEIGHTS
-        candidates.append(Candidate(address, architecture, weights_or_none, f"{number:02d}-{name}"))
-    return candidates
 
 
 @dataclass(frozen=True)
