@@ -128,10 +128,10 @@ def run(
     RunError and StoppedRunError as `trainer.train`.
     """
     from dupr_cli.artifacts.run import newest_checkpoint
-    from dupr_cli.pretrain.parallel import join, world_size
+    from dupr_cli.parallel import join, world_size
     from dupr_cli.pretrain.science import science_warnings
-    from dupr_cli.pretrain.stopping import Limits
     from dupr_cli.pretrain.trainer import count_steps, train
+    from dupr_cli.stopping import Limits
 
     _require_fit(recipe, world_size())
     _require_parts(recipe)

@@ -21,10 +21,10 @@ from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
+from dupr_cli.parallel import World
 from dupr_cli.pretrain.data import Batch
 from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
-from dupr_cli.pretrain.parallel import World
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.pretrain import PretrainRecipe
 

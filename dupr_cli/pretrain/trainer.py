@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.backbones import as_backbone
+from dupr_cli.parallel import World
 from dupr_cli.pretrain.checkpoint import Trained, continue_run, save_run
 from dupr_cli.pretrain.data import Batch, BatchOrder, probe_batches, training_batches
 from dupr_cli.pretrain.encoders import (
@@ -34,12 +35,11 @@ from dupr_cli.pretrain.encoders import (
 )
 from dupr_cli.pretrain.method import Dupr, method_class
 from dupr_cli.pretrain.monitor import Monitor
-from dupr_cli.pretrain.parallel import World
 from dupr_cli.pretrain.probe import patch_retrieval
-from dupr_cli.pretrain.stopping import Limits, Stop, stopped
 from dupr_cli.pretrain.views import View, make_views
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.pretrain import OptimizerSection, PretrainRecipe
+from dupr_cli.stopping import Limits, Stop, stopped
 
 
 def make_model(recipe: PretrainRecipe, world: World) -> Dupr:

@@ -14,9 +14,9 @@ import torch
 
 from dupr_cli import prepare
 from dupr_cli.artifacts.shards import open_shards
+from dupr_cli.parallel import World
 from dupr_cli.pretrain.augmentation import augment
 from dupr_cli.pretrain.data import training_batches
-from dupr_cli.pretrain.parallel import World
 from dupr_cli.recipe import PrepareRecipe, PretrainRecipe, load_recipe
 from tests.conftest import noise_image
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dupr_cli.parallel import World
 from dupr_cli.pretrain.augmentation import ORDER, PARAMETERS
 from dupr_cli.pretrain.encoders import Embeddings, KeyQueue, group_batch_norms, momentum_update
 from dupr_cli.pretrain.losses import info_nce
-from dupr_cli.pretrain.parallel import World
 from dupr_cli.pretrain.trainer import embed_keys, step_generator
 from dupr_cli.pretrain.views import View
 from dupr_cli.recipe import PretrainRecipe

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dupr_cli.backbones import ResNetBackbone
+from dupr_cli.parallel import World
 from dupr_cli.pretrain.augmentation import ORDER, PARAMETERS
 from dupr_cli.pretrain.encoders import (
     Embeddings,
@@ -23,7 +24,6 @@ from dupr_cli.pretrain.encoders import (
     ungroup_batch_norms,
 )
 from dupr_cli.pretrain.method import Dupr
-from dupr_cli.pretrain.parallel import World
 from dupr_cli.pretrain.probe import top1_retrieval
 from dupr_cli.pretrain.trainer import embed_keys, learning_rate, push_keys, step_generator
 from dupr_cli.pretrain.views import View
