@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from dupr_cli.recipe import PretrainRecipe, load_recipe
 # A busy machine is no failure; where nobody looks for new cases, the known ones must pass.
 settings.register_profile("dupr", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("dupr")
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
