@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dupr_cli.cli import evaluate_probes
 from dupr_cli.cli.command import (
     Device,
     DryRun,
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
     command(group, "voc", show)(voc)
+    evaluate_probes.add_to(group)
 
     @group.callback()
     def evaluate() -> None:
-        """Measure what weights are worth, by fine-tuning a detector on them."""
+        """Measure what weights are worth: by a detector fine-tuned on them, or frozen."""
 
     app.add_typer(group, name="evaluate")
 
