@@ -185,7 +185,7 @@ def patch_retrieval(
     out: Out,
     test_split: Annotated[
         str | None,
-        typer.Option("--test-split", help="Split to take; all images by default."),
+        typer.Option("--test-split", help="Split to take; by default all there is."),
     ] = None,
     limit: Limit = None,
     recipe: Recipe = None,

@@ -372,6 +372,7 @@ def open_train_and_test(
     if not is_remote(data) and not Path(data).exists() and "{" not in data:
         raise UsageError(f"{data}: there is no such folder or shard.")
     if splits_of(data) is None:
+        opened(data, train_split)  # what is wrong with the labels is said first
         raise UsageError(
             f"{data}: there is no test split. Give another set with --test-data, or the share of "
             f"the images to hold out: --set data.test_fraction=0.2."

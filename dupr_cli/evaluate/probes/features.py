@@ -39,11 +39,13 @@ class FrozenBackbone:
     precision: torch.dtype
 
     def maps(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
-        """(N, 3, H, W) uint8 to (N, C, H / stride, W / stride) float32 of each level."""
-        # Not inference_mode: a linear probe trains on these, and autograd refuses its tensors.
-        with torch.no_grad(), self._autocast():
+        """(N, 3, H, W) uint8 to (N, C, H / stride, W / stride) float32 of each level.
+
+        They are inference tensors: autograd takes copies of them only.
+        """
+        with torch.inference_mode(), self._autocast():
             features = self.network(self._normalised(images), levels, last=max(levels))
-        return {level: features[level].float() for level in levels}
+            return {level: features[level].float() for level in levels}
 
     def pooled(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
         """(N, 3, H, W) uint8 to (N, C) float32 of each level: the mean over its cells."""

@@ -91,7 +91,8 @@ def train_linear(
             optimizer.param_groups[0]["lr"] = now
             requests = _epoch(len(images), epoch, section.batch_size, recipe.seed)
             for views, positions in load(read, _stack, requests, recipe.images.workers, device):
-                features = frozen.pooled(views, recipe.levels)
+                pooled = frozen.pooled(views, recipe.levels)
+                features = {level: values.clone() for level, values in pooled.items()}
                 wanted = labels[positions.to(device)]
                 losses = [F.cross_entropy(heads[v](features[v]), wanted) for v in recipe.levels]
                 # A sum over levels: each classifier gets the gradient of its own loss alone.

@@ -322,8 +322,8 @@ PROTOCOLS: dict[ProbeProtocol, Protocol] = {
         "knn",
         lambda recipe: (
             "Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018), "
-            f"percent: top-1 for k neighbours (k10 and so on), and for k = {recipe.knn.shown} top-5 and the mean "
-            "top-1 of the classes (balanced)"
+            "percent: top-1 for k neighbours (k10 and so on), and for "
+            f"k = {recipe.knn.shown} top-5 and the mean top-1 of the classes (balanced)"
         ),
         lambda recipe: [*(f"top1_k{k}" for k in recipe.knn.neighbours), "top5", "balanced"],
     ),
