@@ -29,9 +29,7 @@ def clusters(seed: int, count: int, classes: int) -> tuple[torch.Tensor, torch.T
     k=st.integers(1, 20),
     classes=st.integers(2, 7),
 )
-def test_weighted_vote_is_that_of_scikit_learn(
-    seed: int, count: int, k: int, classes: int
-) -> None:
+def test_weighted_vote_is_that_of_scikit_learn(seed: int, count: int, k: int, classes: int) -> None:
     train, labels = clusters(seed, count, classes)
     test, _ = clusters(seed + 1, 15, classes)
     theirs = neighbors.KNeighborsClassifier(

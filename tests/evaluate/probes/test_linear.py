@@ -111,9 +111,7 @@ def test_divergence_is_said(folders: str) -> None:
         trained(recipe, folders)
 
 
-def test_a_backbone_that_changes_is_noticed(
-    folders: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backbone_that_changes_is_noticed(folders: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from dupr_cli.evaluate.probes.features import FrozenBackbone
 
     computed = FrozenBackbone.pooled

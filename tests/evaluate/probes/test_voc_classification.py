@@ -38,21 +38,17 @@ def test_area_is_that_of_scikit_learn(wanted: list[int], seed: int) -> None:
 
 
 @given(
-    wanted=st.lists(st.sampled_from([1, -1, 0]), min_size=2, max_size=40).filter(
-        lambda w: 1 in w
-    ),
+    wanted=st.lists(st.sampled_from([1, -1, 0]), min_size=2, max_size=40).filter(lambda w: 1 in w),
     seed=st.integers(0, 10**6),
 )
-def test_images_that_do_not_count_might_as_well_not_be_there(
-    wanted: list[int], seed: int
-) -> None:
+def test_images_that_do_not_count_might_as_well_not_be_there(wanted: list[int], seed: int) -> None:
     scores = np.random.default_rng(seed).random(len(wanted))
     signs = np.array(wanted)
     counted = signs != 0
     assert ranking_precision(scores, signs) == ranking_precision(scores[counted], signs[counted])
 
 
-def blobs(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def blobs(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     signs = np.where(random.random(count) < 0.3, 1, -1)
     features = random.normal(size=(count, 6)) + 0.8 * signs[:, None]
