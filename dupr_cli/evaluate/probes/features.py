@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dupr_cli.artifacts.weights import load_backbone
 from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.evaluate.candidates import Candidate
-from dupr_cli.evaluate.probes.data import ImageSet
+from dupr_cli.evaluate.probes.data import LIMIT_TRAIN, ImageSet
 from dupr_cli.evaluate.probes.loading import CentreCrops, in_batches, load
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import Level, ProbeRecipe
@@ -113,7 +113,7 @@ def measure_random(
     """Measure batch-norm statistics on training images, for random weights and no others."""
     if candidate.weights is not None:
         return
-    images, used = recipe.images, train.drawn(recipe.images.bn_images, recipe.seed, 0)
+    images, used = recipe.images, train.drawn(recipe.images.bn_images, recipe.seed, LIMIT_TRAIN)
     reporter.info(
         f"{candidate.address}: batch-norm statistics are measured on {len(used)} training images; "
         f"random weights have none of their own."

@@ -18,13 +18,16 @@ from dupr_cli.evaluate.probes.accuracy import ranking
 _QUERIES, _BANK = 1024, 16384  # rows compared at a time: 64 MiB of similarities
 
 
-def nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def nearest(
+    queries: Tensor, bank: Tensor, count: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine similarity and row of the `count` most similar rows of `bank`, most similar first.
 
     queries: (N, C). bank: (M, C), M >= count. Both results are (N, count). The N x M similarities
-    are computed in blocks and never kept.
+    are computed in blocks and never kept, on `device` where one is given.
     """
-    queries, bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
+    # Normalised before they move: a GPU holds the bank once.
+    queries, bank = (F.normalize(rows, dim=1).to(device) for rows in (queries, bank))
     similarities, rows = [], []
     for start in range(0, len(queries), _QUERIES):
         query = queries[start : start + _QUERIES]
@@ -59,13 +62,15 @@ def knn_rankings(
     classes: int,
     neighbours: Sequence[int],
     temperature: float,
+    device: torch.device | None = None,
 ) -> dict[int, Tensor]:
     """For each number of neighbours the best (up to five) classes of every test image, best first.
 
     train: (M, C), train_labels: (M,) class numbers, test: (N, C). Results are (N, <= 5).
-    Numbers of neighbours above M stand for M.
+    Numbers of neighbours above M stand for M. device: where it is computed; results are on the CPU.
     """
-    similarities, rows = nearest(test, train, min(max(neighbours), len(train)))
+    found = nearest(test, train, min(max(neighbours), len(train)), device)
+    similarities, rows = (values.cpu() for values in found)
     labels = train_labels[rows]
     results = {}
     for count in neighbours:

@@ -140,7 +140,7 @@ def backbone_digest(network: nn.Module) -> str:
 class LogisticRegression:
     """Multinomial logistic regression on features scaled to mean 0 and standard deviation 1.
 
-    mean, deviation: (C,). weights: (classes, C). bias: (classes,).
+    mean, deviation: (C,). weights: (classes, C). bias: (classes,). All on one device.
     """
 
     mean: Tensor
@@ -149,23 +149,30 @@ class LogisticRegression:
     bias: Tensor
 
     def scores(self, features: Tensor) -> Tensor:
-        """(N, C) to (N, classes)."""
-        return F.linear((features - self.mean) / self.deviation, self.weights, self.bias)
+        """(N, C) on any device to (N, classes)."""
+        scaled = (features.to(self.mean.device) - self.mean) / self.deviation
+        return F.linear(scaled, self.weights, self.bias)
 
 
 def fit_logistic(
-    features: Tensor, labels: Tensor, classes: int, penalty: float, iterations: int
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalty: float,
+    iterations: int,
+    device: torch.device | None = None,
 ) -> LogisticRegression:
     """Minimise the mean cross-entropy plus penalty / 2 times the weights' squared norm.
 
-    features: (N, C). labels: (N,). The bias is not penalised. Scores of all rows never exist at
-    once. scikit-learn's C is 1 / (penalty * N).
+    features: (N, C). labels: (N,). device: where it is computed; rows go there in blocks, so that
+    features of a million images may stay on the CPU. The bias is not penalised. scikit-learn's C
+    is 1 / (penalty * N).
     """
-    mean, deviation = features.mean(0), features.std(0, correction=0)
+    mean, deviation = features.mean(0).to(device), features.std(0, correction=0).to(device)
     # Not a small number instead: a unit that is constant in training would blow up in testing.
     deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
-    weights = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    weights = torch.zeros(classes, features.shape[1], device=mean.device, requires_grad=True)
+    bias = torch.zeros(classes, device=mean.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weights, bias],
         max_iter=iterations,
@@ -181,10 +188,10 @@ def fit_logistic(
         torch.autograd.backward(total)
         value = float(total.detach())
         for first in range(0, len(features), _ROWS):
-            rows = (features[first : first + _ROWS] - mean) / deviation
-            part = F.cross_entropy(
-                F.linear(rows, weights, bias), labels[first : first + _ROWS], reduction="sum"
-            ) / len(features)
+            rows = (features[first : first + _ROWS].to(device) - mean) / deviation
+            wanted = labels[first : first + _ROWS].to(device)
+            scores = F.linear(rows, weights, bias)
+            part = F.cross_entropy(scores, wanted, reduction="sum") / len(features)
             torch.autograd.backward(part)
             value += float(part.detach())
         return value
@@ -194,21 +201,26 @@ def fit_logistic(
 
 
 def choose_penalty(
-    features: Tensor, labels: Tensor, classes: int, section: LogisticSection, seed: int
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    section: LogisticSection,
+    seed: int,
+    device: torch.device | None = None,
 ) -> float:
     """The penalty whose classifier is right most often on training images held apart.
 
-    Of equally good ones the largest is taken.
+    Of equally good ones the largest is taken. The rest as in `fit_logistic`.
     """
     if len(section.penalties) == 1:
         return section.penalties[0]
     order = torch.from_numpy(np.random.default_rng([seed, _HELD_OUT]).permutation(len(labels)))
-    order = order.to(labels.device)
     held = max(1, min(len(labels) - 1, round(section.held_out * len(labels))))
     apart, rest = order[:held], order[held:]
     best, best_right = section.penalties[0], -1
+    kept, kept_labels = features[rest], labels[rest]
     for penalty in sorted(section.penalties, reverse=True):
-        fitted = fit_logistic(features[rest], labels[rest], classes, penalty, section.iterations)
+        fitted = fit_logistic(kept, kept_labels, classes, penalty, section.iterations, device)
         right = int((_predict(fitted, features[apart]) == labels[apart]).sum())
         if right > best_right:
             best, best_right = penalty, right
@@ -217,4 +229,4 @@ def choose_penalty(
 
 def _predict(fitted: LogisticRegression, features: Tensor) -> Tensor:
     blocks = range(0, len(features), _ROWS)
-    return torch.cat([fitted.scores(features[i : i + _ROWS]).argmax(1) for i in blocks])
+    return torch.cat([fitted.scores(features[i : i + _ROWS]).argmax(1).cpu() for i in blocks])

@@ -104,16 +104,17 @@ def measure_knn(task: ProbeTask, candidate: Candidate, reporter: Reporter) -> Me
     train_labels, test_labels = task.labels(task.train), task.labels(task.test)
     for level in task.recipe.levels:
         ranked = knn_rankings(
-            train[level].to(task.device),
-            train_labels.to(task.device),
-            test[level].to(task.device),
+            train[level],
+            train_labels,
+            test[level],
             len(task.classes),
             section.neighbours,
             section.temperature,
+            task.device,
         )
         for count, classes in ranked.items():
-            measured.metrics[f"{level}/top1_k{count}"] = top(classes.cpu(), test_labels, 1)
-        measured.add_accuracies(level, ranked[section.shown].cpu(), test_labels, task)
+            measured.metrics[f"{level}/top1_k{count}"] = top(classes, test_labels, 1)
+        measured.add_accuracies(level, ranked[section.shown], test_labels, task)
     measured.add_guess(task)
     measured.chance |= {f"top1_k{k}": measured.chance["top1"] for k in section.neighbours}
     watch.lap("vote")
@@ -125,14 +126,13 @@ def measure_linear_fast(task: ProbeTask, candidate: Candidate, reporter: Reporte
     """Logistic regression on features computed once."""
     section, watch, measured = task.recipe.logistic, Stopwatch(), Measured()
     train, test = _features(task, candidate, reporter, watch)
-    labels, test_labels = task.labels(task.train).to(task.device), task.labels(task.test)
-    classes = len(task.classes)
+    labels, test_labels = task.labels(task.train), task.labels(task.test)
+    classes, device = len(task.classes), task.device
     with reporter.task(f"classifiers {candidate.folder}", len(train), "levels") as progress:
         for level, values in train.items():
-            features = values.to(task.device)
-            penalty = choose_penalty(features, labels, classes, section, task.recipe.seed)
-            fitted = fit_logistic(features, labels, classes, penalty, section.iterations)
-            scores = fitted.scores(test[level].to(task.device)).cpu()
+            penalty = choose_penalty(values, labels, classes, section, task.recipe.seed, device)
+            fitted = fit_logistic(values, labels, classes, penalty, section.iterations, device)
+            scores = fitted.scores(test[level]).cpu()
             measured.add_accuracies(level, ranking(scores, 5), test_labels, task)
             measured.chosen[f"{level}/penalty"] = penalty
             progress.advance()

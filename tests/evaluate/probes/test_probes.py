@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from dupr_cli.evaluate import probes
 from dupr_cli.evaluate.candidates import open_candidates
 from dupr_cli.evaluate.probes.data import open_classified
 from dupr_cli.evaluate.probes.features import extract, freeze_backbone, measure_random
-from dupr_cli.progress import SilentReporter
+from dupr_cli.progress import SilentReporter, Task
 from dupr_cli.recipe import recipe_yaml
 from tests.cli.command_line import dupr
 from tests.conftest import write_shards
@@ -152,6 +154,29 @@ def test_finished_weights_are_not_measured_again(
         "features 02-none train",
         "features 02-none test",
     ]
+
+
+class Interrupting(Listening):
+    """Control-C while the second of the weights is measured."""
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        if "02-" in description:
+            raise KeyboardInterrupt
+        with super().task(description, total, unit, done) as task:
+            yield task
+
+
+def test_interruption_keeps_what_is_finished(folders: Path, weights: Path, tmp_path: Path) -> None:
+    recipe, out, both = probe_recipe("knn"), tmp_path / "out", [str(weights), "none"]
+    with pytest.raises(KeyboardInterrupt):
+        probes.run(recipe, both, str(folders), out, device="cpu", reporter=Interrupting())
+    assert not (out / "results.json").exists()
+    reporter = Listening()
+    continued = probes.run(recipe, both, str(folders), out, device="cpu", reporter=reporter)
+    assert any("finished before" in line for line in reporter.said)
+    quiet = probes.run(recipe, both, str(folders), tmp_path / "quiet", device="cpu")
+    assert [e.metrics for e in continued.results] == [e.metrics for e in quiet.results]
 
 
 def test_only_random_weights_get_their_batch_norm_measured(folders: Path, weights: Path) -> None:
