@@ -10,40 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import MANIFEST, Manifest, ShardSet, is_shard_folder, open_shards
 from dupr_cli.artifacts.voc_tree import find_voc_trees
-from dupr_cli.errors import RunError, UsageError
+from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
+from dupr_cli.evaluate.probes.pictures import Files, Objects, Pictures, Samples, Whole
 from dupr_cli.progress import Reporter
 
 _IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"])
 
 LIMIT_TRAIN, LIMIT_TEST = range(2)  # streams of random numbers, told apart by the seed's last word
-
-
-class Pictures(Protocol):
-    """Where images lie, by number."""
-
-    def image(self, number: int) -> Image.Image:
-        """Upright RGB image. Raises RunError naming it when it cannot be decoded."""
-        ...
-
-    def size(self, number: int) -> int:
-        """Bytes of the image's file."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -115,89 +102,6 @@ class ImageSet:
         return self.subset(order[:limit].tolist())
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Image files of a folder."""
-
-    paths: tuple[Path, ...]
-
-    def image(self, number: int) -> Image.Image:
-        return _decode(self.paths[number], str(self.paths[number]))
-
-    def size(self, number: int) -> int:
-        return self.paths[number].stat().st_size
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """Samples of shards."""
-
-    shards: ShardSet
-
-    def image(self, number: int) -> Image.Image:
-        sample = self.shards[number]
-        shard, _ = self.shards.place(number)
-        return _decode(io.BytesIO(sample.image), f"{self.shards.shards[shard]}: {sample.key}")
-
-    def size(self, number: int) -> int:
-        shard, position = self.shards.place(number)
-        return self.shards.index(shard).images[position][1]
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """Whole images of a labelled set."""
-
-    images: LabelledSet
-
-    def image(self, number: int) -> Image.Image:
-        return self.images.image(number)
-
-    def size(self, number: int) -> int:
-        return self.images.bytes[number]
-
-
-@dataclass(frozen=True)
-class _Objects:
-    """Objects of a labelled set. places: image and object in it, of each."""
-
-    images: LabelledSet
-    places: tuple[tuple[int, int], ...]
-
-    def image(self, number: int) -> Image.Image:
-        position, box = self.places[number]
-        image = self.images.image(position)
-        corners = self.images.annotations[position].boxes[box].tolist()
-        return image.crop(square_around(corners, image.width, image.height))
-
-    def size(self, number: int) -> int:
-        return self.images.bytes[self.places[number][0]]
-
-
-def square_around(corners: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 of the square on a box's longer side, moved and, where it must, cut to fit.
-
-    corners: of the box, inside an image of width x height pixels.
-    """
-    x0, y0, x1, y1 = corners
-    side = max(1, round(max(x1 - x0, y1 - y0)))
-    left = max(0, min(round((x0 + x1 - side) / 2), width - side))
-    top = max(0, min(round((y0 + y1 - side) / 2), height - side))
-    return left, top, min(width, left + side), min(height, top + side)
-
-
-def _decode(file: Path | io.BytesIO, place: str) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RunError(
-            f"{place}: the image cannot be decoded ({error}). Replace it, or take it out of the "
-            f"set."
-        ) from error
-
-
 def splits_of(address: str) -> list[str] | None:
     """Names of the splits of a set, None where it has none: foreign shards, one tree of folders."""
     path = Path(address)
@@ -249,7 +153,7 @@ def open_classified(
         split or "all",
         tuple(str(file.relative_to(path)) for file, _ in paths),
         tuple(label for _, label in paths),
-        _Files(tuple(file for file, _ in paths)),
+        Files(tuple(file for file, _ in paths)),
         tuple(range(len(paths))),
     )
 
@@ -267,7 +171,7 @@ def open_pictured(address: str, split: str | None, reporter: Reporter) -> ImageS
         if shards.described(0).boxes is not None and (path / MANIFEST).is_file():
             return _whole(open_labelled(address, _one_split(address, split), reporter))
         ids = tuple(shards.keys())
-        return ImageSet(address, split or "all", ids, (), _Samples(shards), tuple(range(len(ids))))
+        return ImageSet(address, split or "all", ids, (), Samples(shards), tuple(range(len(ids))))
     if not path.is_dir():
         raise UsageError(f"{address}: there is no such folder or shard.")
     root = _split_folder(address, split) if split else path
@@ -275,7 +179,7 @@ def open_pictured(address: str, split: str | None, reporter: Reporter) -> ImageS
     if not paths:
         raise UsageError(f"{root}: there are no images in the folder.")
     ids = tuple(str(file.relative_to(path)) for file in paths)
-    return ImageSet(address, split or "all", ids, (), _Files(paths), tuple(range(len(ids))))
+    return ImageSet(address, split or "all", ids, (), Files(paths), tuple(range(len(ids))))
 
 
 def open_voc(address: str, split: str, reporter: Reporter) -> ImageSet:
@@ -415,7 +319,7 @@ def _hashed(text: str) -> float:
 def _whole(images: LabelledSet) -> ImageSet:
     numbers = tuple(range(len(images)))
     return ImageSet(
-        images.address, images.split, tuple(images.ids), (), _Whole(images), numbers, boxed=images
+        images.address, images.split, tuple(images.ids), (), Whole(images), numbers, boxed=images
     )
 
 
@@ -439,7 +343,7 @@ def _objects(images: LabelledSet, min_object: int) -> ImageSet:
         images.split,
         tuple(ids),
         tuple(labels),
-        _Objects(images, tuple(places)),
+        Objects(images, tuple(places)),
         tuple(range(len(places))),
     )
 
@@ -468,7 +372,7 @@ def _classified_shards(address: str, split: str | None, shards: ShardSet) -> Ima
         split or "all",
         tuple(ids),
         tuple(labels),
-        _Samples(shards),
+        Samples(shards),
         tuple(range(len(ids))),
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.candidates import Candidate
-from dupr_cli.evaluate.probes import retrieval
+from dupr_cli.evaluate.probes import objects, retrieval
 from dupr_cli.evaluate.probes.accuracy import class_accuracies, commonest_first, ranking, top
 from dupr_cli.evaluate.probes.data import LIMIT_TEST, ImageSet
 from dupr_cli.evaluate.probes.features import (
@@ -263,14 +263,14 @@ def _retrieve_objects(
 ) -> None:
     recipe, boxed = task.recipe, task.test.boxed
     assert boxed is not None
-    wanted, names, images = retrieval.searched_objects(boxed, recipe.data.min_object)
+    wanted, names, images = objects.searched_objects(boxed, recipe.data.min_object)
     if len(set(images)) < 2 or len(set(names)) < 2:
         reporter.warning(
             f"{task.test.address}: objects of two classes in two images are needed to look for "
             f"them; only patches are measured."
         )
         return
-    read = retrieval.ObjectImages(boxed, wanted, recipe.retrieval.object_side)
+    read = objects.ObjectImages(boxed, wanted, recipe.retrieval.object_side)
     # Larger than views by this much, so that a batch takes the same memory.
     larger = (recipe.retrieval.object_side / recipe.retrieval.views.size) ** 2
     size = max(1, int(recipe.images.batch_size / max(1.0, larger)))
@@ -279,9 +279,9 @@ def _retrieve_objects(
     features: dict[Level, list[Tensor]] = {level: [] for level in recipe.levels}
     with reporter.task(f"objects {candidate.folder}", len(positions), "images") as progress:
         for batch in load(
-            read, retrieval.ObjectBatch.stack, requests, recipe.images.workers, task.device
+            read, objects.ObjectBatch.stack, requests, recipe.images.workers, task.device
         ):
-            found = retrieval.object_features(frozen.maps, batch, recipe.levels)
+            found = objects.object_features(frozen.maps, batch, recipe.levels)
             for level, values in found.items():
                 features[level].append(values)
             progress.advance(len(batch.images))
@@ -289,7 +289,7 @@ def _retrieve_objects(
     labels = torch.tensor([numbers[name] for name in names], device=task.device)
     places = torch.tensor(images, device=task.device)
     for level, parts in features.items():
-        shares, chances = retrieval.precision_at(
+        shares, chances = objects.precision_at(
             torch.cat(parts), labels, places, recipe.retrieval.neighbours
         )
         for count, share in shares.items():

@@ -36,6 +36,8 @@ def table(results: Results) -> str:
     lines.append("")
     for entry in results.results:
         text = f"{entry.extra['folder']}: {entry.weights} ({entry.architecture})"
+        if entry.weights_sha256 is None:
+            text += f"; batch-norm statistics {entry.extra['batch_norm']}"
         lines += textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
     return "\n".join(lines) + "\n"
 

@@ -254,7 +254,7 @@ def _measure(suite: Suite, candidate: Candidate, reporter: Reporter) -> WeightsR
             "columns": columns,
             "chance": measured.chance,
             "chosen": measured.chosen,
-            "batch_norm": "measured anew" if candidate.weights is None else "of the weights",
+            "batch_norm": "measured on these images" if candidate.sha256 is None else "as given",
         },
     )
 

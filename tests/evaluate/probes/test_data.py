@@ -20,8 +20,8 @@ from dupr_cli.evaluate.probes.data import (
     open_classified,
     open_pictured,
     open_train_and_test,
-    square_around,
 )
+from dupr_cli.evaluate.probes.pictures import square_around
 from dupr_cli.progress import SilentReporter
 from tests.conftest import encode, noise_image, write_shards
 from tests.evaluate.probes.pictures import HUES, class_folders, class_shards, picture

@@ -82,6 +82,10 @@ def test_every_probe_says_the_same_twice(
         shown = dupr("evaluate", command, weights, "none", *options, "--out", out, *workers).stdout
         assert max(len(line) for line in shown.splitlines()) <= 80
         assert (out / "table.txt").read_text() == shown
+        assert (
+            "02-none: none (resnet18); batch-norm statistics measured on these images"
+            in " ".join(shown.split())
+        )
         results = Results.read(out)
         assert (results.protocol, results.test.split) == (protocol, "val")
         entries.append([(e.metrics, e.per_class, e.extra) for e in results.results])

@@ -18,16 +18,18 @@ from torch import Tensor
 from dupr_cli.evaluate.labelled import open_labelled
 from dupr_cli.evaluate.probes import retrieval
 from dupr_cli.evaluate.probes.data import ImageSet, open_pictured
-from dupr_cli.evaluate.probes.retrieval import (
+from dupr_cli.evaluate.probes.objects import (
     ObjectBatch,
     ObjectImages,
+    object_features,
+    precision_at,
+    searched_objects,
+)
+from dupr_cli.evaluate.probes.retrieval import (
     ViewBatch,
     ViewPairs,
-    object_features,
     own_ranks,
-    precision_at,
     recoloured,
-    searched_objects,
     view_bins,
 )
 from dupr_cli.pretrain.probe import top1_retrieval
