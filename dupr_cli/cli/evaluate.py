@@ -33,7 +33,7 @@ def add_to(app: typer.Typer) -> None:
 
     @group.callback()
     def evaluate() -> None:
-        """Measure what weights are worth: by a detector fine-tuned on them, or frozen."""
+        """Measure what weights are worth: by a fine-tuned detector, or by probes."""
 
     app.add_typer(group, name="evaluate")
 
