@@ -361,7 +361,7 @@ PROTOCOLS: dict[ProbeProtocol, Protocol] = {
         lambda recipe: (
             f"Retrieval on frozen features, percent: patches ({recipe.retrieval.bins} x "
             f"{recipe.retrieval.bins} bins, at most {recipe.retrieval.images} images) found in "
-            "another view, top-1 and top-5; and with boxes precision@k of objects of the same class "
+            "another view, top-1 and top-5; with boxes precision@k of objects of the same class "
             "in other images (object_p)"
         ),
         lambda recipe: [
