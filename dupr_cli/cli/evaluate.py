@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dupr_cli.cli import evaluate_probes
 from dupr_cli.cli.command import (
     Device,
     DryRun,
@@ -35,10 +36,11 @@ def add_to(app: typer.Typer) -> None:
     for name, function in (("voc", voc), ("coco", coco), ("cityscapes", cityscapes)):
         command(group, name, show)(function)
     command(group, "report", show_report)(report)
+    evaluate_probes.add_to(group)
 
     @group.callback()
     def evaluate() -> None:
-        """Measure what weights are worth, by fine-tuning a detector on them."""
+        """Measure what weights are worth: by a fine-tuned detector, or by probes."""
 
     app.add_typer(group, name="evaluate")
 
