@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dupr_cli.artifacts.coco_json import image_folder, image_folders, read_coco
+from dupr_cli.artifacts.coco_json import coco_split, image_folder, image_folders, read_coco
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, ShardSet, open_shards
 from dupr_cli.artifacts.voc_tree import VocTree, find_voc_trees
@@ -110,16 +110,21 @@ class ShardSource:
 
 
 class CocoSource:
-    """Images of one JSON of COCO: `train2017` is annotations/instances_train2017.json."""
+    """Images of one JSON of COCO: `train2017` is annotations/instances_train2017.json.
+
+    `train` is too, where no other file of annotations/ is of a train split. Images go by their file
+    names: ids begin anew in every file of many tools.
+    """
 
     def __init__(self, root: Path, split: str) -> None:
-        names = (f"{prefix}{split}.json" for prefix in ("instances_", ""))
-        files = [file for name in names if (file := root / "annotations" / name).is_file()]
-        if not files:
-            known = sorted(file.stem.removeprefix("instances_") for file in coco_annotations(root))
+        annotations = coco_annotations(root)
+        files = [f for f in annotations if split in (f.stem, f.stem.removeprefix("instances_"))]
+        files = files or [file for file in annotations if coco_split(file) == split]
+        if len(files) != 1:
+            known = ", ".join(file.stem.removeprefix("instances_") for file in annotations)
             raise UsageError(
                 f"{root}: there is no split {split!r} (annotations/instances_{split}.json or "
-                f"annotations/{split}.json); annotations/ has {', '.join(known)}."
+                f"annotations/{split}.json); annotations/ has {known}."
             )
         coco = read_coco(files[0])
         places = [root / split, *image_folders(files[0])]
@@ -131,7 +136,7 @@ class CocoSource:
                 f"Put the images there."
             )
         self._folder, self._images = folder, coco.images
-        self.ids = [str(image.id) for image in coco.images]
+        self.ids = [image.file_name for image in coco.images]
 
     def place(self, number: int) -> str:
         return str(self._folder / self._images[number].file_name)

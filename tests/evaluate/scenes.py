@@ -57,7 +57,7 @@ def make_coco(root: Path, splits: Mapping[str, Sequence[Sequence[KitObject]]]) -
             ],
         }
         for number, objects in enumerate(scenes, 1):
-            file = f"{number:012d}.png"
+            file = f"{split}_{number}.png"
             draw(list(objects), 96, 72).save(root / split / file)
             size = {"width": 96, "height": 72}
             content["images"].append({"id": number, "file_name": file, **size})

@@ -42,7 +42,7 @@ def edit(root: Path, change: Callable[[dict[str, Any]], object], split: str = "t
 
 def test_coco_is_read_as_it_is(tmp_path: Path) -> None:
     images = opened(coco_tree(tmp_path), "train2017")
-    assert images.ids == ["1", "2", "3"]
+    assert images.ids == ["train2017_1.png", "train2017_2.png", "train2017_3.png"]
     assert images.classes == sorted(COLOURS)
     assert images.annotations[0].boxes.tolist() == [[10, 20, 30, 50], [60, 0, 96, 40]]
     assert images.annotations[0].names == ("red", "blue")
@@ -76,27 +76,26 @@ def test_split_names_are_those_of_the_files(tmp_path: Path) -> None:
     (folder / "instances_val2017.json").rename(folder / "mine.json")
     (tmp_path / "val2017").rename(tmp_path / "mine")
     assert len(opened(tmp_path, "mine")) == 1
-    with pytest.raises(UsageError, match=r"no split 'test'.*has mine, train2017"):
+    with pytest.raises(UsageError, match=r"no split 'test'.*has train2017, mine"):
         opened(tmp_path, "test")
 
 
 def test_splits_are_joined(tmp_path: Path) -> None:
-    make_coco(tmp_path, {"train2017": SCENES})
-    make_coco(tmp_path / "other", {"val2017": SCENES})
-    edit(tmp_path / "other", lambda c: [i.update(id=i["id"] + 50) for i in c["images"]], "val2017")
-    edit(
-        tmp_path / "other",
-        lambda c: [a.update(image_id=a["image_id"] + 50) for a in c["annotations"]],
-        "val2017",
-    )
-    (tmp_path / "other" / "val2017").rename(tmp_path / "val2017")
-    moved = tmp_path / "annotations" / "instances_val2017.json"
-    (tmp_path / "other" / "annotations" / moved.name).rename(moved)
-    images = opened(tmp_path, "train2017", "val2017")
-    assert images.ids == ["1", "2", "3", "51", "52", "53"]
+    """Their image ids are the same, as in files that a tool numbered from 1 each."""
+    images = opened(coco_tree(tmp_path), "train2017", "val2017")
+    assert len(images) == 4
+    assert images.ids[3] == "val2017_1.png"
     assert images.split == "train2017 + val2017"
-    with pytest.raises(UsageError, match="lists image 1 twice"):
+    with pytest.raises(UsageError, match=r"lists image train2017_1\.png twice"):
         opened(tmp_path, "train2017", "train2017")
+
+
+def test_short_name_of_a_split(tmp_path: Path) -> None:
+    assert len(opened(coco_tree(tmp_path), "val")) == 1
+    folder = tmp_path / "annotations"
+    (folder / "instances_train2017.json").rename(folder / "instances_val2014.json")
+    with pytest.raises(UsageError, match=r"no split 'val'.*has val2014, val2017"):
+        opened(tmp_path, "val")
 
 
 def test_crowds_are_crowds_and_areas_those_of_the_file(tmp_path: Path) -> None:
@@ -156,11 +155,11 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_images_that_are_elsewhere_or_missing_are_named(tmp_path: Path) -> None:
     coco_tree(tmp_path)
-    (tmp_path / "train2017" / "000000000002.png").unlink()
-    with pytest.raises(RunError, match=r"000000000002\.png: the image is missing"):
+    (tmp_path / "train2017" / "train2017_2.png").unlink()
+    with pytest.raises(RunError, match=r"train2017_2\.png: the image is missing"):
         opened(tmp_path, "train2017")
     (tmp_path / "train2017").rename(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match=r"000000000001\.png, is in none of .*train2017"):
+    with pytest.raises(UsageError, match=r"train2017_1\.png, is in none of .*train2017"):
         opened(tmp_path, "train2017")
 
 
@@ -168,10 +167,14 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     coco_tree(tmp_path)
     other = {"size": [10, 10], "counts": [0, 100]}
     edit(tmp_path, lambda c: c["annotations"][0].update(segmentation=other))
-    with pytest.raises(RunError, match=r"image 1: a mask is of \[10, 10\].*\[72, 96\]"):
+    with pytest.raises(
+        RunError, match=r"2017_1\.png: a mask is of \[10, 10\].*\[72, 96\]"
+    ):
         opened(tmp_path, "train2017", masks=True).masks(0)
     edit(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))
-    with pytest.raises(UsageError, match=r"image 1: an object has no mask.*detector\.model"):
+    with pytest.raises(
+        UsageError, match=r"2017_1\.png: an object has no mask.*detector\.model"
+    ):
         opened(tmp_path, "train2017", masks=True)
     assert len(opened(tmp_path, "train2017")) == 3
 
