@@ -11,7 +11,7 @@ import numpy as np
 
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.evaluate.metrics.types import Detections, Rle
-from dupr_cli.evaluate.statistics import COMPARED
+from dupr_cli.evaluate.statistics import compared_metrics
 
 _WIDTH = 80
 _NAME_WIDTH = 24
@@ -81,15 +81,17 @@ def table(results: Results) -> str:
         lines += _wrapped(f"Note: {note}")
     count = len(results.seeds)
     lines += ["", _trials_line(count)]
-    lines.append(f"{'weights':<{_NAME_WIDTH}} {'backbone':<11}" + _heads(count) + "  train s")
+    compared = compared_metrics(results.results[0].metrics)
+    heads = "".join(f"{metric:>{8 if count == 1 else 11}}" for metric in compared)
+    lines.append(f"{'weights':<{_NAME_WIDTH}} {'backbone':<11}{heads}  train s")
     for name, entry in zip(names, results.results, strict=True):
-        figures = "".join(_figure(entry, metric, count) for metric in COMPARED)
+        figures = "".join(_figure(entry, metric, count) for metric in compared)
         lines.append(
             f"{_short(name):<{_NAME_WIDTH}} {entry.architecture:<11}{figures}"
             f"{entry.seconds['train']:9.0f}"
         )
     lines += _difference_lines(results, count)
-    rest = [m for m in results.results[0].metrics if m not in COMPARED]
+    rest = [m for m in results.results[0].metrics if m not in compared]
     for first in range(0, len(names), _COLUMNS):
         columns = range(first, len(names))[:_COLUMNS]
         if rest:
@@ -111,13 +113,9 @@ def _trials_line(count: int) -> str:
     return f"Means over {count} seeds, and standard deviations"
 
 
-def _heads(count: int) -> str:
-    return "".join(f"{metric:>{7 if count == 1 else 11}}" for metric in COMPARED)
-
-
 def _figure(entry: WeightsResult, metric: str, count: int) -> str:
     if count == 1:
-        return f"{entry.metrics[metric]:7.1f}"
+        return f"{entry.metrics[metric]:8.1f}"
     return f"{entry.metrics[metric]:6.1f} ±{entry.deviations.get(metric, 0.0):3.1f}"
 
 
@@ -134,7 +132,7 @@ def _difference_lines(results: Results, count: int) -> list[str]:
             lines += _wrapped(f"{found.first} minus {found.second}")
         interval = f"[{found.low:+.1f}, {found.high:+.1f}]"
         verdict = "real" if found.is_real else "may be chance"
-        lines.append(f"  {found.metric:<6}{found.mean:+6.1f}  {interval:<16} {verdict}")
+        lines.append(f"  {found.metric:<8}{found.mean:+6.1f}  {interval:<16} {verdict}")
     return lines
 
 

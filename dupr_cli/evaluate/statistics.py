@@ -7,14 +7,18 @@ their sampled regions, so that the difference of the two varies less than either
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean, stdev
 
 from dupr_cli.artifacts.results import PairedDifference, TrialResult, WeightsResult
 
 CONFIDENCE = 0.95
-COMPARED = ("AP", "AP50", "AP75")
+
+
+def compared_metrics(metrics: Collection[str]) -> tuple[str, str, str]:
+    """What weights are compared by: AP of masks, where a detector has them, instead of AP75."""
+    return ("AP", "AP50", "segm_AP") if "segm_AP" in metrics else ("AP", "AP50", "AP75")
 
 
 def summed_up(
@@ -75,10 +79,10 @@ def paired_difference(
 def all_differences(
     results: Sequence[WeightsResult], names: Sequence[str]
 ) -> list[PairedDifference]:
-    """Every pair of weights, in the order given, for AP, AP50 and AP75. names: of the weights."""
+    """Every pair of weights, in the order given, by `compared_metrics`. names: of the weights."""
     found = [
         paired_difference(results[a], results[b], metric, (names[a], names[b]))
         for a, b in combinations(range(len(results)), 2)
-        for metric in COMPARED
+        for metric in compared_metrics(results[0].metrics)
     ]
     return [difference for difference in found if difference is not None]

@@ -167,14 +167,10 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     coco_tree(tmp_path)
     other = {"size": [10, 10], "counts": [0, 100]}
     edit(tmp_path, lambda c: c["annotations"][0].update(segmentation=other))
-    with pytest.raises(
-        RunError, match=r"2017_1\.png: a mask is of \[10, 10\].*\[72, 96\]"
-    ):
+    with pytest.raises(RunError, match=r"2017_1\.png: a mask is of \[10, 10\].*\[72, 96\]"):
         opened(tmp_path, "train2017", masks=True).masks(0)
     edit(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))
-    with pytest.raises(
-        UsageError, match=r"2017_1\.png: an object has no mask.*detector\.model"
-    ):
+    with pytest.raises(UsageError, match=r"2017_1\.png: an object has no mask.*detector\.model"):
         opened(tmp_path, "train2017", masks=True)
     assert len(opened(tmp_path, "train2017")) == 3
 
