@@ -2,8 +2,8 @@
 
 A weights file is a `.safetensors` of one backbone, in torchvision's names without fc, whose
 header metadata tells layout, architecture, input statistics and where it came from. `read_weights`
-takes every form in which the command line accepts weights: such a file, a run directory (its
-newest checkpoint), or one checkpoint. Nothing is ever unpickled.
+takes every form in which the command line accepts weights: such a file, here or on the Hugging Face
+Hub, a run directory (its newest checkpoint), or one checkpoint. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import sha256_file, write_bytes
+from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.run import MODEL_FILE, Checkpoint, is_checkpoint, newest_checkpoint
 from dupr_cli.errors import RunError, UsageError
 
@@ -120,12 +121,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_weights(address: str, encoder: str = "query") -> Weights:
-    """Backbone weights from a run directory, a checkpoint or a weights file.
+    """Backbone weights from a run directory, a checkpoint or a weights file, or `hf://OWNER/NAME`.
 
     encoder: which encoder's backbone of a run or checkpoint; a weights file has one only.
-    Raises UsageError, naming what was found, when there are no readable weights at `address`.
+    Raises UsageError, naming what was found, when there are no readable weights at `address`,
+    RunError when the Hub cannot be asked.
     """
-    path = Path(address)
+    path = fetch_weights(address) if address.startswith(HUB) else Path(address)
     if not path.exists():
         raise UsageError(
             f"{address}: there is no such run directory, checkpoint or weights file "

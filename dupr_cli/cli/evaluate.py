@@ -49,8 +49,8 @@ WeightsArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="WEIGHTS...",
-        help="Runs, checkpoints, weights files, torchvision:IMAGENET1K_V1, or none for random "
-        "weights.",
+        help="Runs, checkpoints, weights files, hf://OWNER/NAME, torchvision:IMAGENET1K_V1, or "
+        "none for random weights.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory for the results.")]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dupr_cli.artifacts.hub_weights import HUB
 from dupr_cli.artifacts.weights import (
     TORCHVISION,
     Weights,
@@ -45,8 +46,8 @@ class Candidate:
 def open_candidates(addresses: Sequence[str], fixed: str = "auto") -> list[Candidate]:
     """Open the compared weights and check that every tensor of theirs fits.
 
-    addresses: runs, checkpoints, weights files, torchvision:NAME, or none. fixed: the architecture
-    asked for, or `auto`: the one that the weights name (resnet50 where none does).
+    addresses: runs, checkpoints, weights files, hf://OWNER/NAME, torchvision:NAME, or none. fixed:
+    the architecture asked for, or `auto`: the one that the weights name (resnet50 where none does).
     Raises UsageError for weights that cannot be read or do not fit.
     """
     if not addresses:
@@ -85,8 +86,8 @@ def _candidate(
     backbone = ResNetBackbone(architecture)
     count, total = load_backbone(backbone, weights), len(backbone.state_dict())
     # A run given as `.` has a name all the same.
-    published = address.startswith(TORCHVISION)
-    name = address.replace(":", "-") if published else Path(address).resolve().stem
-    plain = re.sub(r"[^\w.-]+", "_", name)[:40]
+    published = address.startswith((TORCHVISION, HUB))
+    name = address.removeprefix(HUB) if published else Path(address).resolve().stem
+    plain = re.sub(r"[^\w.-]+", "-", name)[:40]
     loaded = f"{count} of {total} tensors of the {architecture} loaded"
     return Candidate(address, architecture, weights, f"{number:02d}-{plain}", loaded)
