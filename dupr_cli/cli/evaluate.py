@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli import evaluate_probes
+from dupr_cli.cli import evaluate_detections, evaluate_probes
 from dupr_cli.cli.command import (
     Device,
     DryRun,
@@ -36,6 +36,7 @@ def add_to(app: typer.Typer) -> None:
     for name, function in (("voc", voc), ("coco", coco), ("cityscapes", cityscapes)):
         command(group, name, show)(function)
     command(group, "report", show_report)(report)
+    evaluate_detections.add_to(group)
     evaluate_probes.add_to(group)
 
     @group.callback()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.candidates import RANDOM_WEIGHTS, Candidate, open_candidates
 from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
 from dupr_cli.evaluate.leaks import Leaks, find_leaks
-from dupr_cli.evaluate.metrics import METRIC_NAMES
+from dupr_cli.evaluate.metrics import METRIC_NAMES, Points
+from dupr_cli.evaluate.metrics.analysis import analyse
+from dupr_cli.evaluate.metrics.drawing import write_analysis
 from dupr_cli.evaluate.pictures import draw_curves, draw_detections
 from dupr_cli.evaluate.report import table
 from dupr_cli.evaluate.statistics import all_differences, summed_up
@@ -58,6 +60,7 @@ CLAIM_FILE = "evaluation.json"
 TABLE_FILE = "table.txt"
 DETECTIONS_PICTURE = "detections.png"
 CURVES_PICTURE = "curves.png"
+ANALYSIS_FOLDER = "analysis"
 
 # Keys that change how an evaluation is carried out or shown, not what it measures; seeds are of
 # trials, of which there may be more later.
@@ -400,8 +403,9 @@ def _write_results(
         leaks=[found.to_json() for found in leaks],
         notes=[*comparison.notes, *(str(found) for found in leaks if found.found)],
     )
-    write_text(out / TABLE_FILE, table(results))
     first = {name: of[0] for name, of in zip(names, outcomes, strict=True)}
+    _write_analyses(comparison, first)
+    write_text(out / TABLE_FILE, table(results))
     draw_curves(out / CURVES_PICTURE, first)
     if recipe.test.pictures:
         draw_detections(
@@ -412,6 +416,17 @@ def _write_results(
             recipe.test.pictures,
         )
     results.write(out)
+
+
+def _write_analyses(comparison: Comparison, outcomes: Mapping[str, Outcome]) -> None:
+    """Of the first trial of each of the weights."""
+    test, classes = comparison.test, comparison.classes
+    truths = [test.truth(i, classes) for i in range(len(test))]
+    points: Points = "voc07" if comparison.recipe.test.metric == "voc07" else "voc10"
+    for name, outcome in outcomes.items():
+        folder = comparison.out / name / ANALYSIS_FOLDER
+        folder.mkdir(exist_ok=True)
+        write_analysis(folder, analyse(truths, outcome.detections, classes, points))
 
 
 def _environment(comparison: Comparison) -> dict[str, str]:

@@ -55,7 +55,10 @@ class JoinedSource:
 
 
 class VocSource:
-    """Images of one split of a VOC tree: `trainval` of every year, or `2007/trainval` of one."""
+    """Images of one split of a VOC tree: `trainval` of every year, or `2007/trainval` of one.
+
+    names: the images' own ids; `ids` name the year too where the tree has several.
+    """
 
     def __init__(self, trees: Sequence[VocTree], split: str, address: str) -> None:
         year, _, name = split.rpartition("/")
@@ -70,6 +73,7 @@ class VocSource:
             )
         self._entries = [(tree, i) for tree in with_split for i in tree.image_ids(name)]
         # Ids of 2007 do not name their year: those of several years must not meet.
+        self.names = [image_id for _, image_id in self._entries]
         several = len(trees) > 1
         self.ids = [f"{tree.root.name}_{i}" if several else i for tree, i in self._entries]
 
