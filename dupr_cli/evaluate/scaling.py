@@ -49,7 +49,9 @@ def limited(recipe: EvaluateRecipe, limit: int) -> tuple[EvaluateRecipe, str]:
         "milestones": [m for m in train.milestones if m < iterations],
     }
     images = min(limit, data.test_images or limit)
+    batches = min(limit, recipe.test.precise_bn_batches)
     cut = {
+        "test": recipe.test.model_copy(update={"precise_bn_batches": batches}),
         "train": train.model_copy(update=shorter),
         "data": data.model_copy(update={"test_images": images}),
     }

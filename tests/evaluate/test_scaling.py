@@ -41,6 +41,7 @@ def test_a_batch_that_cannot_be_split_is_refused(voc: EvaluateRecipe) -> None:
 
 def test_a_limit_cuts_iterations_and_test_images(voc: EvaluateRecipe) -> None:
     cut, note = limited(voc, 50)
+    assert cut.test.precise_bn_batches == 50
     assert (cut.train.iterations, cut.train.warmup, cut.train.milestones) == (50, 50, [])
     assert cut.data.test_images == 50
     assert "is no result" in note
