@@ -16,6 +16,7 @@ from dupr_cli.errors import UsageError
 
 METHODS = "dupr.methods"
 SOURCES = "dupr.sources"
+EXPORT_FORMATS = "dupr.export_formats"
 
 # What ships with dupr: found without installed metadata, and never replaced by another package.
 _BUILT_IN = {
@@ -33,6 +34,14 @@ _BUILT_IN = {
         "yolo": "dupr_cli.prepare.sources.yolo:YoloSource",
         "list": "dupr_cli.prepare.sources.address_list:ListSource",
         "hf": "dupr_cli.prepare.sources.hugging_face:HuggingFaceSource",
+    },
+    EXPORT_FORMATS: {
+        "torchvision": "dupr_cli.export.formats.torchvision_format:TorchvisionFormat",
+        "timm": "dupr_cli.export.formats.timm_format:TimmFormat",
+        "transformers": "dupr_cli.export.formats.transformers_format:TransformersFormat",
+        "detectron2": "dupr_cli.export.formats.detectron2_format:Detectron2Format",
+        "mmdetection": "dupr_cli.export.formats.mmdetection_format:MMDetectionFormat",
+        "onnx": "dupr_cli.export.formats.onnx_format:OnnxFormat",
     },
 }
 

@@ -23,27 +23,66 @@ def export(
     weights: Annotated[
         str,
         typer.Argument(
-            metavar="RUN_OR_WEIGHTS", help="A run directory, a checkpoint or a weights file."
+            metavar="RUN_OR_WEIGHTS",
+            help="A run directory, a checkpoint, a weights file or hf://OWNER/NAME.",
         ),
     ],
     to: Annotated[
-        str | None,
-        typer.Option("--to", metavar="FORMAT", help="Layout of the file: torchvision."),
+        list[str] | None,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="torchvision, timm, transformers, detectron2, mmdetection, onnx; repeatable.",
+        ),
     ] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             metavar="PATH",
-            help="The file to write, or a directory that gets backbone.safetensors.",
+            help="A folder; or the file itself, for a single format that is one.",
+            show_default="backbone.safetensors, or exported/",
         ),
-    ] = Path("backbone.safetensors"),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", metavar="query|key", help="Trained, or its average."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16."),
+    ] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
             "--push-to-hub",
             metavar="OWNER/NAME",
-            help="Also commit it, with a model card, to this repository of the Hugging Face Hub.",
+            help="Also commit all, with a model card, to this repository of the Hugging Face Hub.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="A repository that is made is private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Commit to this branch; made if need be.")
+    ] = None,
+    commit_message: Annotated[
+        str | None, typer.Option("--commit-message", help="Of the commit on the Hub.")
+    ] = None,
+    token_from_env: Annotated[
+        str | None,
+        typer.Option(
+            "--token-from-env",
+            metavar="VARIABLE",
+            help="Environment variable with the token, where it is not HF_TOKEN.",
+        ),
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--results",
+            metavar="DIR",
+            help="Evaluation for the model card, beside those next to the run; repeatable.",
         ),
     ] = None,
     recipe: Recipe = None,
@@ -53,41 +92,68 @@ def export(
     *,
     reporter: Reporter,
 ) -> ExportResult | None:
-    """Write backbone weights in the layout that a framework loads.
+    """Write backbone weights in the layouts that frameworks load.
 
-    The file is loaded back into the framework's model and its features are compared before it
-    gets its name.
+    What is written is loaded back into the framework, where that is installed, and its features
+    are compared before it gets its name. With --push-to-hub, --dry-run writes the folder that
+    would be pushed.
 
     [bold]Examples[/]
 
       dupr export runs/smoke --to torchvision --out backbone.safetensors
 
-      dupr export runs/smoke --to torchvision --out out/ --push-to-hub me/my-backbone
+      dupr export runs/smoke --to timm --to transformers --to detectron2 --out exported/
+
+      dupr export runs/smoke --to timm --push-to-hub me/my-backbone --set card.license=cc-by-4.0
     """
+    import json
+
     from dupr_cli import export as stage
-    from dupr_cli.export.hub import check_repository
+    from dupr_cli.export.hub import check_options
     from dupr_cli.recipe import ExportRecipe, load_recipe
 
+    push = None
     if push_to_hub:
-        check_repository(push_to_hub)
-    resolved = load_recipe(ExportRecipe, recipe or "default", overrides(set_, to=("format", to)))
+        push = stage.PushOptions(push_to_hub, private, revision, commit_message, token_from_env)
+        check_options(push)
+    options = overrides(
+        set_,
+        to=("formats", json.dumps(to) if to else None),
+        encoder=("encoder", encoder),
+        dtype=("dtype", dtype),
+    )
+    resolved = load_recipe(ExportRecipe, recipe or "default", options)
     if dry_run:
-        show_plan(resolved, stage.plan(resolved, weights, out, push_to_hub))
-        return None
+        show_plan(resolved, stage.plan(resolved, weights, out, push))
+        if push is None:
+            return None
     return stage.run(
-        resolved, weights, out, push_to_hub=push_to_hub, overwrite=overwrite, reporter=reporter
+        resolved,
+        weights,
+        out,
+        push=push,
+        dry_run=dry_run,
+        results=results or (),
+        overwrite=overwrite,
+        reporter=reporter,
     )
 
 
 def show(result: ExportResult) -> None:
-    from dupr_cli.cli.console import print_facts
+    from dupr_cli.cli.console import print_facts, print_text
 
+    encoder = f"{result.encoder} encoder, step {result.step}"
     facts = [
-        ("written to", f"{result.path} ({result.bytes / 1e6:.1f} MB)"),
-        ("layout", f"{result.format}, {result.architecture}, {result.tensors} tensors"),
-        ("loads back", f"yes; largest difference of features {result.max_difference:.1e}"),
-        ("sha256", result.sha256),
+        ("written to", result.path),
+        ("weights", f"{result.architecture}, {encoder}, {result.tensors} tensors, {result.dtype}"),
     ]
+    for of in result.formats:
+        checked = "features differ by" if of.features_compared else "tensors differ by"
+        facts.append((of.name, f"{checked} {of.max_difference:.1e} at most, {of.verified_by}"))
+        facts += [("", f"{name} sha256 {digest}") for name, digest in of.files.items()]
     if result.hub_url:
         facts.append(("on the Hub", result.hub_url))
     print_facts(facts)
+    for of in result.formats:
+        for _, block in of.usage:
+            print_text(f"\n{of.name}:\n{block}\n")

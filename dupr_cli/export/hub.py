@@ -1,104 +1,58 @@
-"""Pushing a weights file to the Hugging Face Hub, with a model card, in one commit."""
+"""Pushing an exported folder to the Hugging Face Hub, in one commit."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.export import PushOptions
 from dupr_cli.progress import Reporter
 
-_CARD = """---
-{front_matter}
----
 
-# {name}
-
-Backbone weights of a {architecture}, pre-trained without labels by Deeply Unsupervised Patch
-Re-Identification (DUPR) with dupr {dupr_version}: {encoder} encoder, step {step}.
-
-## How to load it
-
-```python
-import torch
-import torchvision
-from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
-
-path = hf_hub_download("{repository}", "{file}")
-model = torchvision.models.{architecture}(weights=None)
-model.fc = torch.nn.Identity()
-model.load_state_dict(load_file(path), strict=True)
-```
-
-Input: {channel_order} images scaled to 0..1, mean {mean}, standard deviation {std};
-pre-trained on views of {size} x {size} pixels.
-
-## Limitations
-
-The weights are meant to be fine-tuned, for example as the backbone of an object detector. They
-carry whatever biases the unlabelled images have.
-
-## Citation
-
-Ding et al., "Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors", IEEE
-TPAMI 46(3):1348-1361, 2024, DOI 10.1109/TPAMI.2022.3164911.
-"""
-
-
-def model_card(weights: Weights, repository: str, file: str) -> ModelCard:
-    """The README.md that goes with the weights."""
-    metadata = weights.metadata
-    front_matter = ModelCardData(
-        library_name="dupr",
-        pipeline_tag="feature-extraction",
-        tags=["dupr", "self-supervised", "object-detection", "backbone", metadata.architecture],
-    )
-    return ModelCard(
-        _CARD.format(
-            front_matter=front_matter.to_yaml(),
-            name=repository.rpartition("/")[2],
-            repository=repository,
-            file=file,
-            architecture=metadata.architecture,
-            dupr_version=metadata.dupr_version,
-            encoder=metadata.encoder,
-            step=metadata.step,
-            channel_order=metadata.channel_order,
-            mean=list(metadata.input_mean),
-            std=list(metadata.input_std),
-            size=metadata.input_size,
+def check_options(options: PushOptions) -> None:
+    """Raises UsageError for what is not OWNER/NAME, or a token that is not there."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repository):
+        raise UsageError(f"--push-to-hub {options.repository}: write it as OWNER/NAME.")
+    if options.token_from and not os.environ.get(options.token_from):
+        raise UsageError(
+            f"--token-from-env {options.token_from}: there is no such environment variable."
         )
-    )
 
 
-def check_repository(repository: str) -> None:
-    """Raises UsageError for what is not OWNER/NAME."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UsageError(f"--push-to-hub {repository}: write it as OWNER/NAME.")
+def push_files(
+    folder: Path,
+    files: Collection[str],
+    weights: Weights,
+    options: PushOptions,
+    reporter: Reporter,
+) -> str:
+    """Create the repository if need be and commit files of the folder; returns the commit's URL.
 
-
-def push(path: Path, weights: Weights, repository: str, reporter: Reporter) -> str:
-    """Create the repository if need be and commit the file and its card; returns the commit's URL.
-
-    The token is huggingface-hub's own business (HF_TOKEN or `hf auth login`).
-    Raises RunError when the Hub refuses or cannot be reached; the local file stays.
+    All files are in one commit, so that the repository is whole at every moment; the same push
+    again changes nothing. The token is of an environment variable, or huggingface-hub's own
+    business (HF_TOKEN, `hf auth login`).
+    Raises RunError when the Hub refuses or cannot be reached; the local files stay.
     """
-    api = HfApi(library_name="dupr", library_version=weights.metadata.dupr_version)
-    card = model_card(weights, repository, path.name)
+    metadata = weights.metadata
+    token = os.environ[options.token_from] if options.token_from else None
+    api = HfApi(library_name="dupr", library_version=metadata.dupr_version, token=token)
+    repository = options.repository
+    again = f"{folder} is written; give the command again with --overwrite."
+    operations = [CommitOperationAdd(name, str(folder / name)) for name in sorted(files)]
+    message = options.commit_message or f"dupr: {metadata.architecture}, step {metadata.step}"
     try:
-        api.create_repo(repository, exist_ok=True)
+        api.create_repo(repository, private=options.private or None, exist_ok=True)
+        if options.revision:
+            api.create_branch(repository, branch=options.revision, exist_ok=True)
         commit = api.create_commit(
-            repository,
-            operations=[
-                CommitOperationAdd(path.name, str(path)),
-                CommitOperationAdd("README.md", str(card).encode()),
-            ],
-            commit_message=f"dupr: {weights.metadata.architecture}, step {weights.metadata.step}",
+            repository, operations=operations, commit_message=message, revision=options.revision
         )
     except HfHubHTTPError as error:
         status = error.response.status_code
@@ -108,14 +62,10 @@ def push(path: Path, weights: Weights, repository: str, reporter: Reporter) -> s
             else ""
         )
         raise RunError(
-            f"the Hub refused the push to {repository} (HTTP {status}).{hint} "
-            f"{path} is written; give the command again with --overwrite."
+            f"the Hub refused the push to {repository} (HTTP {status}).{hint} {again}"
         ) from error
     # The client raises its HTTP library's own errors, and which library that is varies by version.
     except Exception as error:
-        raise RunError(
-            f"the push to {repository} failed: {error}. {path} is written; give the command again "
-            f"with --overwrite."
-        ) from error
+        raise RunError(f"the push to {repository} failed: {error}. {again}") from error
     reporter.info(f"pushed to {commit.commit_url}")
     return str(commit.commit_url)

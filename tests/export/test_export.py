@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 from dupr_cli import export
+from dupr_cli.artifacts.files import sha256_file
 from dupr_cli.artifacts.run import CheckpointState, write_checkpoint
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata, read_weights, write_weights
 from dupr_cli.backbones import ResNetBackbone
-from dupr_cli.errors import RunError, UsageError
-from dupr_cli.export import torchvision_layout
+from dupr_cli.errors import UsageError
 from dupr_cli.recipe import ExportRecipe, load_recipe
 
 RECIPE = load_recipe(ExportRecipe, "default")
@@ -32,33 +31,6 @@ def make_run(folder: Path, architecture: str) -> dict[str, torch.Tensor]:
     state = CheckpointState(5, architecture, [0.4] * 3, [0.2] * 3, 64, "d", {})
     write_checkpoint(folder, state, model, {}, keep=1)
     return query.state_dict()
-
-
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet34", "resnet50", "resnet101"])
-def test_exported_backbone_is_torchvisions(architecture: str, tmp_path: Path) -> None:
-    expected = make_run(tmp_path / "run", architecture)
-    result = export.run(RECIPE, str(tmp_path / "run"), tmp_path / "b.safetensors")
-    tensors = load_file(result.path)
-    model = torchvision.models.get_model(architecture)
-    model.fc = nn.Identity()
-    model.load_state_dict(tensors, strict=True)
-    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
-    assert result.max_difference <= 1e-6
-    with safe_open(result.path, framework="pt") as file:
-        header = file.metadata()
-    assert header["architecture"] == architecture
-    assert header["layout"] == "torchvision"
-    assert header["step"] == "5"
-
-
-def test_exported_file_feeds_torchvisions_detector(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", "resnet50")
-    export.run(RECIPE, str(tmp_path / "run"), tmp_path / "b.safetensors")
-    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None
-    )
-    body = detector.backbone.body
-    body.load_state_dict(load_file(tmp_path / "b.safetensors"), strict=True)
 
 
 def test_key_encoder_on_request_and_a_second_export_is_the_same_file(tmp_path: Path) -> None:
@@ -85,28 +57,63 @@ def test_file_in_the_way_is_kept_without_overwrite(tmp_path: Path) -> None:
     assert read_weights(str(out)).metadata.step == 5
 
 
-def test_corrupted_tensor_is_caught_and_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_run(tmp_path / "run", "resnet18")
-    write = write_weights
-
-    def corrupt(path: Path, tensors: dict[str, torch.Tensor], metadata: WeightsMetadata) -> None:
-        write(
-            path,
-            {**tensors, "layer3.0.conv1.weight": tensors["layer3.0.conv1.weight"] * 1.01},
-            metadata,
-        )
-
-    monkeypatch.setattr(torchvision_layout, "write_weights", corrupt)
-    with pytest.raises(RunError, match="loaded back into torchvision, the features differ"):
-        export.run(RECIPE, str(tmp_path / "run"), tmp_path / "b.safetensors")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
-
-
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     metadata = WeightsMetadata("torchvision", "resnet50", (0.5,) * 3, (0.2,) * 3, 64)
     wrong = Weights("w", metadata, ResNetBackbone("resnet18").state_dict())
+    write_weights(tmp_path / "wrong.safetensors", wrong.tensors, metadata)
     with pytest.raises(UsageError, match="the weights do not fit a resnet50"):
-        torchvision_layout.write(wrong, tmp_path / "b.safetensors")
-    assert list(tmp_path.iterdir()) == []
+        export.run(RECIPE, str(tmp_path / "wrong.safetensors"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
+
+
+def test_header_says_what_the_weights_are(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "resnet18")
+    result = export.run(RECIPE, str(tmp_path / "run"), tmp_path / "b.safetensors")
+    with safe_open(result.path, framework="pt") as file:
+        header = file.metadata()
+    assert header["architecture"] == "resnet18"
+    assert header["layout"] == "torchvision"
+    assert header["step"] == "5"
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_single_format_is_a_file_or_in_a_folder_with_its_record(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "resnet18")
+    export.run(RECIPE, str(tmp_path / "run"), tmp_path / "b.safetensors")
+    result = export.run(RECIPE, str(tmp_path / "run"), tmp_path / "folder")
+    names = sorted(
+        p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*b*.*") if p.is_file()
+    )
+    assert names == ["b.export.json", "b.safetensors", "folder/backbone.safetensors"]
+    record = json.loads((tmp_path / "folder" / "export.json").read_text())
+    (of,) = record["formats"]
+    assert of["files"] == {"backbone.safetensors": sha256_file(tmp_path / "b.safetensors")}
+    assert of["features_compared"]
+    assert of["max_difference"] == result.formats[0].max_difference <= 1e-6
+
+
+def test_several_formats_lie_apart(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "resnet18")
+    several = load_recipe(ExportRecipe, "default", ["formats=[torchvision, timm, mmdetection]"])
+    export.run(several, str(tmp_path / "run"), tmp_path / "out")
+    found = sorted(
+        p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")
+    )
+    assert found == [
+        "config.json", "export.json", "mmdetection/backbone.pth", "model.safetensors",
+        "torchvision/backbone.safetensors",
+    ]  # fmt: skip
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(UsageError, match="a file is there"):
+        export.run(several, str(tmp_path / "run"), tmp_path / "out")
+    export.run(several, str(tmp_path / "run"), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_unknown_format_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"darknet is none; there are detectron2, mmdet.*timm"):
+        load_recipe(ExportRecipe, "default", ["formats=[darknet]"])

@@ -1,0 +1,203 @@
+"""What goes to the Hub beside the weights: model card, the run's recipe, evaluations."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from dupr_cli import __version__
+from dupr_cli.artifacts.files import write_text
+from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
+from dupr_cli.artifacts.run import RECIPE_FILE
+from dupr_cli.artifacts.weights import Weights
+from dupr_cli.errors import UsageError
+from dupr_cli.export import ExportedFormat, ExportResult
+from dupr_cli.recipe import ExportRecipe
+
+CARD = "README.md"
+_PAPER = "10.1109/TPAMI.2022.3164911"
+
+
+def write_companions(
+    folder: Path,
+    result: ExportResult,
+    weights: Weights,
+    recipe: ExportRecipe,
+    repository: str,
+    results: Sequence[Path],
+) -> None:
+    """README.md, recipe.yaml and results/*.json in the folder that will be pushed.
+
+    results: folders of evaluations given by hand. Raises UsageError for what is no such folder.
+    """
+    evaluations = find_results(weights, result, results)
+    for number, (_, found) in enumerate(evaluations):
+        (folder / "results").mkdir(exist_ok=True)
+        found.write(folder / "results")
+        name = f"{number + 1:02d}-{found.protocol}.json"
+        (folder / "results" / RESULTS).replace(folder / "results" / name)
+    run = _run_folder(weights)
+    if run is not None:
+        shutil.copyfile(run / RECIPE_FILE, folder / RECIPE_FILE)
+    card = model_card(result, weights, recipe, repository, evaluations, run is not None)
+    write_text(folder / CARD, str(card))
+
+
+def _run_folder(weights: Weights) -> Path | None:
+    """The run that the weights are of, where its recipe is at hand."""
+    path = Path(weights.address)
+    places = [path, *path.parents[:3]] if path.exists() else []
+    return next((place for place in places if (place / RECIPE_FILE).is_file()), None)
+
+
+def find_results(
+    weights: Weights, result: ExportResult, given: Sequence[Path]
+) -> list[tuple[WeightsResult, Results]]:
+    """Evaluations of these weights: given ones, and those in or next to the run or file.
+
+    They are told by the sha256 of the weights, whatever their address.
+    """
+    digests = {weights.sha256, *(d for f in result.formats for d in f.files.values())}
+    origin = Path(weights.address)
+    near: list[Path] = []
+    if origin.exists():
+        near = sorted({*origin.glob(f"*/{RESULTS}"), *origin.parent.glob(f"*/{RESULTS}")})
+    found: dict[Path, tuple[WeightsResult, Results]] = {}
+    for path in [*(folder / RESULTS for folder in given), *near]:
+        try:
+            results = Results.read(path)
+        except UsageError:
+            if path in near:
+                continue  # somebody else's results.json
+            raise
+        own = [entry for entry in results.results if entry.weights_sha256 in digests]
+        if own:
+            found.setdefault(path.resolve(), (own[0], results))
+        elif path not in near:
+            raise UsageError(f"{path}: not an evaluation of {weights.address}.")
+    return list(found.values())
+
+
+def model_card(
+    result: ExportResult,
+    weights: Weights,
+    recipe: ExportRecipe,
+    repository: str,
+    evaluations: Sequence[tuple[WeightsResult, Results]],
+    with_recipe: bool,
+) -> ModelCard:
+    """The README.md: front matter, what it is, how to load each format, results, limitations."""
+    metadata, name = weights.metadata, repository.rpartition("/")[2]
+    front = ModelCardData(
+        library_name=_library(recipe.formats),
+        pipeline_tag="object-detection" if evaluations else "image-feature-extraction",
+        license=recipe.card.license,
+        datasets=recipe.card.datasets or None,
+        tags=["dupr", "self-supervised", "object-detection", "backbone", metadata.architecture,
+              *recipe.card.tags],
+        model_name=name,
+        eval_results=[e for pair in evaluations for e in _eval_results(*pair)] or None,
+    )  # fmt: skip
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {name}",
+        f"Backbone weights of a {metadata.architecture}, pre-trained without labels by Deeply "
+        f"Unsupervised Patch Re-Identification (DUPR) with dupr {metadata.dupr_version}: "
+        f"{metadata.encoder} encoder, step {metadata.step}. They are meant to be fine-tuned as the "
+        f"backbone of an object detector.",
+        recipe.card.about,
+        "## How it was trained",
+        _training(weights, with_recipe),
+        "## How to load it",
+        "In the folder of this repository"
+        + ", for example after `hf download " + repository + " --local-dir weights && cd weights`:",
+        *[_section(exported) for exported in result.formats],
+        _input(weights),
+        *_tables(evaluations),
+        "## Limitations",
+        "The weights carry whatever biases the unlabelled images have. They are no classifier and "
+        "no detector before they are fine-tuned. "
+        + ("" if evaluations else "They were not evaluated where this card was written."),
+        "## Citation",
+        "Ding, Xie, Xu, Jiang, Li, Luo, Xia, \"Deeply Unsupervised Patch Re-Identification for "
+        f"Pre-training Object Detectors\", IEEE TPAMI 46(3):1348-1361, 2024, DOI {_PAPER}.",
+    ]  # fmt: skip
+    return ModelCard("\n\n".join(part.strip() for part in parts if part.strip()) + "\n")
+
+
+def _library(formats: Sequence[str]) -> str:
+    """What the Hub shows a button for."""
+    return next((name for name in ("timm", "transformers") if name in formats), "dupr")
+
+
+def _eval_results(own: WeightsResult, results: Results) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="object-detection",
+            dataset_type=results.protocol,
+            dataset_name=f"{results.protocol}, {results.test.split}",
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=round(value, 3),
+        )
+        for metric, value in own.metrics.items()
+        if metric in ("AP", "AP50", "AP75", "segm_AP")
+    ]
+
+
+def _training(weights: Weights, with_recipe: bool) -> str:
+    text = f"Views of {weights.metadata.input_size} x {weights.metadata.input_size} pixels."
+    if with_recipe:
+        text += " All settings are in `recipe.yaml`; `dupr pretrain recipe.yaml` repeats the run."
+    return text
+
+
+def _section(exported: ExportedFormat) -> str:
+    checked = (
+        f"Loaded back by {exported.verified_by}; its features differ from dupr's by at most "
+        f"{exported.max_difference:.1e} of their largest value."
+        if exported.features_compared
+        else f"Compared: {exported.verified_by}."
+    )
+    files = "\n".join(f"- `{name}` sha256 `{digest}`" for name, digest in exported.files.items())
+    blocks = "\n\n".join(f"```{language}\n{block}\n```" for language, block in exported.usage)
+    return f"### {exported.name}\n\n{blocks}\n\n{checked}\n\n{files}"
+
+
+def _input(weights: Weights) -> str:
+    metadata = weights.metadata
+    return (
+        f"Input: {metadata.channel_order} images scaled to 0..1, mean {list(metadata.input_mean)}, "
+        f"standard deviation {list(metadata.input_std)}."
+    )
+
+
+def _tables(evaluations: Sequence[tuple[WeightsResult, Results]]) -> list[str]:
+    if not evaluations:
+        return []
+    parts = ["## Evaluation"]
+    for own, results in evaluations:
+        names = [m for m in ("AP", "AP50", "AP75", "segm_AP") if m in own.metrics]
+        rows = [f"| weights | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+        for entry in results.results:
+            title = "**this**" if entry is own else Path(entry.weights).name
+            figures = [_figure(entry, name) for name in names]
+            rows.append(f"| {title} | {' | '.join(figures)} |")
+        parts.append(
+            f"{results.protocol}: {results.metric}. Fine-tuned on {results.train.images} images, "
+            f"tested on {results.test.images}, {len(results.seeds)} seeds.\n\n" + "\n".join(rows)
+        )
+        changes = (f"{key} is {now}, not {was}" for key, (was, now) in results.changes.items())
+        notes = [*results.notes, *changes]
+        if notes:
+            parts.append("\n".join(f"- {note}" for note in notes))
+    parts.append(f"Measured with dupr {__version__}.")
+    return parts
+
+
+def _figure(entry: WeightsResult, name: str) -> str:
+    spread = f" ± {entry.deviations[name]:.1f}" if name in entry.deviations else ""
+    return f"{entry.metrics[name]:.1f}{spread}" if name in entry.metrics else ""

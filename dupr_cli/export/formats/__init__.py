@@ -1,0 +1,96 @@
+"""Export formats: one module per framework, each found by its name.
+
+A format writes files into a folder and reads back what it wrote; verification.py does the rest.
+Other packages add theirs through the entry point group `dupr.export_formats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from dupr_cli.artifacts.weights import Weights
+from dupr_cli.errors import UsageError
+from dupr_cli.plugins import EXPORT_FORMATS, load_plugin, plugin_names
+from dupr_cli.recipe.base import Level
+
+__all__ = [
+    "ExportFormat",
+    "Features",
+    "LibraryMissingError",
+    "Loaded",
+    "folders_of",
+    "make_format",
+]
+
+Features = Mapping[Level, Tensor]
+
+
+class LibraryMissingError(Exception):
+    """The framework is not installed, so that the file cannot be loaded into it."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the framework makes of the files: feature maps of the levels that it gives.
+
+    by: library and version.
+    """
+
+    features: Features
+    by: str
+
+
+class ExportFormat(Protocol):
+    """A layout of weights. Instances are made without arguments.
+
+    top: its loader looks at the top of a Hub repository only, not in a folder of it.
+    """
+
+    name: str
+    top: bool
+
+    def write(self, weights: Weights, folder: Path, license_name: str) -> None:
+        """Write the files into an empty folder, no folders in it.
+
+        license_name: of the weights, for layouts that say it. Raises UsageError for networks that
+        the layout cannot hold.
+        """
+        ...
+
+    def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
+        """Load the files as their users would, strictly, and compute features in evaluation mode.
+
+        images: (N, 3, H, W), normalised. Raises LibraryMissingError, or RunError when it refuses.
+        """
+        ...
+
+    def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
+        """What is in the files, under torchvision's names, where the framework is not installed.
+
+        Raises RunError when names or shapes are not those of the framework's network.
+        """
+        ...
+
+    def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
+        """How to use the files in `place`: pairs of a language (python, yaml, text) and a block."""
+        ...
+
+
+def make_format(name: str) -> ExportFormat:
+    """Raises UsageError for a name that nothing provides."""
+    if name not in plugin_names(EXPORT_FORMATS):
+        raise UsageError(
+            f"--to {name}: there is no such format; there are "
+            f"{', '.join(plugin_names(EXPORT_FORMATS))}. (recipe key: formats)"
+        )
+    return cast("type[ExportFormat]", load_plugin(EXPORT_FORMATS, name))()
+
+
+def folders_of(formats: Sequence[ExportFormat]) -> dict[str, str]:
+    """Where each lies, by name: a single one at the top, of several those that have to."""
+    return {f.name: "" if f.top or len(formats) == 1 else f"{f.name}/" for f in formats}

@@ -1,0 +1,57 @@
+"""What formats made of a safetensors file have in common: writing it, and reading it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from dupr_cli.artifacts.files import write_bytes
+from dupr_cli.artifacts.weights import Weights, read_safetensors
+from dupr_cli.errors import RunError
+
+MODEL_FILE = "model.safetensors"
+
+
+def write_model(
+    weights: Weights, folder: Path, rename: Callable[[str], str] = lambda name: name
+) -> None:
+    """model.safetensors in another framework's names."""
+    plain = {rename(name): tensor.contiguous() for name, tensor in weights.tensors.items()}
+    write_bytes(folder / MODEL_FILE, save(plain, metadata={"format": "pt"}))
+
+
+def read_model(
+    weights: Weights, folder: Path, rename: Callable[[str], str] = lambda name: name
+) -> dict[str, Tensor]:
+    """Its tensors under torchvision's names. Raises RunError when they are not all there."""
+    found, _ = read_safetensors(folder / MODEL_FILE)
+    return renamed_back(weights, found, rename)
+
+
+def renamed_back(
+    weights: Weights, found: Mapping[str, Tensor], rename: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """The inverse of a renaming. Raises RunError for missing, further or reshaped tensors."""
+    names = {rename(name): name for name in weights.tensors}
+    missing, further = names.keys() - found.keys(), found.keys() - names.keys()
+    reshaped = [
+        name
+        for name in names.keys() & found.keys()
+        if found[name].shape != weights.tensors[names[name]].shape
+    ]
+    for problem, bad in (("missing", missing), ("unknown", further), ("reshaped", reshaped)):
+        if bad:
+            raise RunError(f"{weights.address}: {len(bad)} tensors are {problem}: {min(bad)}, ...")
+    return {name: found[theirs] for theirs, name in names.items()}
+
+
+def load_strictly(model: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises RunError, saying why, when the model does not take exactly these tensors."""
+    try:
+        model.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        raise RunError(f"{where} refuses the weights: {error}") from error

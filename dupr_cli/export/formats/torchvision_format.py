@@ -1,0 +1,68 @@
+"""torchvision: a safetensors file with the state dict of torchvision.models.resnetXX without fc.
+
+It is dupr's own weights file too. The backbone of torchvision's detectors has the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torchvision
+from torch import Tensor
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from dupr_cli.artifacts.weights import Weights, read_safetensors, write_weights
+from dupr_cli.export.formats import Loaded
+from dupr_cli.export.formats.safetensors_files import load_strictly, renamed_back
+
+FILE = "backbone.safetensors"
+
+
+class TorchvisionFormat:
+    name = "torchvision"
+    top = False
+
+    def write(self, weights: Weights, folder: Path, license_name: str) -> None:
+        write_weights(folder / FILE, weights.tensors, weights.metadata)
+
+    def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
+        model = torchvision.models.get_model(weights.metadata.architecture, weights=None)
+        model.fc = torchvision.models.resnet.nn.Identity()
+        tensors, _ = read_safetensors(folder / FILE)
+        by = f"torchvision {torchvision.__version__}"
+        load_strictly(model, tensors, by)
+        layers = {f"layer{n}": f"res{n + 1}" for n in range(1, 5)}
+        return Loaded(create_feature_extractor(model.eval(), layers)(images), by)
+
+    def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
+        return renamed_back(weights, read_safetensors(folder / FILE)[0], lambda name: name)
+
+    def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
+        architecture = weights.metadata.architecture
+        blocks = [
+            (
+                "python",
+                f"""import torch
+import torchvision
+from safetensors.torch import load_file
+
+model = torchvision.models.{architecture}(weights=None)
+model.fc = torch.nn.Identity()
+model.load_state_dict(load_file("{place}{FILE}"), strict=True)""",
+            )
+        ]
+        if architecture == "resnet50":
+            blocks.append(
+                (
+                    "python",
+                    f"""import torchvision
+from safetensors.torch import load_file
+
+detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+    weights=None, weights_backbone=None, trainable_backbone_layers=5
+)
+detector.backbone.body.load_state_dict(load_file("{place}{FILE}"), strict=True)""",
+                )
+            )
+        return blocks

@@ -1,0 +1,97 @@
+"""Verification: what was written, loaded into its framework, computes what dupr computes.
+
+Where the framework is not installed, names, shapes and values of the tensors are compared instead,
+and the result says so. Either way a file is compared before it gets its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dupr_cli.artifacts.weights import Weights, load_backbone
+from dupr_cli.backbones import ResNetBackbone
+from dupr_cli.errors import RunError
+from dupr_cli.export.formats import ExportFormat, Features, LibraryMissingError
+from dupr_cli.recipe.base import LEVELS
+
+# Of the largest value of a level. The same operations in another order differ by rounding; what
+# computes in a reduced precision itself (ONNX of such weights) rounds at every layer.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Deep networks whose values grow from block to block round more than that in float32 itself.
+_TIMES_OWN_ROUNDING = 4
+
+
+@dataclass(frozen=True)
+class Verification:
+    """max_difference: of features, relative to the largest of their level. by: what loaded it."""
+
+    max_difference: float
+    by: str
+    features_compared: bool
+
+
+@torch.no_grad()
+def verify(written: ExportFormat, weights: Weights, folder: Path) -> Verification:
+    """Raises RunError when the files are not the same network, saying where they differ."""
+    images = fixed_images()
+    try:
+        loaded = written.load(weights, folder, images)
+    except LibraryMissingError as missing:
+        tensors = written.tensors(weights, folder)
+        _require_equal(tensors, weights, written.name)
+        again = Weights(weights.address, weights.metadata, tensors)
+        difference = _largest_difference(features_of(again, images), features_of(weights, images))
+        by = f"names, shapes and values only, as {missing} is not loaded"
+        return Verification(difference, by, features_compared=False)
+    expected = features_of(weights, images)
+    difference = _largest_difference(loaded.features, expected)
+    allowed = TOLERANCE[next(iter(loaded.features.values())).dtype]
+    if difference > allowed:
+        rounding = _largest_difference(expected, features_of(weights, images.double()))
+        allowed = max(allowed, _TIMES_OWN_ROUNDING * rounding)
+    if not difference <= allowed:
+        raise RunError(
+            f"{weights.address}: loaded into {loaded.by}, the features differ from dupr's by "
+            f"{difference:.1e} (allowed {allowed:.0e}). Nothing was written."
+        )
+    return Verification(difference, loaded.by, features_compared=True)
+
+
+def fixed_images() -> Tensor:
+    """(2, 3, 96, 128): the same numbers every time."""
+    return torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+
+
+def features_of(weights: Weights, images: Tensor) -> Features:
+    """dupr's own, in the precision of the images."""
+    backbone = ResNetBackbone(weights.metadata.architecture).eval()
+    load_backbone(backbone, weights)
+    backbone.to(images.dtype)
+    features: Features = backbone(images, LEVELS)
+    return features
+
+
+def _require_equal(tensors: dict[str, Tensor], weights: Weights, name: str) -> None:
+    for key, tensor in weights.tensors.items():
+        if key not in tensors or not torch.equal(tensors[key], tensor):
+            raise RunError(
+                f"{weights.address}: read back from {name}, {key} is another tensor. Nothing was "
+                f"written."
+            )
+
+
+def _largest_difference(found: Features, expected: Features) -> float:
+    """Infinite where a level is missing or of another shape."""
+    largest = 0.0
+    for level in LEVELS:
+        if level not in found or found[level].shape != expected[level].shape:
+            return float("inf")
+        apart = (found[level].float() - expected[level]).abs().max()
+        difference = float(apart / expected[level].abs().max())
+        # Not max(): it would drop a NaN.
+        largest = difference if not difference <= largest else largest
+    return largest
