@@ -6,6 +6,8 @@ import re
 
 _BLOCK = re.compile(r"layer(\d)\.(\d+)\.(.+)")
 _NORM = re.compile(r"bn(\d)\.(.+)")
+_PART = re.compile(r"(conv|bn)(\d)\.(.+)")
+_KINDS = {"conv": "convolution", "bn": "normalization"}
 
 
 def detectron2_backbone_name(name: str) -> str:
@@ -24,3 +26,19 @@ def detectron2_backbone_name(name: str) -> str:
 
 def _norms_renamed(name: str) -> str:
     return _NORM.sub(r"conv\1.norm.\2", name)
+
+
+def transformers_name(name: str) -> str:
+    """`layer1.0.conv2.weight` to `encoder.stages.0.layers.0.layer.1.convolution.weight`.
+
+    Source: transformers, models/resnet/modeling_resnet.py.
+    """
+    block = _BLOCK.fullmatch(name)
+    if block is None:
+        return re.sub(_PART, lambda part: f"embedder.embedder.{_KINDS[part[1]]}.{part[3]}", name)
+    stage = f"encoder.stages.{int(block[1]) - 1}.layers.{block[2]}"
+    rest = block[3].replace("downsample.0.", "shortcut.convolution.")
+    rest = rest.replace("downsample.1.", "shortcut.normalization.")
+    return f"{stage}." + _PART.sub(
+        lambda part: f"layer.{int(part[2]) - 1}.{_KINDS[part[1]]}.{part[3]}", rest
+    )

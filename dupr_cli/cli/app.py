@@ -13,6 +13,7 @@ from dupr_cli.cli import (
     doctor,
     evaluate,
     export,
+    import_,
     inspect,
     prepare,
     pretrain,
@@ -59,5 +60,16 @@ def root(
     root_globals.traceback = traceback
 
 
-for module in (prepare, pretrain, export, evaluate, demo, checkpoint, inspect, recipe, doctor):
+for module in (
+    prepare,
+    pretrain,
+    export,
+    import_,
+    evaluate,
+    demo,
+    checkpoint,
+    inspect,
+    recipe,
+    doctor,
+):
     module.add_to(app)

@@ -88,6 +88,7 @@ def plan(
 
     _require_fit(recipe, processes)
     _require_parts(recipe)
+    _require_init(recipe)
     shards = open_shards(data, recipe.data.split)
     order = BatchOrder(shards, recipe)
     steps = count_steps(recipe, order.images)
@@ -135,6 +136,8 @@ def run(
 
     _require_fit(recipe, world_size())
     _require_parts(recipe)
+    if not (out / RECIPE_FILE).is_file():
+        _require_init(recipe)
     with join(device) as world:
         reporter = reporter if reporter and world.is_main else SilentReporter()
         shards = open_shards(data, recipe.data.split)
@@ -178,6 +181,15 @@ def _require_parts(recipe: PretrainRecipe) -> None:
     method_class(recipe)
     if recipe.model.backbone.startswith(TIMM):
         make_backbone(recipe.model.backbone)
+
+
+def _require_init(recipe: PretrainRecipe) -> None:
+    """Raises UsageError when the weights to start from are not there or do not fit."""
+    from dupr_cli.artifacts.weights import load_backbone, read_weights
+    from dupr_cli.backbones import make_backbone
+
+    if recipe.model.init is not None:
+        load_backbone(make_backbone(recipe.model.backbone), read_weights(recipe.model.init))
 
 
 def _claim(

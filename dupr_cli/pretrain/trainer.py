@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
+from dupr_cli.artifacts.weights import load_backbone, read_weights
 from dupr_cli.backbones import as_backbone
 from dupr_cli.parallel import World, average_gradients
 from dupr_cli.pretrain.checkpoint import Trained, continue_run, save_run
@@ -57,6 +58,14 @@ def make_model(recipe: PretrainRecipe, world: World) -> Dupr:
         model.query.backbone.compile()
         model.key.backbone.compile()
     return model
+
+
+def start_from_weights(model: Dupr, recipe: PretrainRecipe) -> None:
+    """Both backbones as `model.init` says. Raises UsageError for weights that do not fit."""
+    if recipe.model.init is not None:
+        weights = read_weights(recipe.model.init)
+        for encoder in (model.query, model.key):
+            load_backbone(encoder.backbone, weights)
 
 
 def parts(rows: int, count: int) -> list[slice]:
@@ -181,6 +190,7 @@ def train(
     held_out = probe_batches(shards, recipe) if world.is_main else []
     monitor = Monitor(out, recipe, order.images, steps, done, world, reporter)
     if done == 0:
+        start_from_weights(model, recipe)
         monitor.probe(0, patch_retrieval(model.query.backbone, held_out, method, device))
     directions = ((0, 1), (1, 0)) if method.symmetric else ((0, 1),)
 

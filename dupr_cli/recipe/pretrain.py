@@ -33,8 +33,10 @@ Head = Literal["mlp", "linear"]
 class ModelSection(Section):
     backbone: str = "resnet50"
     """torchvision's resnet18, resnet34, resnet50, resnet101, resnext50_32x4d or wide_resnet50_2,
-    or timm:NAME for a network that timm can cut into levels (needs the extra `timm`). Randomly
-    initialised."""
+    or timm:NAME for a network that timm can cut into levels (needs the extra `timm`)."""
+    init: str | None = None
+    """Weights that both encoders' backbones start from: a run, a weights file (`dupr import` makes
+    one of public checkpoints), hf://OWNER/NAME. Randomly initialised by default."""
 
     @model_validator(mode="after")
     def _known(self) -> ModelSection:

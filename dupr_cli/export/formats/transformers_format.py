@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dupr_cli.artifacts.files import write_json
+from dupr_cli.artifacts.layouts import transformers_name
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import LibraryMissingError, Loaded
@@ -21,21 +22,6 @@ from dupr_cli.recipe.base import LEVELS
 
 _STAGES = [f"stage{n}" for n in range(1, 5)]
 _BLOCK = re.compile(r"layer(\d)\.(\d+)\.(.+)")
-_PART = re.compile(r"(conv|bn)(\d)\.(.+)")
-_KINDS = {"conv": "convolution", "bn": "normalization"}
-
-
-def transformers_name(name: str) -> str:
-    """`layer1.0.conv2.weight` to `encoder.stages.0.layers.0.layer.1.convolution.weight`."""
-    block = _BLOCK.fullmatch(name)
-    if block is None:
-        return re.sub(_PART, lambda part: f"embedder.embedder.{_KINDS[part[1]]}.{part[3]}", name)
-    stage = f"encoder.stages.{int(block[1]) - 1}.layers.{block[2]}"
-    rest = block[3].replace("downsample.0.", "shortcut.convolution.")
-    rest = rest.replace("downsample.1.", "shortcut.normalization.")
-    return f"{stage}." + _PART.sub(
-        lambda part: f"layer.{int(part[2]) - 1}.{_KINDS[part[1]]}.{part[3]}", rest
-    )
 
 
 class TransformersFormat:

@@ -1,0 +1,97 @@
+"""`dupr import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dupr_cli.cli.command import Overwrite, command
+from dupr_cli.errors import UsageError
+from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:
+    from dupr_cli.export.public_checkpoints import Imported
+
+
+def add_to(app: typer.Typer) -> None:
+    command(app, "import", show)(import_checkpoint)
+
+
+def import_checkpoint(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A .safetensors, .pth, .pth.tar, .pt, .bin or .ckpt file, or hf://OWNER/NAME/FILE.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The weights file to write.")
+    ] = Path("imported.safetensors"),
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            "--prefix",
+            help="What the wanted network's names begin with, where the file holds several.",
+        ),
+    ] = None,
+    input_mean: Annotated[
+        str, typer.Option("--input-mean", help="Of its input, RGB in 0..1, with commas.")
+    ] = ",".join(map(str, IMAGENET_MEAN)),
+    input_std: Annotated[
+        str, typer.Option("--input-std", help="Of its input, RGB in 0..1, with commas.")
+    ] = ",".join(map(str, IMAGENET_STD)),
+    overwrite: Overwrite = False,
+) -> Imported:
+    """Make a weights file of a public ResNet checkpoint, to compare or to start from.
+
+    Names of torchvision, timm, MoCo, SwAV, DINO, DenseCL, DetCo, MMSelfSup, OpenSelfSup, lightly,
+    transformers and detectron2 are known; heads and queues are left out. Pickled files are read
+    without running code, or refused.
+
+    [bold]Examples[/]
+
+      dupr import moco_v2_200ep_pretrain.pth.tar --out moco-v2.safetensors
+
+      dupr import dino_resnet50_pretrain.pth --out dino.safetensors
+
+      dupr import checkpoint.pth --prefix teacher.backbone. --out teacher.safetensors
+    """
+    from dupr_cli.export.public_checkpoints import import_weights
+
+    return import_weights(
+        checkpoint,
+        out,
+        prefix=prefix,
+        mean=_three(input_mean, "--input-mean"),
+        std=_three(input_std, "--input-std"),
+        overwrite=overwrite,
+    )
+
+
+def _three(text: str, option: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise UsageError(f"{option} {text}: three numbers with commas between them are needed.")
+    return values
+
+
+def show(imported: Imported) -> None:
+    from dupr_cli.cli.console import print_facts
+
+    facts = [
+        ("written to", imported.path),
+        ("backbone", f"{imported.architecture}, all {imported.tensors} tensors"),
+        ("names", f"{imported.naming}'s, under {imported.prefix!r}"),
+        ("left out", f"{imported.left_out} tensors that are no part of it"),
+        ("sha256", imported.sha256),
+    ]
+    if imported.others:
+        others = ", ".join(map(repr, imported.others))
+        facts.insert(3, ("also there", f"{others}; choose with --prefix"))
+    print_facts(facts)

@@ -1,0 +1,42 @@
+"""docs/export.md: every block runs as written, in a folder with a run and a public checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.command_line import dupr
+from tests.export.test_export import make_run
+
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+
+
+def test_blocks_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    query = make_run(tmp_path / "runs" / "first", "resnet18")
+    moco = {"state_dict": {f"module.encoder_q.{name}": t for name, t in query.items()}}
+    torch.save(moco, "moco_v2_200ep_pretrain.pth.tar")
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", PAGE.read_text(), re.S)
+    assert [language for language, _ in blocks].count("python") == 4
+    for language, block in blocks:
+        if language == "bash":
+            for line in block.strip().splitlines():
+                program, *arguments = shlex.split(line)
+                assert program == "dupr"
+                dupr(*arguments)
+    code = "\n".join(block for language, block in blocks if language == "python")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pushed" / "README.md").is_file()

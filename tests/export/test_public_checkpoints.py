@@ -1,0 +1,237 @@
+"""`dupr import`: checkpoints as the projects publish them, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dupr_cli.artifacts.weights import Weights, WeightsMetadata, read_weights
+from dupr_cli.backbones import ResNetBackbone
+from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.candidates import open_candidates
+from dupr_cli.export.formats import make_format
+from dupr_cli.export.formats.detectron2_format import detectron2_arrays
+from dupr_cli.export.public_checkpoints import import_weights
+from tests.cli.command_line import dupr, pretrain
+
+Tensors = dict[str, Tensor]
+
+
+def backbone(architecture: str = "resnet18", seed: int = 0) -> Tensors:
+    torch.manual_seed(seed)
+    network = ResNetBackbone(architecture)
+    network.train()(torch.randn(2, 3, 64, 64))
+    return dict(network.state_dict())
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+OWN, OTHER = backbone(), backbone(seed=1)
+HEAD = {"fc.0.weight": torch.zeros(3, 3), "fc.2.bias": torch.zeros(3)}
+
+
+def sequential(tensors: Tensors) -> Tensors:
+    """nn.Sequential of a ResNet's children, as lightly's examples have it."""
+    network = torchvision.models.resnet18()
+    network.fc = nn.Identity()
+    network.load_state_dict(tensors)
+    return dict(nn.Sequential(*list(network.children())[:-1]).state_dict())
+
+
+def written_for(name: str, folder: Path) -> Tensors:
+    """As `dupr export` writes it; test_formats.py holds that to the framework itself."""
+    folder.mkdir()
+    metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.2,) * 3, 64)
+    make_format(name).write(Weights("w", metadata, OWN), folder, "other")
+    return load_file(folder / "model.safetensors")
+
+
+FORMS: dict[str, Callable[[], object]] = {
+    "torchvision": lambda: {**OWN, "fc.weight": torch.zeros(1000, 512)},
+    "moco": lambda: {
+        "epoch": 200,
+        "arch": "resnet18",
+        "state_dict": {
+            **under("module.encoder_k.", {**OTHER, **HEAD}),
+            **under("module.encoder_q.", {**OWN, **HEAD}),
+            "module.queue": torch.zeros(128, 16),
+        },
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.03}]},
+    },
+    "swav": lambda: {
+        **under("module.", OWN), "module.projection_head.0.weight": torch.zeros(4, 4),
+        "module.prototypes.weight": torch.zeros(4, 4),
+    },
+    "dino": lambda: {
+        "student": under("module.backbone.", OTHER),
+        "teacher": under("backbone.", OWN),
+        "epoch": 800,
+        "args": argparse.Namespace(arch="resnet18", lr=0.3),
+    },
+    "openselfsup": lambda: {
+        "state_dict": {
+            **under("encoder_q.0.", OWN), **under("encoder_k.0.", OTHER),
+            "queue": torch.zeros(2, 2),
+        },
+        "meta": {"mmcv_version": "1.0"},
+    },
+    "mmselfsup": lambda: {"state_dict": under("backbone.", OWN), "meta": {}},
+    "lightly": lambda: {"state_dict": under("backbone.", sequential(OWN)), "epoch": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_public_checkpoints(form: str, tmp_path: Path) -> None:
+    torch.save(FORMS[form](), tmp_path / "checkpoint.pth")
+    found = import_weights(str(tmp_path / "checkpoint.pth"), tmp_path / "w.safetensors")
+    assert (found.architecture, found.tensors) == ("resnet18", 120)
+    read = read_weights(str(tmp_path / "w.safetensors"))
+    assert read.tensors.keys() == OWN.keys()
+    assert all(torch.equal(read.tensors[name], tensor) for name, tensor in OWN.items())
+    (candidate,) = open_candidates([str(tmp_path / "w.safetensors")])
+    assert candidate.loaded.startswith("120 of 120")
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("timm", ""), ("transformers", "resnet.")])
+def test_safetensors_of_other_frameworks(name: str, prefix: str, tmp_path: Path) -> None:
+    tensors = under(prefix, written_for(name, tmp_path / "out"))
+    save_file(tensors, tmp_path / "c.safetensors", metadata={"format": "pt"})
+    found = import_weights(str(tmp_path / "c.safetensors"), tmp_path / "w.safetensors")
+    assert (found.naming, found.prefix) == (
+        "torchvision" if name == "timm" else "transformers", prefix
+    )  # fmt: skip
+    read = read_weights(str(tmp_path / "w.safetensors")).tensors
+    assert all(torch.equal(read[name], tensor) for name, tensor in OWN.items())
+
+
+def test_arrays_of_detectron2(tmp_path: Path) -> None:
+    """Which are published as pickles; somebody saved them as safetensors."""
+    metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.2,) * 3, 64)
+    arrays = detectron2_arrays(Weights("w", metadata, OWN))
+    tensors = {f"backbone.{n}": torch.from_numpy(array) for n, array in arrays.items()}
+    save_file(tensors, tmp_path / "c.safetensors")
+    found = import_weights(str(tmp_path / "c.safetensors"), tmp_path / "w.safetensors")
+    assert (found.naming, found.prefix) == ("detectron2", "backbone.")
+    read = read_weights(str(tmp_path / "w.safetensors")).tensors
+    kept = [name for name in OWN if not name.endswith("num_batches_tracked")]
+    assert all(torch.equal(read[name], OWN[name]) for name in kept)
+
+
+@pytest.mark.parametrize("architecture", ["resnet34", "resnet50", "resnet101", "wide_resnet50_2"])
+def test_architecture_is_told_by_the_shapes(architecture: str, tmp_path: Path) -> None:
+    torch.save(ResNetBackbone(architecture).state_dict(), tmp_path / "c.pth")
+    out = tmp_path / "w.safetensors"
+    assert import_weights(str(tmp_path / "c.pth"), out).architecture == architecture
+
+
+def test_the_averaged_network_on_request(tmp_path: Path) -> None:
+    torch.save(FORMS["moco"](), tmp_path / "c.pth")
+    out = tmp_path / "w.safetensors"
+    found = import_weights(str(tmp_path / "c.pth"), out, prefix="module.encoder_k.")
+    assert found.others == ["module.encoder_q."]
+    assert torch.equal(read_weights(str(out)).tensors["conv1.weight"], OTHER["conv1.weight"])
+    with pytest.raises(UsageError, match=r"no ResNet under 'x\.'; there are 'module\.encoder_k\.'"):
+        import_weights(str(tmp_path / "c.pth"), out, prefix="x.", overwrite=True)
+
+
+def test_counters_that_are_not_there_are_zero(tmp_path: Path) -> None:
+    bare = {n: t for n, t in OWN.items() if not n.endswith("num_batches_tracked")}
+    torch.save(bare, tmp_path / "c.pth")
+    found = import_weights(str(tmp_path / "c.pth"), tmp_path / "w.safetensors")
+    assert (found.tensors, found.left_out) == (120, 0)
+    assert read_weights(str(tmp_path / "w.safetensors")).tensors["bn1.num_batches_tracked"] == 0
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {Path.cwd() / 'was-run'}",)
+
+
+def test_pickle_that_would_run_code_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": OWN, "extra": Hostile()}, tmp_path / "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Hostile()))
+    for name in ("evil.pth", "evil.pkl"):
+        done = dupr("import", tmp_path / name, "--out", tmp_path / "w.safetensors", code=2)
+        said = " ".join(done.stderr.split())
+        assert "refused" in said
+        assert "could run code. Nothing of it was run" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pkl", "evil.pth"]
+
+
+def damaged(tmp_path: Path, kind: str) -> Path:
+    path = tmp_path / "c.pth"
+    if kind == "missing":
+        return path
+    tensors: object = OWN
+    if kind == "shape":
+        tensors = {**OWN, "layer3.1.conv2.weight": torch.zeros(3, 3)}
+    if kind == "short":
+        tensors = {n: t for n, t in OWN.items() if n != "layer4.1.bn2.weight"}
+    if kind == "other":
+        tensors = {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}
+    if kind == "nan":
+        tensors = {**OWN, "layer3.1.conv2.weight": OWN["layer3.1.conv2.weight"] * float("nan")}
+    torch.save(tensors, path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:100_000])
+    if kind == "text":
+        path.write_text("<html>404</html>")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("missing", "there is no such file"),
+        (
+            "shape",
+            r"nearest is resnet18, for which layer3\.1\.conv2\.weight is missing or",
+        ),
+        ("short", r"nearest is resnet18, for which layer4\.1\.bn2\.weight is missing"),
+        ("other", r"no ResNet in it.*blocks\.0\.attn"),
+        ("nan", r"layer3\.1\.conv2\.weight holds values that are not finite"),
+        ("cut", r"cannot be read as a checkpoint"),
+        ("text", r"refused|cannot be read"),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_message(kind: str, problem: str, tmp_path: Path) -> None:
+    path = damaged(tmp_path, kind)
+    with pytest.raises(UsageError, match=problem):
+        import_weights(str(path), tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_file_in_the_way_is_kept(tmp_path: Path) -> None:
+    torch.save(OWN, tmp_path / "c.pth")
+    (tmp_path / "w.safetensors").write_text("precious")
+    with pytest.raises(UsageError, match="a file is there"):
+        import_weights(str(tmp_path / "c.pth"), tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").read_text() == "precious"
+
+
+def test_pretraining_starts_from_imported_weights(tmp_path: Path, tiny_shards: Path) -> None:
+    torch.save(FORMS["moco"](), tmp_path / "c.pth")
+    printed = dupr("import", tmp_path / "c.pth", "--out", tmp_path / "w.safetensors").stdout
+    assert "all 120 tensors" in printed
+    out = tmp_path / "run"
+    init = ("--set", f"model.init={tmp_path / 'w.safetensors'}")
+    pretrain(tiny_shards, out, *init, "--steps", 1, "--set", "optimizer.lr=1e-12")
+    started = read_weights(str(out)).tensors["layer1.0.conv1.weight"]
+    assert torch.allclose(started, OWN["layer1.0.conv1.weight"], atol=1e-6)
+    wrong = ("--set", f"model.init={tmp_path / 'nowhere.safetensors'}")
+    pretrain(tiny_shards, tmp_path / "other", *wrong, code=2)
+    assert not (tmp_path / "other").exists()
