@@ -5,4 +5,5 @@ run       run directory with checkpoints                     pretrain -> export,
 weights   backbone weights as safetensors with metadata      export -> evaluate and other tools
 results   results.json of an evaluation                      evaluate -> people and tables
 voc_tree  PASCAL VOC folders, the labelled sets people have   -> prepare, evaluate
+coco_json COCO's JSON, the other form they have              -> prepare, evaluate
 """
