@@ -32,10 +32,11 @@ from dupr_cli.evaluate.candidates import RANDOM_WEIGHTS, Candidate, open_candida
 from dupr_cli.evaluate.detector import build_detector
 from dupr_cli.evaluate.inference import detect_all
 from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
+from dupr_cli.evaluate.metrics import METRIC_NAMES, Detections
+from dupr_cli.evaluate.metrics.voc import voc_scores
 from dupr_cli.evaluate.pictures import draw_detections, draw_losses
 from dupr_cli.evaluate.report import detection_rows, detections_from_rows, table
 from dupr_cli.evaluate.training import LossRecord, measure_batch_norm, train_detector
-from dupr_cli.evaluate.voc_metric import METRIC_NAMES, Detections, voc_scores
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import EvaluateRecipe, recipe_digest, recipe_keys
 

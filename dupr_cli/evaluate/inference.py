@@ -10,7 +10,7 @@ import torch
 from dupr_cli.evaluate.batches import Batch
 from dupr_cli.evaluate.detector import Detector
 from dupr_cli.evaluate.labelled import Annotation, LabelledSet
-from dupr_cli.evaluate.voc_metric import Detections
+from dupr_cli.evaluate.metrics import Detections
 from dupr_cli.progress import Reporter
 
 

@@ -26,7 +26,7 @@ from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, ShardSet, open_shards
 from dupr_cli.artifacts.voc_tree import VocTree, find_voc_trees
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.evaluate.voc_metric import Truth
+from dupr_cli.evaluate.metrics import Truth
 from dupr_cli.progress import Reporter
 
 _ORIENTATION = 274  # EXIF tag

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.evaluate.labelled import LabelledSet
+from dupr_cli.evaluate.metrics import Detections
 from dupr_cli.evaluate.training import LossRecord
-from dupr_cli.evaluate.voc_metric import Detections
 
 Colour = tuple[int, int, int]
 

@@ -10,7 +10,7 @@ from typing import TypedDict
 import numpy as np
 
 from dupr_cli.artifacts.results import DatasetIdentity, Results
-from dupr_cli.evaluate.voc_metric import Detections
+from dupr_cli.evaluate.metrics import Detections
 
 _WIDTH = 80
 _NAME_WIDTH = 24

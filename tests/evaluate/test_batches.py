@@ -21,7 +21,7 @@ from dupr_cli.evaluate.batches import (
 )
 from dupr_cli.evaluate.inference import detect_all
 from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
-from dupr_cli.evaluate.voc_metric import voc_scores
+from dupr_cli.evaluate.metrics.voc import voc_scores
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
 from tests.evaluate.scenes import COLOURS, add_image, add_split, make_tree

@@ -13,17 +13,15 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dupr_cli.evaluate.voc_metric import (
+from dupr_cli.evaluate.metrics import Detections, Points, Truth
+from dupr_cli.evaluate.metrics.voc import (
     RECALL_THRESHOLDS,
-    Detections,
-    Points,
-    Truth,
     average_precision,
     average_precisions,
     voc_scores,
 )
 
-PADILLA = Path(__file__).parents[3] / "shared/data/metric_cases/padilla_sample_2"
+PADILLA = Path(__file__).parents[4] / "shared/data/metric_cases/padilla_sample_2"
 
 KitBox = tuple[float, float, float, float]
 

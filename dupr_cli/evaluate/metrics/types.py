@@ -1,0 +1,84 @@
+"""What the metrics of detection take and give: objects, detections, scores.
+
+Boxes are pixel edges, 0-based and half-open, x_min, y_min, x_max, y_max (`artifacts.labels`), in
+the pixels of the image. Labels are class numbers from 0. One `Truth` and one `Detections` per
+image, in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+Points = Literal["voc07", "voc10"]
+Metric = Literal["voc07", "voc10", "coco", "coco-segm"]
+
+METRIC_NAMES: dict[Metric, str] = {
+    "voc07": "VOC07 11-point AP over IoU 0.50:0.05:0.95, AP50 and AP75, percent",
+    "voc10": "VOC10 area-under-curve AP over IoU 0.50:0.05:0.95, AP50 and AP75, percent",
+    "coco": "COCO box AP over IoU 0.50:0.05:0.95 at 101 recall points, percent",
+    "coco-segm": "COCO box and mask AP over IoU 0.50:0.05:0.95 at 101 recall points, percent",
+}
+
+
+class Rle(TypedDict):
+    """A mask in COCO's compressed run-length form. size: height, width of the image, pixels."""
+
+    size: list[int]
+    counts: str
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Objects of one image.
+
+    boxes: (n, 4) float. labels: (n,) class numbers. difficult: (n,) bool, VOC's flag. crowd: (n,)
+    bool, COCO's flag. areas: (n,) float, pixels, COCO's measure of size where it is not the box's
+    area. masks: one per object, for coco-segm.
+    """
+
+    boxes: NDArray[np.floating]
+    labels: Integers
+    difficult: Flags
+    crowd: Flags | None = None
+    areas: NDArray[np.floating] | None = None
+    masks: tuple[Rle, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector says about one image.
+
+    boxes: (d, 4) float. labels: (d,). scores: (d,). masks: one per detection, for coco-segm. order:
+    (d,) places in the file that they came from, all images together: VOC's metric keeps it where
+    scores are equal. None: one image after the other.
+    """
+
+    boxes: NDArray[np.floating]
+    labels: Integers
+    scores: NDArray[np.floating]
+    masks: tuple[Rle, ...] | None = None
+    order: Integers | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """AP, AP50, AP75, then the metric's other numbers, in percent: overall, and of each class.
+
+    What is not defined is left out: a class without an object to find, APs without a small one.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+
+
+def threshold_name(iou: float) -> str:
+    """AP50 for an IoU of 0.5."""
+    return f"AP{100 * iou:.6g}"
