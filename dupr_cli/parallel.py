@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dupr_cli.devices import choose_device
 from dupr_cli.errors import RunError, UsageError
@@ -110,6 +110,22 @@ class World:
                 f"({len(differing)} tensors in all). A device or the communication between them "
                 f"is faulty; the last checkpoint is from before."
             )
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
+    """Mean of the gradients over processes, in place.
+
+    One sum over one buffer of fixed layout after the backward pass, rather than
+    DistributedDataParallel: its buckets are laid out anew after the first step, so that sums of
+    three or more processes would round differently in a continued run.
+    """
+    if world.size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    mean = world.sum(torch.cat([g.flatten() for g in gradients])) / world.size
+    slices = torch.split(mean, [g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(slices, gradients, strict=True)])
 
 
 def _digest(tensor: Tensor) -> Tensor:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: threads of tests side by side would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -20,6 +25,9 @@ from dupr_cli.recipe import PretrainRecipe, load_recipe
 # A busy machine is no failure; where nobody looks for new cases, the known ones must pass.
 settings.register_profile("dupr", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("dupr")
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

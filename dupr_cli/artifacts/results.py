@@ -11,7 +11,7 @@ from pathlib import Path
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.errors import UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RESULTS = "results.json"
 
 
@@ -32,10 +32,26 @@ class DatasetIdentity:
 
 
 @dataclass(frozen=True)
+class TrialResult:
+    """One training of one of the weights. metrics in percent; per_class: the same for each class.
+
+    curve: what was measured on the way, with the iteration as `step`.
+    """
+
+    seed: int
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    seconds: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class WeightsResult:
     """The outcome for one of the compared weights.
 
-    metrics: AP, AP50, AP75 in percent. per_class: the same for each class.
+    metrics, per_class: in percent, means over the trials. deviations: standard deviations of the
+    metrics over trials (n - 1), empty for a single one. seconds: of all trials.
     """
 
     weights: str
@@ -45,11 +61,36 @@ class WeightsResult:
     per_class: dict[str, dict[str, float]]
     seconds: dict[str, float] = field(default_factory=dict)
     extra: dict[str, object] = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)
+    trials: list[TrialResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """`first` minus `second` on the same seeds, in percent: mean and confidence interval."""
+
+    first: str
+    second: str
+    metric: str
+    trials: int
+    mean: float
+    low: float
+    high: float
+    confidence: float
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Results:
-    """results.json as a whole."""
+    """results.json as a whole.
+
+    protocol: name of the recipe. changes: recipe keys whose values are not the named recipe's, with
+    both. leaks: test images found in pre-training data, where it was looked for.
+    """
 
     protocol: str
     metric: str
@@ -62,6 +103,10 @@ class Results:
     seeds: list[int]
     dupr_version: str
     environment: dict[str, str] = field(default_factory=dict)
+    changes: dict[str, list[object]] = field(default_factory=dict)
+    differences: list[PairedDifference] = field(default_factory=list)
+    leaks: list[dict[str, object]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> Path:
@@ -77,7 +122,11 @@ class Results:
             values = json.loads(file.read_bytes())
             values["train"] = DatasetIdentity(**values["train"])
             values["test"] = DatasetIdentity(**values["test"])
+            for entry in values["results"]:
+                entry["trials"] = [TrialResult(**t) for t in entry.get("trials", [])]
             values["results"] = [WeightsResult(**entry) for entry in values["results"]]
+            differences = values.get("differences", [])
+            values["differences"] = [PairedDifference(**entry) for entry in differences]
             return cls(**values)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{file} is not a results file of dupr ({error}).") from error

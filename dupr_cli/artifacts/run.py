@@ -60,6 +60,7 @@ class CheckpointState:
     files: dict[str, dict[str, object]]
     processes: int = 1
     loss_scaler: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
     dupr_version: str = __version__
     format_version: int = FORMAT_VERSION
 

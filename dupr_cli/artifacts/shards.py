@@ -256,7 +256,14 @@ class ShardSet:
         """A sample with its extras. Raises RunError when its shard is damaged."""
         return self._sample(number, extras=True)
 
-    def _sample(self, number: int, extras: bool) -> Sample:
+    def described(self, number: int) -> Sample:
+        """A sample with its extras, its image left empty: labels without reading any pixels.
+
+        Raises RunError when its shard is damaged.
+        """
+        return self._sample(number, extras=True, image=False)
+
+    def _sample(self, number: int, extras: bool, image: bool = True) -> Sample:
         shard, position = self.place(number)
         index = self.index(shard)
         key = index.keys[position]
@@ -264,15 +271,14 @@ class ShardSet:
         def member(place: Place | None) -> bytes | None:
             return None if place is None else self._read(shard, place, key)
 
-        image, info, boxes = (
-            member(column[position]) for column in (index.images, index.infos, index.boxes)
-        )
+        pixels = member(index.images[position]) if image else b""
+        info, boxes = (member(column[position]) for column in (index.infos, index.boxes))
         others = index.extras.get(key, {}) if extras else {}
         try:
             return sample_from_json(
                 key,
                 index.extensions[position],
-                image or b"",
+                pixels or b"",
                 json.loads(info) if info else {},
                 json.loads(boxes)["objects"] if boxes else None,
                 {suffix: self._read(shard, place, key) for suffix, place in others.items()},

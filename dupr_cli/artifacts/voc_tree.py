@@ -9,6 +9,7 @@ Source: the VOC development kit's annotation format.
 
 from __future__ import annotations
 
+import math
 import os
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
@@ -43,13 +44,21 @@ class VocTree:
         return [n for n in sorted(names) if not ("_" in n and n.rpartition("_")[2] in names)]
 
     def image_ids(self, split: str) -> list[str]:
-        """Ids of a split, in the order of its file. Raises UsageError for an unknown split."""
+        """Ids of a split, in the order of its file.
+
+        Raises UsageError for an unknown split, or a list that is no text.
+        """
         path = self.root / "ImageSets" / "Main" / f"{split}.txt"
         if not path.is_file():
             raise UsageError(
                 f"{path}: there is no split {split!r}; the tree has {', '.join(self.splits)}."
             )
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{path}: the list is not UTF-8 text ({error}). Save it as UTF-8."
+            ) from error
         return [line.split()[0] for line in lines if line.strip()]
 
     def image_path(self, image_id: str) -> Path:
@@ -71,8 +80,12 @@ class VocTree:
             root = ET.parse(path).getroot()
         except FileNotFoundError:
             raise RunError(f"{path}: the annotation is missing.") from None
-        except ET.ParseError as error:
-            raise RunError(f"{path}: not valid XML: {error}.") from error
+        except (ET.ParseError, ValueError, LookupError) as error:
+            # The last two: an encoding that Python's parser does not know.
+            raise RunError(
+                f"{path}: not valid XML: {error}. Is it in the encoding that its first line names, "
+                f"UTF-8 where it names none?"
+            ) from error
         width, height = (root.findtext(f"size/{side}") or "" for side in ("width", "height"))
         size = (int(width), int(height)) if width.isdigit() and height.isdigit() else None
         return Annotation(
@@ -86,11 +99,14 @@ def _parse_object(element: ET.Element, path: Path) -> Box:
     for tag in ("xmin", "ymin", "xmax", "ymax"):
         text = element.findtext(f"bndbox/{tag}")
         try:
-            corners.append(float(text or ""))
+            corner = float(text or "")
         except ValueError:
+            corner = math.nan
+        if not math.isfinite(corner):
             raise RunError(
                 f"{path}: object {name!r}: bndbox/{tag} is {text!r}, but a number is needed."
-            ) from None
+            )
+        corners.append(corner)
     x_min, y_min, x_max, y_max = corners
     return Box(
         name=name,

@@ -2,12 +2,13 @@
 
 A weights file is a `.safetensors` of one backbone, in torchvision's names without fc, whose
 header metadata tells layout, architecture, input statistics and where it came from. `read_weights`
-takes every form in which the command line accepts weights: such a file, a run directory (its
-newest checkpoint), or one checkpoint. Nothing is ever unpickled.
+takes every form in which the command line accepts weights: such a file, here or on the Hugging Face
+Hub, a run directory (its newest checkpoint), or one checkpoint. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import sha256_file, write_bytes
+from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.run import MODEL_FILE, Checkpoint, is_checkpoint, newest_checkpoint
-from dupr_cli.errors import UsageError
+from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
+TORCHVISION = "torchvision:"  # before the name of weights that torchvision publishes
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_weights(address: str, encoder: str = "query") -> Weights:
-    """Backbone weights from a run directory, a checkpoint or a weights file.
+    """Backbone weights from a run directory, a checkpoint or a weights file, or `hf://OWNER/NAME`.
 
     encoder: which encoder's backbone of a run or checkpoint; a weights file has one only.
-    Raises UsageError, naming what was found, when there are no readable weights at `address`.
+    Raises UsageError, naming what was found, when there are no readable weights at `address`,
+    RunError when the Hub cannot be asked.
     """
-    path = Path(address)
+    path = fetch_weights(address) if address.startswith(HUB) else Path(address)
     if not path.exists():
         raise UsageError(
             f"{address}: there is no such run directory, checkpoint or weights file "
@@ -153,6 +157,45 @@ def read_weights(address: str, encoder: str = "query") -> Weights:
             f"{address}: the layout is {metadata.layout!r}; only torchvision can be read."
         )
     return Weights(address, metadata, tensors, sha256_file(path))
+
+
+def read_torchvision_weights(address: str, architecture: str) -> Weights:
+    """Weights that torchvision publishes, without fc; fetched once into torch's cache.
+
+    address: `torchvision:IMAGENET1K_V1`, for one. Raises UsageError for a name that torchvision
+    does not have for the architecture, RunError when they cannot be fetched.
+    """
+    import torchvision
+
+    name = address.removeprefix(TORCHVISION)
+    known = torchvision.models.get_model_weights(architecture)
+    if name not in known.__members__:
+        raise UsageError(
+            f"{address}: torchvision has no such weights of a {architecture}; it has "
+            f"{', '.join(known.__members__)}."
+        )
+    published = known[name]
+    try:
+        tensors = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise RunError(
+            f"{address}: {published.url} cannot be fetched ({error}). With the file in "
+            f"{torch.hub.get_dir()}/checkpoints it is not fetched."
+        ) from error
+    backbone = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
+    transform = published.transforms()
+    metadata = WeightsMetadata(
+        layout="torchvision",
+        architecture=architecture,
+        input_mean=tuple(transform.mean),
+        input_std=tuple(transform.std),
+        input_size=int(transform.crop_size[0]),
+        encoder="supervised",
+    )
+    digest = hashlib.sha256()
+    for key in sorted(backbone):
+        digest.update(key.encode() + backbone[key].numpy().tobytes())
+    return Weights(address, metadata, backbone, digest.hexdigest())
 
 
 def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weights:

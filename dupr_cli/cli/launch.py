@@ -19,6 +19,7 @@ from dupr_cli.errors import RunError, StoppedRunError
 
 # Set for the processes that `launch` starts, and read by `report_error` in them.
 _LAUNCHED = "DUPR_LAUNCHED"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # A step and a checkpoint of the largest runs are made in less.
 _GRACE_SECONDS = 600
 
@@ -72,6 +73,19 @@ def launch(nproc: int, nnodes: int, rendezvous: str, arguments: Sequence[str]) -
             f"save. The same command continues.",
             code,
         ) from None
+
+
+def end_with_launcher() -> None:
+    """Let the kernel end this process when the launcher that started it is gone.
+
+    A launcher that is killed cannot end its processes itself; they would go on writing where the
+    next call of the same command writes.
+    """
+    if os.environ.get(_LAUNCHED) and sys.platform == "linux":
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def report_error(message: str) -> None:

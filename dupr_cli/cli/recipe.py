@@ -9,7 +9,7 @@ import typer
 from dupr_cli.cli.command import Set, command
 from dupr_cli.progress import Reporter
 
-Stage = Literal["prepare", "pretrain", "export", "evaluate"]
+Stage = Literal["prepare", "pretrain", "export", "evaluate", "probe"]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -109,7 +109,7 @@ def show_text(text: str) -> None:
 
 def schema(
     stage: Annotated[
-        Stage, typer.Argument(metavar="STAGE", help="prepare, pretrain, export or evaluate.")
+        Stage, typer.Argument(metavar="STAGE", help="prepare, pretrain, export, evaluate or probe.")
     ],
 ) -> dict[str, object]:
     """Print the JSON Schema of a stage's recipes, so that editors complete and check YAML.

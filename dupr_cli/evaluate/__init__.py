@@ -1,8 +1,8 @@
-"""Stage 4, `dupr evaluate`: weights and a labelled set to AP, AP50 and AP75.
+"""Stage 4, `dupr evaluate`: weights and a labelled set to AP, and to whether a difference is real.
 
-A Faster R-CNN is fine-tuned on each of the compared weights, with the same images, budget and
-random numbers, and tested with VOC's metric. comparison.py carries it out; the data, the detector,
-its training and the metric are modules of their own.
+A detector is fine-tuned on each of the compared weights, with the same images, budget and random
+numbers, once for every seed, and tested with the protocol's metric. comparison.py carries it out;
+data, detectors, their training, metrics and statistics are modules of their own.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ def plan(
     data: str,
     out: Path,
     *,
-    train_split: str = "train",
-    test_split: str = "val",
     device: str = "auto",
+    processes: int = 1,
+    notes: Sequence[str] = (),
 ) -> EvaluatePlan:
     """Check everything that `run` needs and say what it would do.
 
     Raises UsageError, or RunError for damaged data, as `run` does before it starts.
     """
+    from dupr_cli.devices import choose_device
     from dupr_cli.evaluate.comparison import prepare_comparison
 
-    return prepare_comparison(recipe, weights, data, out, train_split, test_split, device).plan()
+    chosen = choose_device(device)
+    return prepare_comparison(recipe, weights, data, out, chosen, processes, notes).plan()
 
 
 def run(
@@ -46,26 +48,35 @@ def run(
     data: str,
     out: Path,
     *,
-    train_split: str = "train",
-    test_split: str = "val",
     device: str = "auto",
     overwrite: bool = False,
+    leaks_in: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    max_hours: float | None = None,
+    stop_after: int | None = None,
     reporter: Reporter | None = None,
 ) -> Results:
     """Fine-tune and test a detector on each of the weights, and write what came of it into `out`.
 
-    weights: run directories, checkpoints or weights files; `none` is a random backbone. data: a VOC
-    tree or labelled shards. device: auto, cpu, cuda or cuda:N.
-    `out` gets results.json, table.txt, detections.png, losses.png, and a folder per weights with
-    its result and detections. Weights that were finished there before, under the same recipe, data
-    and device, are not run again.
+    weights: run directories, checkpoints, weights files or torchvision:NAME; `none` is a random
+    backbone. data: a VOC tree, COCO's or Cityscapes' layout, or labelled shards. device: auto, cpu,
+    cuda or cuda:N; under torchrun each process takes its own GPU and its part of every batch.
+    leaks_in: pre-training shards in which test images are looked for. notes: said with the results.
+    `out` gets results.json, table.txt, pictures, and a folder per weights with its trials. Trials
+    that were finished there before, under the same recipe, data and device, are not run again, and
+    one that was interrupted goes on.
     Raises UsageError for inputs that cannot be used or an `out` that holds another evaluation
-    (`overwrite` replaces it), RunError for damaged images and for training that diverges.
+    (`overwrite` replaces it), RunError for damaged images and for training that diverges,
+    StoppedRunError when a signal or a limit stops it.
     """
     from dupr_cli.evaluate.comparison import compare, prepare_comparison
+    from dupr_cli.parallel import join
+    from dupr_cli.stopping import Limits
 
-    reporter = reporter or SilentReporter()
-    comparison = prepare_comparison(
-        recipe, weights, data, out, train_split, test_split, device, reporter
-    )
-    return compare(comparison, overwrite, reporter)
+    with join(device) as world:
+        say: Reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()
+        comparison = prepare_comparison(
+            recipe, weights, data, out, world.device, world.size, notes, say
+        )
+        limits = Limits(max_hours, stop_after)
+        return compare(comparison, world, overwrite, say, limits, leaks_in)

@@ -1,6 +1,6 @@
 """What the detector sees: images resized and flipped with their boxes, in batches.
 
-Every batch is a pure function of (seed, iteration): its images, their flips and its short side. So
+Every batch is a pure function of (seed, iteration): its images, their flips and short sides. So
 all compared weights train on the same batches, with any number of loader workers. Images are
 resized with Pillow's antialiased bilinear filter, as the protocol's loader does, and stay uint8
 until they are on the training device.
@@ -9,38 +9,40 @@ until they are on the training device.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dupr_cli.evaluate.detectors import Target
 from dupr_cli.evaluate.labelled import LabelledSet
+from dupr_cli.parallel import World
 from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
 
 # Streams of random numbers, told apart by the last word of their seed.
-_ORDER, _FLIP, _SIZE, _SUBSET = range(4)
+_ORDER, _FLIP, _SIZE = range(3)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Images of one step, with their objects.
 
-    images: (3, H, W) uint8 each. boxes: (n, 4) float32 in pixels of that image. labels: (n,) int64,
-    class number from 0.
+    images: (3, H, W) uint8 each. targets: boxes in pixels of that image, class numbers from 0.
     """
 
     images: list[Tensor]
-    boxes: list[Tensor]
-    labels: list[Tensor]
+    targets: list[Target]
 
     def pin_memory(self) -> Batch:
         """Called by the loader for a CUDA device."""
-        return Batch([image.pin_memory() for image in self.images], self.boxes, self.labels)
+        return Batch([image.pin_memory() for image in self.images], self.targets)
 
 
 @dataclass(frozen=True)
@@ -63,85 +65,99 @@ def flip_boxes(boxes: NDArray[np.float32], width: int) -> NDArray[np.float32]:
     return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
-def training_positions(images: LabelledSet, recipe: EvaluateRecipe) -> list[int]:
-    """Images to train on, in the order of the split: those with objects, or data.train_images.
-
-    Images without objects are left out, as the protocol does; they would train the background only.
-    """
-    positions = [i for i, annotation in enumerate(images.annotations) if annotation.names]
-    wanted = recipe.data.train_images
-    if wanted is None or wanted >= len(positions):
-        return positions
-    random = np.random.default_rng([recipe.seed, _SUBSET])
-    return sorted(random.choice(positions, wanted, replace=False).tolist())
-
-
 class TrainingOrder:
-    """The requests of every iteration, without end.
+    """The requests of every iteration from `start` on, without end.
 
     Images that do not fill a batch at the end of an epoch start the next one: nothing is dropped.
+    With `data.group_by_aspect` wide and tall images wait for others of their kind, as in
+    detectron2, and a batch is of one kind.
     """
 
-    def __init__(self, images: int, recipe: EvaluateRecipe) -> None:
-        self._images, self._recipe = images, recipe
+    def __init__(
+        self, images: LabelledSet, recipe: EvaluateRecipe, seed: int, start: int = 0
+    ) -> None:
+        self._wide = [a.width >= a.height for a in images.annotations]
+        self._recipe, self._seed, self._start = recipe, seed, start
 
     def __iter__(self) -> Iterator[list[Request]]:
-        seed, data = self._recipe.seed, self._recipe.data
-        order, flips = self._epoch(0)
-        position = iteration = 0
-        while True:
-            sizes = np.random.default_rng([seed, iteration, _SIZE])
-            short_side = int(sizes.choice(data.train_sizes))
-            batch: list[Request] = []
-            while len(batch) < self._recipe.train.batch_size:
-                epoch, place = divmod(position, self._images)
-                if position and place == 0:
-                    order, flips = self._epoch(epoch)
-                batch.append(Request(int(order[place]), short_side, bool(flips[place])))
-                position += 1
-            yield batch
-            iteration += 1
+        return islice(self._batches(), self._start, None)
 
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        seed = self._recipe.seed
-        order = np.random.default_rng([seed, epoch, _ORDER]).permutation(self._images)
-        flips = np.random.default_rng([seed, epoch, _FLIP]).random(self._images) < 0.5
-        return order, flips & self._recipe.data.flip
+    def _batches(self) -> Iterator[list[Request]]:
+        waiting: dict[bool, list[Request]] = {False: [], True: []}
+        for request in self._requests():
+            kind = self._wide[request.position] or not self._recipe.data.group_by_aspect
+            waiting[kind].append(request)
+            if len(waiting[kind]) == self._recipe.train.batch_size:
+                yield waiting[kind]
+                waiting[kind] = []
+
+    def _requests(self) -> Iterator[Request]:
+        data, images = self._recipe.data, len(self._wide)
+        for epoch in count():
+            order = self._random(epoch, _ORDER).permutation(images)
+            flips = (self._random(epoch, _FLIP).random(images) < 0.5) & data.flip
+            sizes = self._random(epoch, _SIZE).choice(data.train_sizes, images)
+            for position, side, flip in zip(order, sizes, flips, strict=True):
+                yield Request(int(position), int(side), bool(flip))
+
+    def _random(self, epoch: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, epoch, stream])
+
+
+class PartOfBatches:
+    """What one of several processes takes of every batch: an equal part, in rank order."""
+
+    def __init__(self, batches: Iterable[list[Request]], world: World) -> None:
+        self._batches, self._world = batches, world
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        for batch in self._batches:
+            size = len(batch) // self._world.size
+            yield batch[self._world.rank * size : (self._world.rank + 1) * size]
 
 
 class ImageLoading(Dataset[Batch]):
     """Decodes, resizes and flips the image of a request."""
 
     def __init__(
-        self, images: LabelledSet, data: DetectionDataSection, classes: Sequence[str]
+        self, images: LabelledSet, data: DetectionDataSection, classes: Sequence[str], masks: bool
     ) -> None:
-        self._images, self._data, self._classes = images, data, classes
+        self._images, self._data, self._classes, self._masks = images, data, classes, masks
 
     def __getitem__(self, request: Request) -> Batch:
-        """Raises RunError naming the image when it cannot be read."""
+        """Crowds are no objects to learn. Raises RunError naming an image that cannot be read."""
         image = self._images.image(request.position)
-        truth = self._images.truth(request.position, self._classes)
+        annotation = self._images.annotations[request.position]
         width, height = resized_size(
             image.width, image.height, request.short_side, self._data.max_size
         )
         scale = np.array([width / image.width, height / image.height] * 2, dtype=np.float32)
-        boxes = truth.boxes.astype(np.float32) * scale
+        single = ~annotation.crowd
+        boxes = annotation.boxes[single] * scale
+        labels = np.array([self._classes.index(name) for name in annotation.names], dtype=np.int64)
         # A copy: torch does not take the read-only memory of Pillow.
         pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+        masks = None
+        if self._masks:
+            drawn = self._images.masks(request.position)[single]
+            masks = np.zeros((len(drawn), height, width), dtype=np.bool_)
+            for mask, one in zip(masks, drawn, strict=True):
+                mask[:] = Image.fromarray(one).resize((width, height), Image.Resampling.NEAREST)
         if request.flip:
             pixels, boxes = pixels[:, ::-1].copy(), flip_boxes(boxes, width)
-        return Batch(
-            [torch.from_numpy(pixels).permute(2, 0, 1)],
-            [torch.from_numpy(boxes)],
-            [torch.from_numpy(truth.labels)],
+            masks = None if masks is None else masks[:, :, ::-1].copy()
+        target = Target(
+            torch.from_numpy(boxes),
+            torch.from_numpy(labels[single]),
+            None if masks is None else torch.from_numpy(masks),
         )
+        return Batch([torch.from_numpy(pixels).permute(2, 0, 1)], [target])
 
 
 def _collate(samples: list[Batch]) -> Batch:
     return Batch(
         [image for sample in samples for image in sample.images],
-        [boxes for sample in samples for boxes in sample.boxes],
-        [labels for sample in samples for labels in sample.labels],
+        [target for sample in samples for target in sample.targets],
     )
 
 
@@ -155,29 +171,40 @@ def _loader(
     images: LabelledSet,
     recipe: EvaluateRecipe,
     classes: Sequence[str],
-    requests: TrainingOrder | list[list[Request]],
-    pin_memory: bool,
+    requests: Iterable[list[Request]],
+    masks: bool,
+    world: World,
 ) -> DataLoader[Batch]:
     return DataLoader(
-        ImageLoading(images, recipe.data, classes),
-        batch_sampler=requests,
+        ImageLoading(images, recipe.data, classes, masks),
+        batch_sampler=cast(Sampler[list[int]], requests),  # the loader passes on what it yields
         num_workers=recipe.train.workers,
         collate_fn=_collate,
-        pin_memory=pin_memory,
+        pin_memory=world.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )
 
 
 def training_batches(
-    images: LabelledSet, recipe: EvaluateRecipe, classes: Sequence[str], pin_memory: bool
+    images: LabelledSet,
+    recipe: EvaluateRecipe,
+    classes: Sequence[str],
+    seed: int,
+    start: int,
+    world: World,
 ) -> DataLoader[Batch]:
-    """Batches of all iterations, without end; see `TrainingOrder`."""
-    return _loader(images, recipe, classes, TrainingOrder(len(images), recipe), pin_memory)
+    """This process's part of the batches of all iterations from `start` on, without end."""
+    order = PartOfBatches(TrainingOrder(images, recipe, seed, start), world)
+    return _loader(images, recipe, classes, order, recipe.has_masks, world)
 
 
 def test_batches(
-    images: LabelledSet, recipe: EvaluateRecipe, classes: Sequence[str], pin_memory: bool
+    images: LabelledSet,
+    recipe: EvaluateRecipe,
+    classes: Sequence[str],
+    positions: Sequence[int],
+    world: World,
 ) -> DataLoader[Batch]:
     """One image at a time, in order: in a batch the padding of its neighbours would change it."""
-    requests = [[Request(position, recipe.data.test_size)] for position in range(len(images))]
-    return _loader(images, recipe, classes, requests, pin_memory)
+    requests = [[Request(position, recipe.data.test_size)] for position in positions]
+    return _loader(images, recipe, classes, requests, False, world)

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dupr_cli.artifacts.weights import Weights, load_backbone, read_weights
+from dupr_cli.artifacts.hub_weights import HUB
+from dupr_cli.artifacts.weights import (
+    TORCHVISION,
+    Weights,
+    load_backbone,
+    read_torchvision_weights,
+    read_weights,
+)
 from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import UsageError
 
@@ -20,12 +27,16 @@ RANDOM_WEIGHTS = "none"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the compared weights. weights: None for a random backbone. folder: its name in OUT."""
+    """One of the compared weights. weights: None for a random backbone. folder: its name in OUT.
+
+    loaded: how much of the backbone they are, in words.
+    """
 
     address: str
     architecture: str
     weights: Weights | None
     folder: str
+    loaded: str = ""
 
     @property
     def sha256(self) -> str | None:
@@ -35,34 +46,48 @@ class Candidate:
 def open_candidates(addresses: Sequence[str], fixed: str = "auto") -> list[Candidate]:
     """Open the compared weights and check that every tensor of theirs fits.
 
-    fixed: the architecture asked for, or `auto`: the one that the weights name.
+    addresses: runs, checkpoints, weights files, hf://OWNER/NAME, torchvision:NAME, or none. fixed:
+    the architecture asked for, or `auto`: the one that the weights name (resnet50 where none does).
     Raises UsageError for weights that cannot be read or do not fit.
     """
     if not addresses:
         raise UsageError("Give at least one of: run directory, checkpoint, weights file, none.")
-    opened = {a: read_weights(a) for a in addresses if a != RANDOM_WEIGHTS}
+    own = [a for a in addresses if a != RANDOM_WEIGHTS and not a.startswith(TORCHVISION)]
+    opened = {a: read_weights(a) for a in own}
     named = {weights.metadata.architecture for weights in opened.values()}
-    for address, weights in opened.items():
-        if fixed not in ("auto", weights.metadata.architecture):
-            raise UsageError(
-                f"{address}: the weights are of a {weights.metadata.architecture}, but the recipe "
-                f"asks for {fixed}. Set detector.backbone to auto or "
-                f"{weights.metadata.architecture}. (recipe key: detector.backbone)"
-            )
-        # Loaded once here, so that a tensor that does not fit is found before anything is trained.
-        load_backbone(ResNetBackbone(weights.metadata.architecture), weights)
-    if fixed == "auto" and RANDOM_WEIGHTS in addresses and len(named) > 1:
+    without_name = [a for a in addresses if a not in opened]
+    if fixed == "auto" and without_name and len(named) > 1:
         raise UsageError(
-            f"{RANDOM_WEIGHTS}: the other weights are of {' and '.join(sorted(named))}; evaluate "
-            f"them apart, each with its own {RANDOM_WEIGHTS}."
+            f"{without_name[0]}: the other weights are of {' and '.join(sorted(named))}; evaluate "
+            f"them apart, each with its own {without_name[0]}."
         )
-    random = fixed if fixed != "auto" else next(iter(named), "resnet50")
-    candidates = []
-    for number, address in enumerate(addresses, 1):
-        weights_or_none = opened.get(address)
-        architecture = weights_or_none.metadata.architecture if weights_or_none else random
-        name = re.sub(r"[^\w.-]+", "_", Path(address).resolve().stem)[:40]
-        if address == RANDOM_WEIGHTS:
-            name = RANDOM_WEIGHTS
-        candidates.append(Candidate(address, architecture, weights_or_none, f"{number:02d}-{name}"))
-    return candidates
+    default = fixed if fixed != "auto" else next(iter(named), "resnet50")
+    for address in addresses:
+        if address.startswith(TORCHVISION):
+            opened[address] = read_torchvision_weights(address, default)
+    return [
+        _candidate(address, opened.get(address), default, fixed, number)
+        for number, address in enumerate(addresses, 1)
+    ]
+
+
+def _candidate(
+    address: str, weights: Weights | None, default: str, fixed: str, number: int
+) -> Candidate:
+    if weights is None:
+        return Candidate(address, default, None, f"{number:02d}-{RANDOM_WEIGHTS}", "random")
+    architecture = weights.metadata.architecture
+    if fixed not in ("auto", architecture):
+        raise UsageError(
+            f"{address}: the weights are of a {architecture}, but the recipe asks for {fixed}. Set "
+            f"detector.backbone to auto or {architecture}. (recipe key: detector.backbone)"
+        )
+    # Loaded once here, so that a tensor that does not fit is found before anything is trained.
+    backbone = ResNetBackbone(architecture)
+    count, total = load_backbone(backbone, weights), len(backbone.state_dict())
+    # A run given as `.` has a name all the same.
+    published = address.startswith((TORCHVISION, HUB))
+    name = address.removeprefix(HUB) if published else Path(address).resolve().stem
+    plain = re.sub(r"[^\w.-]+", "-", name)[:40]
+    loaded = f"{count} of {total} tensors of the {architecture} loaded"
+    return Candidate(address, architecture, weights, f"{number:02d}-{plain}", loaded)

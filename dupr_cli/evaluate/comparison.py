@@ -1,12 +1,14 @@
 """The comparison: every weights given, fine-tuned and tested alike, results kept as they finish.
 
-    OUT/evaluation.json          what all results in OUT have in common: recipe, data, device
-    OUT/01-NAME/result.json      one of the weights, with its fingerprint; written last
-    OUT/01-NAME/detections.json  its detections on the test images
-    OUT/results.json  table.txt  detections.png  losses.png
+    OUT/evaluation.json             what all results in OUT have in common: recipe, data, device
+    OUT/labels.json                 the images that are trained on, where not all are
+    OUT/01-NAME/seed-0/             a trial: metrics.jsonl, checkpoints while it is under way,
+                                    detections.json, and result.json, written last
+    OUT/01-NAME/analysis/           curves, confusion and errors of its first trial
+    OUT/results.json  table.txt  detections.png  curves.png
 
-A result that is there under the same fingerprint is not computed again, so an evaluation that was
-killed goes on with the weights that were not finished.
+A trial whose result is there under the same fingerprint is not computed again, so an evaluation
+that was killed goes on with what was not finished, and more weights or seeds can be added.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,31 +25,53 @@ import torchvision
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import remove_leftovers, write_json, write_text
-from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
-from dupr_cli.devices import choose_device
+from dupr_cli.artifacts.results import RESULTS, Results
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.batches import test_batches, training_batches, training_positions
 from dupr_cli.evaluate.candidates import RANDOM_WEIGHTS, Candidate, open_candidates
-from dupr_cli.evaluate.detector import build_detector
-from dupr_cli.evaluate.inference import detect_all
 from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
-from dupr_cli.evaluate.metrics import METRIC_NAMES, Detections
-from dupr_cli.evaluate.metrics.voc import voc_scores
-from dupr_cli.evaluate.pictures import draw_detections, draw_losses
-from dupr_cli.evaluate.report import detection_rows, detections_from_rows, table
-from dupr_cli.evaluate.training import LossRecord, measure_batch_norm, train_detector
+from dupr_cli.evaluate.leaks import Leaks, find_leaks
+from dupr_cli.evaluate.metrics import METRIC_NAMES, Points
+from dupr_cli.evaluate.metrics.analysis import analyse
+from dupr_cli.evaluate.metrics.drawing import write_analysis
+from dupr_cli.evaluate.pictures import draw_curves, draw_detections
+from dupr_cli.evaluate.report import table
+from dupr_cli.evaluate.statistics import all_differences, summed_up
+from dupr_cli.evaluate.subsets import LABELS_FILE, choose_labels, with_objects
+from dupr_cli.evaluate.trials import (
+    RESULT_FILE,
+    Outcome,
+    metric_of,
+    read_outcome,
+    run_trial,
+    write_outcome,
+)
+from dupr_cli.parallel import World, world_size
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import EvaluateRecipe, recipe_digest, recipe_keys
+from dupr_cli.recipe import (
+    EvaluateRecipe,
+    load_recipe,
+    recipe_digest,
+    recipe_keys,
+    shipped_recipes,
+)
+from dupr_cli.stopping import Limits
 
 CLAIM_FILE = "evaluation.json"
-RESULT_FILE = "result.json"
-DETECTIONS_FILE = "detections.json"
 TABLE_FILE = "table.txt"
 DETECTIONS_PICTURE = "detections.png"
-LOSSES_PICTURE = "losses.png"
+CURVES_PICTURE = "curves.png"
+ANALYSIS_FOLDER = "analysis"
 
-# Keys that change how an evaluation is carried out or shown, not what it measures.
-_OPERATIONAL_KEYS = frozenset({"description", "train.workers", "train.log_every", "test.pictures"})
+# Keys that change how an evaluation is carried out or shown, not what it measures; seeds are of
+# trials, of which there may be more later.
+_OPERATIONAL_KEYS = frozenset(
+    {
+        "description", "name", "seed", "trials", "train.workers", "train.log_every",
+        "train.checkpoint_every", "train.reference_devices", "test.every", "test.pictures",
+    }
+)  # fmt: skip
+# Batch statistics of fewer images than this are said to be noisy.
+_SMALL_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -56,43 +79,68 @@ class EvaluatePlan:
     """What an evaluation will do, before it does it."""
 
     protocol: str
+    changes: dict[str, list[object]]
     metric: str
     weights: list[str]
     architectures: list[str]
+    loaded: list[str]
     train_images: int
     test_images: int
     classes: list[str]
     iterations: int
     epochs: float
+    seeds: list[int]
     device: str
+    processes: int
+    notes: list[str]
     out: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was checked before the first iteration."""
+    """Everything that was checked before the first iteration. notes: said with the results."""
 
     recipe: EvaluateRecipe
     candidates: list[Candidate]
     train: LabelledSet
     test: LabelledSet
     classes: list[str]
+    all_labels: int
     device: torch.device
+    processes: int
     out: Path
+    notes: list[str]
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.recipe.seed, self.recipe.seed + self.recipe.trials))
+
+    @property
+    def protocol(self) -> str:
+        return self.recipe.name or self.recipe.protocol
+
+    @property
+    def metric_name(self) -> str:
+        return METRIC_NAMES[metric_of(self.recipe)]
 
     def plan(self) -> EvaluatePlan:
         train = self.recipe.train
         return EvaluatePlan(
-            protocol=self.recipe.protocol,
-            metric=METRIC_NAMES[self.recipe.test.metric],
+            protocol=self.protocol,
+            changes=changes_to_protocol(self.recipe),
+            metric=self.metric_name,
             weights=[candidate.address for candidate in self.candidates],
             architectures=[candidate.architecture for candidate in self.candidates],
+            loaded=[candidate.loaded for candidate in self.candidates],
             train_images=len(self.train),
             test_images=len(self.test),
             classes=self.classes,
             iterations=train.iterations,
             epochs=round(train.iterations * train.batch_size / len(self.train), 2),
+            seeds=self.seeds,
             device=str(self.device),
+            processes=self.processes,
+            notes=self.notes,
             out=str(self.out),
         )
 
@@ -103,6 +151,7 @@ class Comparison:
             "training images": self.train.digest,
             "test images": self.test.digest,
             "device": self.device.type,
+            "processes": self.processes,
         }
 
 
@@ -112,112 +161,153 @@ def _measured_keys(recipe: EvaluateRecipe) -> dict[str, object]:
     return {key: value for key, value in keys.items() if key not in _OPERATIONAL_KEYS}
 
 
+def changes_to_protocol(recipe: EvaluateRecipe) -> dict[str, list[object]]:
+    """Keys that are not as the recipe named `name` ships them: the value there, and the one used.
+
+    Splits and the backbone are what data and weights are, not the protocol.
+    """
+    if recipe.name not in shipped_recipes("evaluate"):
+        return {}
+    shipped = _measured_keys(load_recipe(EvaluateRecipe, recipe.name))
+    used = _measured_keys(recipe)
+    free = ("data.train_splits", "data.test_splits", "detector.backbone")
+    return {
+        key: [shipped.get(key), used.get(key)]
+        for key in sorted(shipped.keys() | used.keys())
+        if shipped.get(key) != used.get(key) and key not in free
+    }
+
+
 def prepare_comparison(
     recipe: EvaluateRecipe,
     weights: Sequence[str],
     data: str,
     out: Path,
-    train_split: str,
-    test_split: str,
-    device: str,
+    device: torch.device,
+    processes: int | None = None,
+    notes: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> Comparison:
-    """Open and check weights, data and device; nothing is written.
+    """Open and check weights and data; nothing is written.
 
+    processes: of the run; those of this one by default. notes: said with the results.
     Raises UsageError for what cannot be used, RunError for damaged data.
     """
-    reporter = reporter or SilentReporter()
-    chosen = choose_device(device)
+    reporter, processes = reporter or SilentReporter(), processes or world_size()
+    notes = [*notes, *_about_batch(recipe, processes)]
     candidates = open_candidates(weights, recipe.detector.backbone)
-    train = open_labelled(data, train_split, reporter)
-    test = train if test_split == train_split else open_labelled(data, test_split, reporter)
-    positions = training_positions(train, recipe)
+    splits, tested = recipe.data.train_splits, recipe.data.test_splits
+    train = open_labelled(data, splits, reporter, masks=recipe.has_masks)
+    test = train
+    if tested != splits:
+        test = open_labelled(data, tested, reporter, masks=recipe.has_masks)
+    labelled, positions = with_objects(train), choose_labels(train, recipe.data)
     if not positions:
-        raise UsageError(f"{data}: no image of the split {train_split!r} has an object.")
+        raise UsageError(f"{data}: no image of the split {train.split!r} has an object.")
     unseen = sorted(set(test.classes) - set(train.classes))
     if unseen:
         reporter.warning(
-            f"{data}: {', '.join(unseen)}: in the split {test_split} only, so no detector can "
+            f"{data}: {', '.join(unseen)}: in the split {test.split} only, so no detector can "
             f"learn it; its AP of 0 counts in the mean."
         )
     shared = set(train.ids) & set(test.ids)
     if shared:
         reporter.warning(
             f"{data}: {len(shared)} images, the first is {min(shared)}, are in both "
-            f"{train_split} and {test_split}: AP will be of images that were trained on."
+            f"{train.split} and {test.split}: AP will be of images that were trained on."
         )
     test = test.subset(range(len(test))[: recipe.data.test_images])
-    if all(annotation.difficult.all() for annotation in test.annotations):
+    if all((a.difficult | a.crowd).all() for a in test.annotations):
         raise UsageError(
-            f"{data}: the {len(test)} images of the split {test_split!r} have no object to find "
+            f"{data}: the {len(test)} images of the split {test.split!r} have no object to find "
             f"(difficult ones are not counted)."
         )
     classes = sorted({*train.classes, *test.classes})
-    return Comparison(recipe, candidates, train.subset(positions), test, classes, chosen, out)
+    return Comparison(
+        recipe, candidates, train.subset(positions), test, classes, len(labelled), device,
+        processes, out, notes,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What one of the weights came to, as the pictures and the table need it."""
+def _about_batch(recipe: EvaluateRecipe, processes: int) -> list[str]:
+    """What to know about this batch. Raises UsageError when it cannot be split."""
+    batch, norm = recipe.train.batch_size, recipe.detector.norm
+    if batch % processes:
+        raise UsageError(
+            f"train.batch_size is {batch}, but {processes} processes each take an equal part of "
+            f"it. Give a multiple of {processes}, or --scale-to-device. "
+            f"(recipe key: train.batch_size)"
+        )
+    images = batch if norm == "sync" else batch // processes
+    if norm == "frozen" or images >= _SMALL_BATCH:
+        return []
+    return [
+        f"batch norm is trained with statistics of {images} images (the protocols have 16): they "
+        f"are noisy, and AP comes out lower, for all weights. detector.norm=frozen does without."
+    ]
 
-    result: WeightsResult
-    losses: list[LossRecord]
-    detections: list[Detections]
 
-
-def compare(comparison: Comparison, overwrite: bool, reporter: Reporter) -> Results:
-    """Run every candidate that is not finished in OUT, and write the results. See `run`."""
-    _claim(comparison, overwrite)
+def compare(
+    comparison: Comparison,
+    world: World,
+    overwrite: bool,
+    reporter: Reporter,
+    limits: Limits | None = None,
+    leaks_in: Sequence[str] = (),
+) -> Results:
+    """Run every trial that is not finished in OUT, and write the results. See `run`."""
+    if world.is_main:
+        _claim(comparison, overwrite)
+        for note in comparison.notes:
+            reporter.info(note)
+    world.wait()
     outcomes = []
     for candidate in comparison.candidates:
-        outcome = _read_finished(comparison, candidate)
+        if candidate.weights is not None:
+            reporter.info(f"{candidate.address}: {candidate.loaded}")
+        outcomes.append(list(_outcomes(comparison, candidate, world, reporter, limits)))
+    leaks: list[Leaks] = []
+    if world.is_main:
+        workers = comparison.recipe.train.workers
+        leaks = [find_leaks(comparison.test, a, workers, reporter) for a in leaks_in]
+        for found in leaks:
+            if found.found:
+                reporter.warning(str(found))
+        _write_results(comparison, outcomes, leaks)
+    world.wait()
+    return Results.read(comparison.out)
+
+
+def _outcomes(
+    comparison: Comparison,
+    candidate: Candidate,
+    world: World,
+    reporter: Reporter,
+    limits: Limits | None,
+) -> Iterator[Outcome]:
+    for seed in comparison.seeds:
+        folder = comparison.out / candidate.folder / f"seed-{seed}"
+        fingerprint = {
+            **comparison.fingerprint(),
+            "architecture": candidate.architecture,
+            "weights": candidate.sha256 or RANDOM_WEIGHTS,
+            "seed": seed,
+        }
+        outcome = read_outcome(
+            folder, fingerprint, candidate.address, comparison.test, comparison.classes
+        )
+        world.wait()
         if outcome is not None:
-            reporter.info(f"{candidate.address}: finished before, its result is used again.")
+            reporter.info(f"{candidate.folder}, seed {seed}: finished before, used again.")
         else:
-            outcome = _evaluate(comparison, candidate, reporter)
-            _write_finished(comparison, candidate, outcome)
-        outcomes.append(outcome)
-    return _write_results(comparison, outcomes)
-
-
-def _evaluate(comparison: Comparison, candidate: Candidate, reporter: Reporter) -> _Outcome:
-    recipe, classes, device = comparison.recipe, comparison.classes, comparison.device
-    name = candidate.folder
-    detector = build_detector(recipe, candidate.architecture, len(classes), candidate.weights)
-    detector.to(device)
-    pin = device.type == "cuda"
-    batches = iter(training_batches(comparison.train, recipe, classes, pin))
-    started = time.perf_counter()
-    losses = train_detector(detector, batches, recipe, name, reporter)
-    trained = time.perf_counter()
-    measure_batch_norm(detector, batches, recipe, name, reporter)
-    del batches  # ends the loader's workers
-    measured = time.perf_counter()
-    loader = test_batches(comparison.test, recipe, classes, pin)
-    detections = detect_all(detector, loader, comparison.test, name, reporter)
-    tested = time.perf_counter()
-    truths = [comparison.test.truth(i, classes) for i in range(len(comparison.test))]
-    scores = voc_scores(truths, detections, classes, recipe.test.metric)
-    images = recipe.train.iterations * recipe.train.batch_size
-    result = WeightsResult(
-        weights=candidate.address,
-        weights_sha256=candidate.sha256,
-        architecture=candidate.architecture,
-        metrics=scores.metrics,
-        per_class=scores.per_class,
-        seconds={
-            "train": trained - started,
-            "precise_bn": measured - trained,
-            "test": tested - measured,
-        },
-        extra={
-            "train_images_per_second": images / (trained - started),
-            "test_images_per_second": len(comparison.test) / (tested - measured),
-            "final_loss": losses[-1].total,
-            "folder": candidate.folder,
-        },
-    )
-    return _Outcome(result, losses, detections)
+            outcome = run_trial(
+                comparison.recipe, candidate, comparison.train, comparison.test,
+                comparison.classes, seed, folder, world, reporter, limits,
+            )  # fmt: skip
+            if world.is_main:
+                write_outcome(folder, fingerprint, outcome, comparison.test, comparison.classes)
+            world.wait()
+        yield outcome
 
 
 def _claim(comparison: Comparison, overwrite: bool) -> None:
@@ -236,16 +326,28 @@ def _claim(comparison: Comparison, overwrite: bool) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
+    if len(comparison.train) < comparison.all_labels:
+        data = comparison.recipe.data
+        write_json(
+            out / LABELS_FILE,
+            {
+                "labels": data.labels,
+                "seed": data.labels_seed,
+                "split": comparison.train.split,
+                "image_ids": comparison.train.ids,
+            },
+        )
     write_json(claim, comparison.fingerprint())
 
 
 def _clear(out: Path) -> None:
     """Delete what an evaluation wrote, and nothing else; the claim goes last."""
-    for result in out.glob(f"[0-9]*-*/{RESULT_FILE}"):
-        result.unlink()
+    for trial in out.glob("[0-9]*-*/seed-*/"):
+        (trial / RESULT_FILE).unlink(missing_ok=True)
     for folder in out.glob("[0-9]*-*/"):
         shutil.rmtree(folder)
-    for name in (RESULTS, TABLE_FILE, DETECTIONS_PICTURE, LOSSES_PICTURE, CLAIM_FILE):
+    names = (RESULTS, TABLE_FILE, LABELS_FILE, DETECTIONS_PICTURE, CURVES_PICTURE, CLAIM_FILE)
+    for name in names:
         (out / name).unlink(missing_ok=True)
 
 
@@ -275,98 +377,66 @@ def _brief(value: object) -> str:
     return text if len(text) < 64 else text[:12] + "..."
 
 
-def _candidate_fingerprint(comparison: Comparison, candidate: Candidate) -> dict[str, object]:
-    return {
-        **comparison.fingerprint(),
-        "architecture": candidate.architecture,
-        "weights": candidate.sha256 or RANDOM_WEIGHTS,
-    }
-
-
-def _read_finished(comparison: Comparison, candidate: Candidate) -> _Outcome | None:
-    """A result that an earlier call wrote, or None when there is no whole one.
-
-    Raises UsageError when the folder holds the result of other weights.
-    """
-    folder = comparison.out / candidate.folder
-    if not (folder / RESULT_FILE).is_file():
-        return None
-    try:
-        values = json.loads((folder / RESULT_FILE).read_bytes())
-        same = values["fingerprint"] == _candidate_fingerprint(comparison, candidate)
-        result = WeightsResult(**values["result"])
-        losses = [LossRecord(**record) for record in values["losses"]]
-        rows = json.loads((folder / DETECTIONS_FILE).read_bytes())
-        detections = detections_from_rows(rows, comparison.test.ids, comparison.classes)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"{folder}: the result there is damaged ({error}). Delete the folder, or use "
-            f"--overwrite."
-        ) from error
-    if not same:
-        raise UsageError(
-            f"{folder}: the result there is of other weights than {candidate.address} has now. "
-            f"Give another --out, or --overwrite to replace it."
-        )
-    return _Outcome(replace(result, weights=candidate.address), losses, detections)
-
-
-def _write_finished(comparison: Comparison, candidate: Candidate, outcome: _Outcome) -> None:
-    folder = comparison.out / candidate.folder
-    folder.mkdir(exist_ok=True)
-    remove_leftovers(folder)
-    rows = detection_rows(outcome.detections, comparison.test.ids, comparison.classes)
-    write_text(folder / DETECTIONS_FILE, rows)
-    # Last: from here on these weights count as finished.
-    write_json(
-        folder / RESULT_FILE,
-        {
-            "fingerprint": _candidate_fingerprint(comparison, candidate),
-            "result": asdict(outcome.result),
-            "losses": [asdict(record) for record in outcome.losses],
-        },
-    )
-
-
-def _write_results(comparison: Comparison, outcomes: Sequence[_Outcome]) -> Results:
+def _write_results(
+    comparison: Comparison, outcomes: Sequence[Sequence[Outcome]], leaks: Sequence[Leaks]
+) -> None:
     recipe, out = comparison.recipe, comparison.out
+    names = [candidate.folder for candidate in comparison.candidates]
+    rows = [
+        summed_up(c.address, c.sha256, c.architecture, c.folder, [o.result for o in of_weights])
+        for c, of_weights in zip(comparison.candidates, outcomes, strict=True)
+    ]
     results = Results(
-        protocol=recipe.protocol,
-        metric=METRIC_NAMES[recipe.test.metric],
+        protocol=comparison.protocol,
+        metric=comparison.metric_name,
         train=comparison.train.identity,
         test=comparison.test.identity,
         classes=comparison.classes,
-        results=[outcome.result for outcome in outcomes],
+        results=rows,
         recipe=recipe.model_dump(mode="json"),
         recipe_sha256=recipe_digest(recipe),
-        seeds=[recipe.seed],
+        seeds=comparison.seeds,
         dupr_version=__version__,
-        environment=_environment(comparison.device),
+        environment=_environment(comparison),
+        changes=changes_to_protocol(recipe),
+        differences=all_differences(rows, names),
+        leaks=[found.to_json() for found in leaks],
+        notes=[*comparison.notes, *(str(found) for found in leaks if found.found)],
     )
-    names = [candidate.folder for candidate in comparison.candidates]
-    write_text(out / TABLE_FILE, table(results, names))
-    draw_losses(
-        out / LOSSES_PICTURE,
-        {name: outcome.losses for name, outcome in zip(names, outcomes, strict=True)},
-    )
+    first = {name: of[0] for name, of in zip(names, outcomes, strict=True)}
+    _write_analyses(comparison, first)
+    write_text(out / TABLE_FILE, table(results))
+    draw_curves(out / CURVES_PICTURE, first)
     if recipe.test.pictures:
         draw_detections(
             out / DETECTIONS_PICTURE,
             comparison.test,
             comparison.classes,
-            {name: outcome.detections for name, outcome in zip(names, outcomes, strict=True)},
+            {name: outcome.detections for name, outcome in first.items()},
             recipe.test.pictures,
         )
     results.write(out)
-    return results
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def _write_analyses(comparison: Comparison, outcomes: Mapping[str, Outcome]) -> None:
+    """Of the first trial of each of the weights."""
+    test, classes = comparison.test, comparison.classes
+    truths = [test.truth(i, classes) for i in range(len(test))]
+    points: Points = "voc07" if comparison.recipe.test.metric == "voc07" else "voc10"
+    for name, outcome in outcomes.items():
+        folder = comparison.out / name / ANALYSIS_FOLDER
+        folder.mkdir(exist_ok=True)
+        write_analysis(folder, analyse(truths, outcome.detections, classes, points))
+
+
+def _environment(comparison: Comparison) -> dict[str, str]:
+    device = comparison.device
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": str(comparison.processes),
         "threads": str(torch.get_num_threads()),
     }

@@ -6,39 +6,79 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from dupr_cli.evaluate.batches import Batch
-from dupr_cli.evaluate.detector import Detector
+from dupr_cli.evaluate.detectors import Detector, Found
 from dupr_cli.evaluate.labelled import Annotation, LabelledSet
-from dupr_cli.evaluate.metrics import Detections
+from dupr_cli.evaluate.metrics.types import Detections, Rle
+from dupr_cli.parallel import World
 from dupr_cli.progress import Reporter
 
 
-def detect_all(
-    detector: Detector, batches: Iterable[Batch], images: LabelledSet, name: str, reporter: Reporter
-) -> list[Detections]:
-    """Detections of each image of the set, in its order, highest score first.
+def positions_of(world: World, images: int) -> list[int]:
+    """Test images of this process."""
+    return list(range(world.rank, images, world.size))
 
-    batches: the set's images one by one, see `test_batches`. name: of the weights, for progress.
+
+def detect_all(
+    detector: Detector,
+    batches: Iterable[Batch],
+    images: LabelledSet,
+    name: str,
+    world: World,
+    reporter: Reporter,
+) -> list[Detections]:
+    """Detections of each image of the set, in its order, highest score first, in all processes.
+
+    batches: this process's images one by one, see `test_batches`. name: for progress.
     """
     detector.eval()
+    positions = positions_of(world, len(images))
     found: list[Detections] = []
-    with torch.inference_mode(), reporter.task(f"test {name}", len(images), "images") as task:
-        for annotation, batch in zip(images.annotations, batches, strict=True):
+    with torch.inference_mode(), reporter.task(f"test {name}", len(positions), "images") as task:
+        for position, batch in zip(positions, batches, strict=True):
             (detections,) = detector.detect(batch.images)
             height, width = batch.images[0].shape[1:]
-            found.append(_in_source_pixels(detections, annotation, width, height))
+            found.append(in_source_pixels(detections, images.annotations[position], width, height))
             task.advance()
-    return found
+    return _of_all(found, len(images), world)
 
 
-def _in_source_pixels(
-    detections: dict[str, torch.Tensor], annotation: Annotation, width: int, height: int
-) -> Detections:
+def _of_all(found: list[Detections], images: int, world: World) -> list[Detections]:
+    if world.size == 1:
+        return found
+    gathered: list[list[Detections]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(gathered, found)
+    return [gathered[i % world.size][i // world.size] for i in range(images)]
+
+
+def in_source_pixels(found: Found, annotation: Annotation, width: int, height: int) -> Detections:
     """Undo the resize to (width, height); the two sides were rounded to whole pixels apart."""
     scale = np.array([annotation.width / width, annotation.height / height] * 2)
+    boxes = found.boxes.float().cpu().numpy().astype(np.float64) * scale
     return Detections(
-        detections["boxes"].cpu().numpy() * scale,
-        detections["labels"].cpu().numpy(),
-        detections["scores"].cpu().numpy(),
+        boxes,
+        found.labels.cpu().numpy(),
+        found.scores.float().cpu().numpy().astype(np.float64),
+        None if found.masks is None else _run_lengths(found.masks.float(), boxes, annotation),
     )
+
+
+def _run_lengths(
+    masks: torch.Tensor,
+    boxes: NDArray[np.float64],
+    annotation: Annotation,
+) -> tuple[Rle, ...]:
+    """Mask probabilities inside boxes to whole-image masks in COCO's run lengths."""
+    size = annotation.height, annotation.width
+    coded = []
+    # One by one: a hundred masks of a large image would be a gigabyte.
+    for mask, box in zip(masks.cpu()[:, None], torch.from_numpy(boxes).float(), strict=True):
+        pasted = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= 0.5
+        run = coco_mask.encode(np.asfortranarray(pasted.numpy().astype(np.uint8)))
+        coded.append(Rle(size=[int(v) for v in run["size"]], counts=run["counts"].decode()))
+    return tuple(coded)

@@ -1,4 +1,4 @@
-"""Labelled sets: images with boxes from a VOC tree or from dupr's shards, seen the same way.
+"""Labelled sets: images with boxes, and masks, from wherever they lie, seen the same way.
 
 Opening a set reads every annotation and image header once, so that what is wrong with the data is
 said before any training: missing files, boxes without area, classes. Pixels are decoded later, one
@@ -14,22 +14,24 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
 
 from dupr_cli.artifacts.labels import Box, Placement
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
-from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, ShardSet, open_shards
-from dupr_cli.artifacts.voc_tree import VocTree, find_voc_trees
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.evaluate.metrics import Truth
+from dupr_cli.evaluate.label_sources import LabelSource, open_source
+from dupr_cli.evaluate.metrics.types import Rle, Truth
 from dupr_cli.progress import Reporter
 
 _ORIENTATION = 274  # EXIF tag
+
+# COCO's forms of a mask: polygons [x, y, x, y, ...], or run lengths {size, counts}.
+Outline = list[list[float]] | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Annotation:
     """What is known about one image without its pixels.
 
     width, height: of the upright image, pixels. boxes: (n, 4) float32, x_min, y_min, x_max, y_max.
-    names: class of each box. difficult: (n,) bool; crowd regions count as difficult.
+    names: class of each box. difficult, crowd: (n,) bool. areas: (n,) of the object, square pixels:
+    of its mask where the source says it. outlines: COCO's polygons or run lengths of each object,
+    None where masks were not asked for.
     """
 
     image_id: str
@@ -46,84 +50,23 @@ class Annotation:
     boxes: NDArray[np.float32]
     names: tuple[str, ...]
     difficult: NDArray[np.bool_]
-
-
-class _Source(Protocol):
-    """Where the images of one split lie, by number. `place` names an image in messages."""
-
-    ids: list[str]
-
-    def place(self, number: int) -> str: ...
-
-    def image(self, number: int) -> BinaryIO: ...
-
-    def boxes(self, number: int) -> Sequence[Box]: ...
-
-
-class _VocSource:
-    """Images of one split of a VOC tree, one year after the other."""
-
-    def __init__(self, trees: Sequence[VocTree], split: str, address: str) -> None:
-        with_split = [tree for tree in trees if split in tree.splits]
-        if not with_split:
-            known = sorted({name for tree in trees for name in tree.splits})
-            raise UsageError(
-                f"{address}: there is no split {split!r}; ImageSets/Main has "
-                f"{', '.join(known) or 'no lists'}."
-            )
-        self._entries = [(tree, i) for tree in with_split for i in tree.image_ids(split)]
-        # Ids of 2007 do not name their year: those of several years must not meet.
-        several = len(trees) > 1
-        self.ids = [f"{tree.root.name}_{i}" if several else i for tree, i in self._entries]
-
-    def place(self, number: int) -> str:
-        tree, image_id = self._entries[number]
-        return str(tree.image_path(image_id))
-
-    def image(self, number: int) -> BinaryIO:
-        return Path(self.place(number)).open("rb")
-
-    def boxes(self, number: int) -> Sequence[Box]:
-        tree, image_id = self._entries[number]
-        return tree.boxes(image_id)
-
-
-class _ShardSource:
-    """Samples of one split of shards."""
-
-    def __init__(self, shards: ShardSet) -> None:
-        self._shards = shards
-        self.ids = list(shards.keys())
-
-    def place(self, number: int) -> str:
-        shard, _ = self._shards.place(number)
-        return f"{self._shards.shards[shard]}: sample {self.ids[number]}"
-
-    def image(self, number: int) -> BinaryIO:
-        return io.BytesIO(self._shards[number].image)
-
-    def boxes(self, number: int) -> Sequence[Box]:
-        boxes = self._shards[number].boxes
-        if boxes is None:
-            raise UsageError(
-                f"{self.place(number)} has no boxes (no {self.ids[number]}.boxes.json). A labelled "
-                f"set is needed: a VOC tree, or the shards that `dupr prepare` makes of one."
-            )
-        return boxes
+    crowd: NDArray[np.bool_]
+    areas: NDArray[np.float64]
+    outlines: tuple[Outline, ...] | None = None
 
 
 @dataclass(frozen=True)
 class LabelledSet:
     """One split of a labelled set, or some images of it.
 
-    annotations: in the order of the split. bytes: size of each image file.
+    annotations: in the order of the split. sizes: of each image file, bytes.
     """
 
     address: str
     split: str
     annotations: tuple[Annotation, ...]
-    bytes: tuple[int, ...]
-    _source: _Source
+    sizes: tuple[int, ...]
+    _source: LabelSource
     _numbers: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -142,7 +85,7 @@ class LabelledSet:
     def digest(self) -> str:
         """sha256 over image ids, file sizes, boxes and classes: what training and AP hang on."""
         digest = hashlib.sha256()
-        for annotation, size in zip(self.annotations, self.bytes, strict=True):
+        for annotation, size in zip(self.annotations, self.sizes, strict=True):
             digest.update(f"{annotation.image_id} {size} {annotation.names}\n".encode())
             digest.update(annotation.boxes.tobytes() + annotation.difficult.tobytes())
         return digest.hexdigest()
@@ -162,7 +105,7 @@ class LabelledSet:
         return dataclasses.replace(
             self,
             annotations=tuple(self.annotations[i] for i in positions),
-            bytes=tuple(self.bytes[i] for i in positions),
+            sizes=tuple(self.sizes[i] for i in positions),
             _numbers=tuple(self._numbers[i] for i in positions),
         )
 
@@ -172,15 +115,60 @@ class LabelledSet:
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")
 
+    def read(self, position: int) -> bytes:
+        """The image's file, as it is."""
+        with self._source.image(self._numbers[position]) as file:
+            return file.read()
+
     def truth(self, position: int, classes: Sequence[str]) -> Truth:
         """Objects of an image as the metric wants them; `classes` gives the numbers."""
         annotation = self.annotations[position]
         labels = np.array([classes.index(name) for name in annotation.names], dtype=np.int64)
-        return Truth(annotation.boxes, labels, annotation.difficult)
+        return Truth(
+            annotation.boxes,
+            labels,
+            annotation.difficult,
+            annotation.crowd,
+            annotation.areas,
+            None if annotation.outlines is None else self._coded(annotation),
+        )
+
+    def masks(self, position: int) -> NDArray[np.bool_]:
+        """(n, height, width) of the objects of an image. Raises RunError when one is no mask."""
+        annotation = self.annotations[position]
+        coded = self._coded(annotation)
+        if not coded:
+            return np.zeros((0, annotation.height, annotation.width), dtype=np.bool_)
+        drawn: NDArray[np.bool_] = coco_mask.decode(list(coded)).astype(np.bool_)
+        return drawn.transpose(2, 0, 1)
+
+    def _coded(self, annotation: Annotation) -> tuple[Rle, ...]:
+        """Outlines in run lengths of the whole image."""
+        assert annotation.outlines is not None
+        size = annotation.height, annotation.width
+        return tuple(self._run_lengths(o, size, annotation) for o in annotation.outlines)
+
+    def _run_lengths(self, outline: Outline, size: tuple[int, int], annotation: Annotation) -> Rle:
+        where = f"{self.address}: image {annotation.image_id}"
+        try:
+            compressed = isinstance(outline, dict) and isinstance(outline["counts"], str)
+            coded = outline if compressed else coco_mask.frPyObjects(outline, *size)
+            if isinstance(coded, list):
+                coded = coco_mask.merge(coded)
+            coco_mask.area(coded)  # fails for run lengths that are none
+        except Exception as error:  # pycocotools raises Exception itself
+            raise RunError(f"{where}: a mask cannot be drawn ({error}).") from error
+        if tuple(coded["size"]) != size:
+            raise RunError(
+                f"{where}: a mask is of {coded['size']}, height x width, but the image is of "
+                f"{list(size)}."
+            )
+        counts = coded["counts"]
+        return Rle(size=list(size), counts=counts if isinstance(counts, str) else counts.decode())
 
 
 @contextmanager
-def _opened(source: _Source, number: int) -> Iterator[tuple[Image.Image, int]]:
+def _opened(source: LabelSource, number: int) -> Iterator[tuple[Image.Image, int]]:
     """An image whose pixels are not decoded yet, and the size of its file in bytes."""
     try:
         with source.image(number) as file, Image.open(file) as image:
@@ -197,62 +185,52 @@ def _opened(source: _Source, number: int) -> Iterator[tuple[Image.Image, int]]:
         ) from error
 
 
-def open_labelled(address: str, split: str, reporter: Reporter) -> LabelledSet:
-    """One split of a VOC tree (a VOCdevkit or one year's folder) or of shards with boxes.
+def open_labelled(
+    address: str, splits: Sequence[str], reporter: Reporter, *, masks: bool = False
+) -> LabelledSet:
+    """Splits of a labelled set, joined; see label_sources.py for what can be one.
 
     Boxes are clipped to the image, those left without area are dropped; both are reported.
+    masks: keep the objects' outlines, and ask for them.
     Raises UsageError when there is no such set or split, it has no images or no boxes, and
     RunError naming the file when an image or annotation is missing or damaged.
     """
-    source = _open_source(address, split)
-    if not source.ids:
-        raise UsageError(f"{address}: the split {split!r} lists no images.")
-    if len(set(source.ids)) < len(source.ids):
-        twice = next(i for n, i in enumerate(source.ids) if i in source.ids[:n])
-        raise UsageError(f"{address}: the split {split!r} lists image {twice} twice.")
+    source = open_source(address, splits)
     annotations, sizes = [], []
     clipped: list[str] = []
     dropped: list[str] = []
-    for number, image_id in enumerate(source.ids):
-        boxes = source.boxes(number)
-        if not all(box.name for box in boxes):
-            raise RunError(
-                f"{address}: image {image_id}: an object has no class name; give it one."
+    named = " + ".join(splits)
+    with reporter.task(f"read {named}", len(source.ids), "images") as task:
+        for number, image_id in enumerate(source.ids):
+            boxes = source.boxes(number)
+            if not all(box.name for box in boxes):
+                raise RunError(
+                    f"{address}: image {image_id}: an object has no class name; give it one."
+                )
+            if masks and not all("segmentation" in box.details for box in boxes):
+                raise UsageError(
+                    f"{address}: image {image_id}: an object has no mask, and the detector of the "
+                    f"recipe is trained on masks. Set detector.model to one without."
+                )
+            with _opened(source, number) as (image, size):
+                stored = image.size
+                orientation = image.getexif().get(_ORIENTATION, 1)
+            annotations.append(
+                _annotate(image_id, boxes, stored, orientation, clipped, dropped, masks)
             )
-        with _opened(source, number) as (image, size):
-            stored = image.size
-            orientation = image.getexif().get(_ORIENTATION, 1)
-        annotation = _annotate(image_id, boxes, stored, orientation, clipped, dropped)
-        annotations.append(annotation)
-        sizes.append(size)
+            sizes.append(size)
+            task.advance()
     for images, what in (
         (clipped, "reached out of the image and were cut at its edge"),
         (dropped, "had no area inside the image and were dropped"),
     ):
         if images:
             reporter.warning(
-                f"{address}, split {split}: {len(images)} boxes {what}; the first is in "
+                f"{address}, split {named}: {len(images)} boxes {what}; the first is in "
                 f"{images[0]}."
             )
     return LabelledSet(
-        address, split, tuple(annotations), tuple(sizes), source, tuple(range(len(sizes)))
-    )
-
-
-def _open_source(address: str, split: str) -> _Source:
-    path = Path(address)
-    trees = find_voc_trees(path)
-    if trees:
-        return _VocSource(trees, split, address)
-    if any((path / name).exists() for name in (MANIFEST, UNFINISHED)):
-        return _ShardSource(open_shards(address, split))
-    if not path.exists():
-        raise UsageError(f"{address}: there is no such folder.")
-    # Shards without a manifest have no splits: training and testing would use the same images.
-    raise UsageError(
-        f"{address}: not a labelled set. A VOC tree is needed (JPEGImages, Annotations, "
-        f"ImageSets/Main, in it or in its VOC* folders), or the shards with a {MANIFEST} that "
-        f"`dupr prepare` makes of one."
+        address, named, tuple(annotations), tuple(sizes), source, tuple(range(len(sizes)))
     )
 
 
@@ -263,25 +241,31 @@ def _annotate(
     orientation: int,
     clipped: list[str],
     dropped: list[str],
+    masks: bool,
 ) -> Annotation:
     """Boxes of the stored image, upright and inside the image.
 
     clipped, dropped: get the image's id for every box that was changed or left out.
     """
     upright = Placement.upright(orientation, *stored)
-    turned = [upright.box(box).corners for box in boxes]
-    corners = np.array(turned, dtype=np.float64).reshape(-1, 4)
+    turned = [upright.box(box) for box in boxes]
+    corners = np.array([box.corners for box in turned], dtype=np.float64).reshape(-1, 4)
     width, height = stored[::-1] if orientation >= 5 else stored
     inside = corners.clip(0, [width, height, width, height])
     has_area = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
     clipped += [image_id] * int(np.count_nonzero((inside != corners).any(axis=1) & has_area))
     dropped += [image_id] * int(np.count_nonzero(~has_area))
-    kept = [box for box, keep in zip(boxes, has_area, strict=True) if keep]
+    kept = [box for box, keep in zip(turned, has_area, strict=True) if keep]
+    sides = (inside[:, 2:] - inside[:, :2])[has_area]
+    areas = [box.details.get("area", area) for box, area in zip(kept, sides.prod(1), strict=True)]
     return Annotation(
         image_id,
         width,
         height,
         inside[has_area].astype(np.float32),
         tuple(box.name for box in kept),
-        np.array([box.difficult or box.crowd for box in kept], dtype=np.bool_),
+        np.array([box.difficult for box in kept], dtype=np.bool_),
+        np.array([box.crowd for box in kept], dtype=np.bool_),
+        np.array(areas, dtype=np.float64),
+        tuple(box.details["segmentation"] for box in kept) if masks else None,
     )

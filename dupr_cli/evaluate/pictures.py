@@ -1,10 +1,11 @@
-"""Pictures of an evaluation: detections beside the ground truth, and the losses of training."""
+"""Pictures of an evaluation: detections beside the ground truth, losses and AP as they went."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.evaluate.labelled import LabelledSet
-from dupr_cli.evaluate.metrics import Detections
-from dupr_cli.evaluate.training import LossRecord
+from dupr_cli.evaluate.metrics.flat import pair_iou
+from dupr_cli.evaluate.metrics.types import Detections, Truth
+
+if TYPE_CHECKING:
+    from dupr_cli.evaluate.trials import Outcome
 
 Colour = tuple[int, int, int]
 
@@ -36,12 +40,13 @@ def draw_detections(
 ) -> None:
     """A PNG with one row per image: ground truth, then the detections of each weights by name.
 
-    count: images drawn, spread evenly over those with objects.
+    count: images drawn, a third each the best and the worst of the first weights and random ones.
     """
-    with_objects = [i for i, annotation in enumerate(images.annotations) if annotation.names]
-    places = np.linspace(0, len(with_objects) - 1, min(count, len(with_objects)))
-    positions = [with_objects[round(place)] for place in places]
-    rows = [_row(images, position, classes, detections) for position in positions]
+    positions, kinds = _chosen(images, classes, next(iter(detections.values())), count)
+    rows = [
+        _row(images, position, classes, detections, kind)
+        for position, kind in zip(positions, kinds, strict=True)
+    ]
     titles = ["ground truth", *detections]
     width = _GAP + len(titles) * (_LONG_SIDE + _GAP)
     sheet = Image.new("RGB", (width, _HEADER + sum(r.height + _GAP for r in rows)), _PAPER)
@@ -57,11 +62,42 @@ def draw_detections(
         sheet.save(file, "PNG")
 
 
+def _chosen(
+    images: LabelledSet, classes: Sequence[str], found: Sequence[Detections], count: int
+) -> tuple[list[int], list[str]]:
+    """Positions of the images to draw, and why each is drawn."""
+    with_objects = [i for i, annotation in enumerate(images.annotations) if annotation.names]
+    quality = {i: _quality(images.truth(i, classes), found[i]) for i in with_objects}
+    ranked = sorted(with_objects, key=lambda i: (-quality[i], i))
+    third = min(count, len(ranked)) // 3
+    chosen = [(i, "best") for i in ranked[:third]]
+    chosen += [(i, "worst") for i in ranked[len(ranked) - third :]]
+    left = ranked[third : len(ranked) - third] if third else ranked
+    random = np.random.default_rng(0).permutation(left)[: min(count, len(ranked)) - 2 * third]
+    chosen += [(int(i), "random") for i in random]
+    return [i for i, _ in chosen], [kind for _, kind in chosen]
+
+
+def _quality(truth: Truth, found: Detections) -> float:
+    """F1 of the detections that are drawn, at IoU 0.5: only for choosing pictures."""
+    shown = np.flatnonzero(found.scores >= _SCORE)
+    taken: set[int] = set()
+    for i in shown:
+        objects = truth.boxes.astype(np.float64)
+        iou = pair_iou(np.broadcast_to(found.boxes[i], objects.shape), objects)
+        for j in np.argsort(-iou, kind="stable"):
+            if iou[j] > 0.5 and truth.labels[j] == found.labels[i] and int(j) not in taken:
+                taken.add(int(j))
+                break
+    return 2 * len(taken) / max(1, len(shown) + len(truth.labels))
+
+
 def _row(
     images: LabelledSet,
     position: int,
     classes: Sequence[str],
     detections: Mapping[str, Sequence[Detections]],
+    kind: str,
 ) -> Image.Image:
     image, annotation = images.image(position), images.annotations[position]
     colours = {name: _colour(number, len(classes)) for number, name in enumerate(classes)}
@@ -71,7 +107,7 @@ def _row(
             annotation.boxes, annotation.names, annotation.difficult, strict=True
         )
     ]
-    panels = [(_with_boxes(image, labels), annotation.image_id)]
+    panels = [(_with_boxes(image, labels), f"{kind}: {annotation.image_id}")]
     for of_weights in detections.values():
         found = of_weights[position]
         shown = np.flatnonzero(found.scores >= _SCORE)[:_MOST]
@@ -136,27 +172,39 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def draw_losses(path: Path, losses: Mapping[str, Sequence[LossRecord]]) -> None:
-    """A PNG of the training losses, the sum and its four parts, one line per weights by name."""
+def draw_curves(path: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """A PNG of the training losses, their sum and parts, and of AP on the way and at the end.
+
+    One line per weights, by name.
+    """
     from matplotlib.figure import Figure
 
-    parts = list(next(iter(losses.values()))[0].losses)
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["sum", "sum", parts[0], parts[1]], ["sum", "sum", parts[2], parts[3]]]
-    )
-    for name, records in losses.items():
+    parts = list(next(iter(outcomes.values())).losses[0].losses)
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    rows = 2
+    columns = 2 + -(-len(parts) // rows)
+    grid = figure.add_gridspec(rows, columns)
+    total, score = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
+    small = {
+        part: figure.add_subplot(grid[i % rows, 2 + i // rows]) for i, part in enumerate(parts)
+    }
+    for name, outcome in outcomes.items():
+        records = outcome.losses
         iterations = [record.iteration for record in records]
-        # A single record makes no line.
-        marker = "o" if len(records) < 3 else ""
-        axes["sum"].plot(iterations, [r.total for r in records], marker=marker, label=name)
-        for part in parts:
-            axes[part].plot(iterations, [r.losses[part] for r in records], marker=marker)
-    for part, axis in axes.items():
-        axis.set_title("training loss" if part == "sum" else part.replace("_", " "), fontsize=10)
+        marker = "o" if len(records) < 3 else ""  # a single record makes no line
+        total.plot(iterations, [r.total for r in records], marker=marker, label=name)
+        for part, axis in small.items():
+            axis.plot(iterations, [r.losses[part] for r in records], marker=marker)
+        curve = [(line["step"], line["AP"]) for line in outcome.result.curve]
+        curve.append((iterations[-1], outcome.result.metrics["AP"]))
+        score.plot([step for step, _ in curve], [ap for _, ap in curve], marker="o", label=name)
+    titles = {"training loss": total, "AP": score, **small}
+    for title, axis in titles.items():
+        axis.set_title(title.replace("_", " "), fontsize=10)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes["sum"].set_xlabel("iteration")
-    axes["sum"].legend()
+    total.set_xlabel("iteration")
+    score.set_xlabel("iteration")
+    total.legend()
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=100)

@@ -1,24 +1,46 @@
 """Fine-tuning: SGD with warm-up and milestones, then batch-norm statistics measured anew.
 
-Region sampling draws from random numbers that depend on the iteration only, so that compared
-weights differ in their backbone and in nothing else.
+A trial is a folder with metrics.jsonl and checkpoints, like a run's, from which it goes on after an
+interruption exactly. Region sampling draws from random numbers that depend on the iteration only,
+so that compared weights differ in their backbone and in nothing else.
 Source: docs/method.md, "R50-C4, shared" and "VOC".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dupr_cli.errors import RunError
+from dupr_cli.artifacts.files import remove_leftovers
+from dupr_cli.artifacts.run import (
+    CHECKPOINTS,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Checkpoint,
+    CheckpointState,
+    MetricsLog,
+    list_checkpoints,
+    write_checkpoint,
+)
+from dupr_cli.artifacts.weights import read_safetensors
+from dupr_cli.errors import RunError, UsageError
 from dupr_cli.evaluate.batches import Batch
-from dupr_cli.evaluate.detector import Detector
+from dupr_cli.evaluate.detectors import Detector
+from dupr_cli.evaluate.detectors.norms import batch_norms
+from dupr_cli.parallel import World, average_gradients
 from dupr_cli.progress import Reporter
+from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.evaluate import DetectionTrainSection, EvaluateRecipe
+from dupr_cli.stopping import Limits, Stop, stopped
+
+_LOSS = "loss/"
+_SUM = "sum/"
 
 
 @dataclass(frozen=True)
@@ -34,18 +56,47 @@ class LossRecord:
         return sum(self.losses.values())
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One training of one of the weights. name: for progress and messages. folder: its state."""
+
+    detector: Detector
+    recipe: EvaluateRecipe
+    seed: int
+    name: str
+    folder: Path
+    world: World
+
+    @property
+    def log(self) -> MetricsLog:
+        return MetricsLog(self.folder)
+
+    def losses(self) -> list[LossRecord]:
+        """What was logged until now."""
+        return [
+            LossRecord(
+                int(line["step"]),
+                line["lr"],
+                {k.removeprefix(_LOSS): v for k, v in line.items() if k.startswith(_LOSS)},
+            )
+            for line in self.log.read()
+            if "lr" in line
+        ]
+
+
 def learning_rate(train: DetectionTrainSection, iteration: int) -> float:
     """lr of an iteration, counted from 0: a linear rise, then a tenth at each milestone."""
     rise = min(1.0, (iteration + 1) / train.warmup) if train.warmup else 1.0
     return train.lr * rise * 0.1 ** sum(iteration >= milestone for milestone in train.milestones)
 
 
-def _optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.optim.SGD:
+def make_optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.optim.SGD:
     """Weight decay on everything but the norms' scales and shifts, as in detectron2."""
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)
     norms = [
         parameter
         for module in detector.modules()
-        if isinstance(module, nn.BatchNorm2d)
+        if isinstance(module, kinds)
         for parameter in module.parameters()
     ]
     known = {id(parameter) for parameter in norms}
@@ -53,87 +104,232 @@ def _optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.optim
     optimizer = torch.optim.SGD(
         others, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
     )
-    optimizer.add_param_group({"params": norms, "weight_decay": 0.0})
+    if norms:
+        optimizer.add_param_group({"params": norms, "weight_decay": 0.0})
     return optimizer
 
 
 def train_detector(
-    detector: Detector,
-    batches: Iterable[Batch],
-    recipe: EvaluateRecipe,
-    name: str,
+    trial: Trial,
+    batches_from: Callable[[int], Iterator[Batch]],
     reporter: Reporter,
-) -> list[LossRecord]:
-    """Train for the recipe's iterations; returns the losses, one record per train.log_every.
+    limits: Limits | None = None,
+    test: Callable[[], Mapping[str, float]] | None = None,
+) -> None:
+    """Train for the recipe's iterations, going on from the trial's newest whole checkpoint.
 
-    batches: at least as many as iterations. name: of the weights, for progress and messages.
-    Raises RunError when a loss is not finite.
+    batches_from: this process's batches from an iteration on, at least as many as are left. test:
+    metrics of the detector as it is, asked for every test.every iterations.
+    Raises RunError when a loss is not finite, StoppedRunError when it is told to stop before the
+    end; the same call goes on.
     """
-    train = recipe.train
-    optimizer = _optimizer(detector, train)
+    train, detector, world = trial.recipe.train, trial.detector, trial.world
+    limits = limits or Limits()
+    optimizer = make_optimizer(detector, train)
+    half = train.precision == "float16"
+    scaler = torch.amp.GradScaler(world.device.type, enabled=half)
+    state = _State(trial, optimizer, scaler)
+    done, sums = state.load(reporter)
+    if done >= train.iterations:
+        return
+    parameters = list(detector.parameters())
+    batches = batches_from(done)
     detector.train()
-    records: list[LossRecord] = []
-    sums: dict[str, float] = {}
-    since = 0
-    with reporter.task(f"train {name}", train.iterations, "iterations") as task:
-        for iteration, batch in zip(range(train.iterations), batches, strict=False):
+    shown = _newest_score(trial)
+    with (
+        Stop(limits, launched=world.size > 1) as stop,
+        reporter.task(f"train {trial.name}", train.iterations, "iterations", done) as progress,
+    ):
+        for iteration in range(done, train.iterations):
             lr = learning_rate(train, iteration)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            losses = _seeded_losses(detector, batch, recipe.seed, iteration)
-            loss = torch.stack(list(losses.values())).sum()
-            values = {key: float(value.detach()) for key, value in losses.items()}
-            if not math.isfinite(sum(values.values())):
-                broken = ", ".join(f"{k} {v}" for k, v in values.items() if not math.isfinite(v))
-                raise RunError(
-                    f"{name}: {broken} at iteration {iteration + 1}, lr {lr:.3g}: training has "
-                    f"diverged. Lower train.lr or raise train.warmup."
-                )
+            losses = _seeded_losses(trial, next(batches), iteration)
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
-            sums = {key: sums.get(key, 0.0) + value for key, value in values.items()}
-            since += 1
-            task.advance(status=f"loss {sum(sums.values()) / since:.3f}, lr {lr:.2g}")
-            if since == train.log_every or iteration + 1 == train.iterations:
-                means = {key: value / since for key, value in sums.items()}
-                records.append(LossRecord(iteration + 1, lr, means))
-                sums, since = {}, 0
-    return records
+            torch.autograd.backward(scaler.scale(torch.stack(list(losses.values())).sum()))
+            average_gradients(parameters, world)
+            scaler.step(optimizer)
+            scaler.update()
+            sums.add(losses)
+
+            count = iteration + 1
+            last = count == train.iterations
+            code = int(world.max(torch.tensor(float(stop.code)))) if world.size > 1 else stop.code
+            stopping = not last and (code or stop.steps_are_done(count - done))
+            if count % train.log_every == 0 or last:
+                record = sums.record(count, lr, trial)
+                if world.is_main:
+                    losses_by_name = {f"{_LOSS}{k}": v for k, v in record.losses.items()}
+                    trial.log.append({"step": count, "lr": lr, **losses_by_name})
+                progress.advance(0, f"loss {record.total:.3f}, lr {lr:.2g}{shown}")
+            progress.advance()
+            if last or stopping or count % train.checkpoint_every == 0:
+                state.save(count, sums)
+            every = trial.recipe.test.every
+            if test is not None and every and not last and count % every == 0:
+                scores = test()
+                detector.train()
+                if world.is_main:
+                    trial.log.append({"step": count, **scores})
+                shown = _shown(scores)
+            if stopping:
+                place = f"iteration {count} of {train.iterations} of {trial.name} is saved"
+                raise stopped(code, limits, f"{place} in {trial.folder}")
 
 
-def measure_batch_norm(
-    detector: Detector,
-    batches: Iterable[Batch],
-    recipe: EvaluateRecipe,
-    name: str,
-    reporter: Reporter,
-) -> None:
+def _shown(scores: Mapping[str, float]) -> str:
+    return f", AP {scores['AP']:.1f}" if "AP" in scores else ""
+
+
+def _newest_score(trial: Trial) -> str:
+    return _shown(trial.log.latest())
+
+
+class _Sums:
+    """Losses summed since the last record, on the device until they are asked for."""
+
+    def __init__(self, sums: dict[str, float], since: int) -> None:
+        self._sums: dict[str, Tensor | float] = dict(sums)
+        self._since = since
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        self._sums = {k: self._sums.get(k, 0.0) + v.detach().float() for k, v in losses.items()}
+        self._since += 1
+
+    def record(self, iteration: int, lr: float, trial: Trial) -> LossRecord:
+        """The means over iterations and processes; starts anew. Raises RunError, see above."""
+        values = torch.tensor([float(v) for v in self._sums.values()], dtype=torch.float64)
+        means = (trial.world.sum(values) / trial.world.size / self._since).tolist()
+        losses = dict(zip(self._sums, means, strict=True))
+        broken = ", ".join(f"{k} {v}" for k, v in losses.items() if not math.isfinite(v))
+        if broken:
+            raise RunError(
+                f"{trial.name}: {broken} at iteration {iteration}, lr {lr:.3g}: training has "
+                f"diverged. Lower train.lr or raise train.warmup."
+            )
+        self._sums, self._since = {}, 0
+        return LossRecord(iteration, lr, losses)
+
+    def to_extra(self) -> dict[str, float]:
+        return {"since": self._since, **{f"{_SUM}{k}": float(v) for k, v in self._sums.items()}}
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, float]) -> _Sums:
+        sums = {k.removeprefix(_SUM): v for k, v in extra.items() if k.startswith(_SUM)}
+        return cls(sums, int(extra.get("since", 0)))
+
+
+class _State:
+    """A trial's state to and from its checkpoints; only the newest is kept."""
+
+    def __init__(
+        self, trial: Trial, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        self._trial, self._optimizer, self._scaler = trial, optimizer, scaler
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers, each once: res5 of C4 has two names."""
+        detector = self._trial.detector
+        kept = detector.state_dict().keys()
+        buffers = {k: v for k, v in detector.named_buffers() if k in kept}
+        return {**dict(detector.named_parameters()), **buffers}
+
+    def save(self, iteration: int, sums: _Sums) -> None:
+        trial, world = self._trial, self._trial.world
+        world.require_same(dict(trial.detector.named_parameters()), "parameters")
+        if world.is_main:
+            momentum = {
+                name: self._optimizer.state[parameter]["momentum_buffer"]
+                for name, parameter in trial.detector.named_parameters()
+                if self._optimizer.state[parameter].get("momentum_buffer") is not None
+            }
+            state = CheckpointState(
+                step=iteration,
+                architecture=trial.detector.backbone.architecture,
+                input_mean=trial.detector.mean.flatten().tolist(),
+                input_std=trial.detector.std.flatten().tolist(),
+                input_size=trial.recipe.data.test_size,
+                recipe_sha256=recipe_digest(trial.recipe),
+                files={},
+                processes=world.size,
+                loss_scaler=self._scaler.state_dict(),
+                extra=sums.to_extra(),
+            )
+            write_checkpoint(trial.folder, state, self._tensors(), momentum, keep=1)
+        world.wait()
+
+    def load(self, reporter: Reporter) -> tuple[int, _Sums]:
+        """The iterations that the newest whole checkpoint has done; 0 without one."""
+        trial, world = self._trial, self._trial.world
+        if world.is_main:
+            _leave_whole_checkpoints(trial.folder, reporter)
+        world.wait()
+        paths = list_checkpoints(trial.folder)
+        if not paths:
+            if world.is_main:
+                trial.log.rewind(-1)
+            return 0, _Sums({}, 0)
+        checkpoint = Checkpoint.read(paths[-1])
+        tensors, _ = read_safetensors(checkpoint.path / MODEL_FILE)
+        momentum, _ = read_safetensors(checkpoint.path / OPTIMIZER_FILE)
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(tensors[name])
+        for name, parameter in trial.detector.named_parameters():
+            if name in momentum:
+                # In the parameter's own memory layout, or the next step is rounded differently.
+                buffer = torch.empty_like(parameter).copy_(momentum[name])
+                self._optimizer.state[parameter]["momentum_buffer"] = buffer
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(dict(checkpoint.state.loss_scaler))
+        step = checkpoint.state.step
+        if world.is_main:
+            trial.log.rewind(step)
+        reporter.info(f"{trial.name}: iteration {step} is saved; going on from there.")
+        return step, _Sums.from_extra(checkpoint.state.extra)
+
+
+def _leave_whole_checkpoints(folder: Path, reporter: Reporter) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if (folder / CHECKPOINTS).is_dir():
+        remove_leftovers(folder / CHECKPOINTS)
+    for path in list_checkpoints(folder):
+        try:
+            Checkpoint.read(path, verify=True)
+        except UsageError as error:
+            reporter.warning(f"{error} It is deleted; the trial goes on from before.")
+            shutil.rmtree(path)
+
+
+def measure_batch_norm(trial: Trial, batches: Iterator[Batch], reporter: Reporter) -> None:
     """Replace running statistics by the mean over test.precise_bn_batches training batches.
 
     The moving averages belong to weights that were still changing; measured over the final ones,
     statistics are those that testing needs. Frozen norms have none and stay. Source: precise BN in
     detectron2 (Wu and Johnson 2021, section 3).
     """
-    count = recipe.test.precise_bn_batches
-    if not count:
+    count = trial.recipe.test.precise_bn_batches
+    norms = batch_norms(trial.detector)
+    if not count or not norms:
         return
-    norms = [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over batches
-    detector.train()
-    with torch.no_grad(), reporter.task(f"precise BN {name}", count, "batches") as task:
-        for number, batch in zip(range(count), batches, strict=False):
-            _seeded_losses(detector, batch, recipe.seed, recipe.train.iterations + number)
+    trial.detector.train()
+    with torch.no_grad(), reporter.task(f"precise BN {trial.name}", count, "batches") as task:
+        for number in range(count):
+            _seeded_losses(trial, next(batches), trial.recipe.train.iterations + number)
             task.advance()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        for statistics in (norm.running_mean, norm.running_var):
+            assert statistics is not None
+            statistics.copy_(trial.world.sum(statistics) / trial.world.size)
 
 
-def _seeded_losses(
-    detector: Detector, batch: Batch, seed: int, iteration: int
-) -> dict[str, torch.Tensor]:
-    torch.manual_seed((seed * 1_000_003 + iteration) % 2**63)
-    return detector.losses(batch.images, batch.boxes, batch.labels)
+def _seeded_losses(trial: Trial, batch: Batch, iteration: int) -> dict[str, Tensor]:
+    number = (trial.seed * 1_000_003 + iteration) * trial.world.size + trial.world.rank
+    torch.manual_seed(number % 2**63)
+    return trial.detector.losses(batch.images, batch.targets)

@@ -12,36 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from dupr_cli.artifacts.hashes import count_bits
 
 Array = NDArray[Any]
 
 # key: hash of the sample's key. low, high: of the sha256 of the source's bytes. look: perceptual.
 RECORD = np.dtype([("key", "<u8"), ("low", "<u8"), ("high", "<u8"), ("look", "<u8")])
 _AT_ONCE = 16_000_000
-
-_SIDE, _KEPT = 32, 8  # pixels of the thumbnail, frequencies of the hash
-
-
-def _cosines() -> Array:
-    """Rows of the DCT-II that the hash keeps."""
-    frequency, position = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None]
-    return np.cos(np.pi * (2 * position + 1) * frequency / (2 * _SIDE))
-
-
-_COSINES = _cosines()
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """64 bits of how an image looks: signs of its lowest frequencies against their median.
-
-    Source: pHash, as the imagehash library computes it (`phash`): 32 x 32 grey, DCT, 8 x 8 kept.
-    """
-    grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    kept = _COSINES @ np.asarray(grey, dtype=np.float64) @ _COSINES.T
-    bits = (kept > np.median(kept)).reshape(-1)
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
 
 # Reads all records, of one block after the other, with the position of the first.
 Records = Callable[[], Iterator[tuple[int, Array]]]
@@ -117,17 +95,7 @@ def _close_pairs(looks: Array, distance: int) -> Array:
         step = 1
         while step < len(part) and (same := np.flatnonzero(part[step:] == part[:-step])).size:
             one, other = order[same], order[same + step]
-            near = _bits(looks[one] ^ looks[other]) <= distance
+            near = count_bits(looks[one] ^ looks[other]) <= distance
             found.append(np.stack([one[near], other[near]], 1))
             step += 1
     return np.unique(np.concatenate(found), axis=0)
-
-
-_BITS_OF_BYTE = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
-
-
-def _bits(values: Array) -> Array:
-    """How many bits are set in each uint64."""
-    as_bytes = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), 8)
-    counts: Array = _BITS_OF_BYTE[as_bytes].sum(1)
-    return counts

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dupr_cli.artifacts.hashes import perceptual_hash
 from dupr_cli.artifacts.labels import Box, Placement
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Skipped
 from dupr_cli.errors import DuprError
-from dupr_cli.prepare.duplicates import perceptual_hash
 from dupr_cli.prepare.sources import Entry, RawImage
 from dupr_cli.recipe import PrepareRecipe
 from dupr_cli.recipe.prepare import ImageSection

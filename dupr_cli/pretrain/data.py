@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import DuprError, RunError
+from dupr_cli.geometry import Crop, random_crop_pair
 from dupr_cli.parallel import World
 from dupr_cli.pretrain.augmentation import draw_parameters
-from dupr_cli.pretrain.geometry import Crop, random_crop_pair
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 
 # An unreadable image is replaced by the next number; so many in a row are no accident.

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dupr_cli.backbones import as_backbone, make_backbone
+from dupr_cli.geometry import pool_patches
 from dupr_cli.parallel import World
-from dupr_cli.pretrain.geometry import pool_patches
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dupr_cli.geometry import pool_patches, shared_region_boxes
 from dupr_cli.pretrain.augmentation import FLIP, augment
 from dupr_cli.pretrain.data import Batch
 from dupr_cli.pretrain.encoders import ungroup_batch_norms
-from dupr_cli.pretrain.geometry import pool_patches, shared_region_boxes
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, Level
 from dupr_cli.recipe.pretrain import MethodSection
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dupr_cli.pretrain.geometry import overlap_fraction, random_crop_pair
+from dupr_cli.geometry import overlap_fraction, random_crop_pair
 from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.pretrain import PretrainRecipe
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.backbones import as_backbone
-from dupr_cli.parallel import World
+from dupr_cli.parallel import World, average_gradients
 from dupr_cli.pretrain.checkpoint import Trained, continue_run, save_run
 from dupr_cli.pretrain.data import Batch, BatchOrder, probe_batches, training_batches
 from dupr_cli.pretrain.encoders import (
@@ -57,22 +57,6 @@ def make_model(recipe: PretrainRecipe, world: World) -> Dupr:
         model.query.backbone.compile()
         model.key.backbone.compile()
     return model
-
-
-@torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
-    """Mean of the gradients over processes, in place.
-
-    One sum over one buffer of fixed layout after the backward pass, rather than
-    DistributedDataParallel: its buckets are laid out anew after the first step, so that sums of
-    three or more processes would round differently in a continued run.
-    """
-    if world.size == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    mean = world.sum(torch.cat([g.flatten() for g in gradients])) / world.size
-    slices = torch.split(mean, [g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(slices, gradients, strict=True)])
 
 
 def parts(rows: int, count: int) -> list[slice]:

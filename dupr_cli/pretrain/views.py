@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dupr_cli.geometry import shared_region_boxes
 from dupr_cli.parallel import World
 from dupr_cli.pretrain.augmentation import FLIP, augment
 from dupr_cli.pretrain.data import Batch
-from dupr_cli.pretrain.geometry import shared_region_boxes
 from dupr_cli.recipe.pretrain import MethodSection
 
 

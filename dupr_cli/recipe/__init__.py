@@ -22,6 +22,7 @@ from dupr_cli.recipe.load import (
 )
 from dupr_cli.recipe.prepare import PrepareRecipe
 from dupr_cli.recipe.pretrain import PretrainRecipe
+from dupr_cli.recipe.probe import ProbeRecipe
 
 __all__ = [
     "RECIPE_MODELS",
@@ -30,6 +31,7 @@ __all__ = [
     "Level",
     "PrepareRecipe",
     "PretrainRecipe",
+    "ProbeRecipe",
     "Recipe",
     "RecipeError",
     "Section",

@@ -1,7 +1,8 @@
-"""The recipe of `dupr evaluate`: the detector, its training schedule and how it is tested."""
+"""The recipe of a transfer protocol: the detector, its training schedule and how it is tested."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -9,23 +10,40 @@ from pydantic import Field, model_validator
 from dupr_cli.recipe.base import Backbone, Fraction, Section, Seed, reject
 
 Positive = Annotated[int, Field(ge=1)]
+Model = Literal[
+    "faster-rcnn-c4", "mask-rcnn-c4", "faster-rcnn-fpn", "mask-rcnn-fpn", "retinanet-fpn"
+]
+Labels = Annotated[str, Field(pattern=r"^(\d+(\.\d+)?%|.+\.json)$")]
 
 
 class DetectorSection(Section):
+    model: Model = "faster-rcnn-c4"
+    """C4: res5 is the box head, on regions of res4. FPN: heads on a feature pyramid of res2 to res5
+    (RetinaNet: res3 on). Mask R-CNN needs labels with masks."""
     backbone: Literal["auto"] | Backbone = "auto"
     """`auto` takes the architecture that the weights name (resnet50 when there is only `none`)."""
-    norm: Literal["batch", "frozen"] = "batch"
-    """Batch norm of the backbone: trained with the detector (MoCo's protocol), or frozen."""
+    norm: Literal["sync", "batch", "frozen"] = "sync"
+    """Batch norm of the backbone: trained, with statistics of the whole batch over all devices
+    (sync) or of each device's part (batch); or frozen."""
+    new_norm: Literal["sync", "batch", "group", "none"] = "sync"
+    """Norm of what is new: after res5 in C4, after the convolutions of the pyramid in FPN. group:
+    32 groups, which do not depend on the batch."""
     roi_size: Annotated[int, Field(ge=2, le=28)] = 14
-    """Side of the RoIAlign output, in cells, that enters res5."""
-    anchor_sizes: list[Positive] = [32, 64, 128, 256, 512]
-    """Anchor sides, pixels of the resized image."""
+    """Side of the RoIAlign output, in cells, that enters the box head (14 in C4, 7 in FPN)."""
+    mask_roi_size: Annotated[int, Field(ge=2, le=28)] = 14
+    """The same for the mask head of FPN; masks have twice this side."""
+    anchor_sizes: Annotated[list[Positive], Field(min_length=1)] = [32, 64, 128, 256, 512]
+    """Anchor sides, pixels of the resized image. FPN: one for each level of the pyramid."""
     anchor_ratios: list[Annotated[float, Field(gt=0)]] = [0.5, 1.0, 2.0]
     """Height over width."""
+    anchor_octaves: Positive = 1
+    """Anchors of each size, at 2^(k/n) of it (3 in RetinaNet)."""
+    pyramid_channels: Positive = 256
     rpn_batch_per_image: Positive = 256
     """Anchors per image in the loss of the region proposal network."""
     rpn_pre_nms: tuple[Positive, Positive] = (12000, 6000)
-    """Proposals kept before non-maximum suppression, in training and in testing."""
+    """Proposals kept before non-maximum suppression, in training and in testing (FPN: per level).
+    RetinaNet: the second is how many candidates of a level are decoded in testing."""
     rpn_post_nms: tuple[Positive, Positive] = (2000, 1000)
     """Proposals kept after it, in training and in testing."""
     rois_per_image: Positive = 512
@@ -33,18 +51,39 @@ class DetectorSection(Section):
     positive_fraction: Fraction = 0.25
     """Share of positives aimed at among the sampled regions."""
 
+    @model_validator(mode="after")
+    def _pyramid_has_five_levels(self) -> DetectorSection:
+        if self.model.endswith("-fpn") and len(self.anchor_sizes) != 5:
+            reject(
+                "anchor_sizes",
+                f"{self.anchor_sizes}, but the pyramid of {self.model} has 5 levels, "
+                f"{'p3 to p7' if self.model == 'retinanet-fpn' else 'p2 to p6'}: give one for each",
+            )
+        return self
+
 
 class DetectionDataSection(Section):
+    train_splits: Annotated[list[str], Field(min_length=1)] = ["train"]
+    """Splits to train on, joined. In a VOC tree `trainval` is that of every year, `2007/trainval`
+    that of one; in COCO's layout `train2017` means annotations/instances_train2017.json."""
+    test_splits: Annotated[list[str], Field(min_length=1)] = ["val"]
+    """Splits to test on, joined."""
+    labels: Positive | Labels | None = None
+    """Train on this many labelled images only, or on this share of them (`1%`): drawn once, so that
+    every class keeps its share, the same for every seed, and stored in labels.json. Or on those
+    that such a file names."""
+    labels_seed: Seed = 0
+    """Which of the possible draws."""
     train_sizes: Annotated[list[Positive], Field(min_length=1)] = list(range(480, 801, 32))
-    """Short sides, pixels, one drawn for every training batch."""
+    """Short sides, pixels, one drawn for every training image."""
     test_size: Positive = 800
     """Short side in testing, pixels."""
     max_size: Positive = 1333
     """The long side is at most this, pixels."""
     flip: bool = True
     """Horizontal flip with probability 0.5 in training."""
-    train_images: Positive | None = None
-    """Train on this many images only, drawn with the seed; all by default."""
+    group_by_aspect: bool = True
+    """Batches of wide images and batches of tall ones, so that less of a batch is padding."""
     test_images: Positive | None = None
     """Test on the first this many images only; all by default."""
 
@@ -52,7 +91,10 @@ class DetectionDataSection(Section):
 class DetectionTrainSection(Section):
     iterations: Positive = 24_000
     batch_size: Positive = 16
-    """Images per iteration."""
+    """Images per iteration, over all devices."""
+    reference_devices: Positive = 8
+    """Devices the schedule is meant for: `--scale-to-device` scales batch, lr and schedule by the
+    share of them that is there."""
     lr: Annotated[float, Field(gt=0)] = 0.02
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -60,8 +102,12 @@ class DetectionTrainSection(Section):
     """Iterations over which lr rises linearly to its value."""
     milestones: list[Positive] = [18_000, 22_000]
     """Iterations at which lr is multiplied by 0.1."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the network's arithmetic; losses and boxes stay float32."""
     workers: Annotated[int, Field(ge=0)] = 4
     log_every: Positive = 20
+    checkpoint_every: Positive = 1000
+    """Iterations between checkpoints, from which an interrupted trial goes on."""
 
     @model_validator(mode="after")
     def _milestones_in_order(self) -> DetectionTrainSection:
@@ -77,29 +123,37 @@ class DetectionTrainSection(Section):
 
 
 class DetectionTestSection(Section):
-    metric: Literal["voc07", "voc10"] = "voc07"
-    """Average precision at 11 recall points (VOC 2007) or as area under the curve (2010 on)."""
+    metric: Literal["voc07", "voc10", "coco"] = "voc07"
+    """VOC's average precision at 11 recall points (VOC 2007) or as area under the curve (2010 on),
+    or COCO's, boxes and, where the detector has them, masks."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Test after every so many iterations too, for the learning curve; 0: at the end only."""
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     detections_per_image: Positive = 100
     precise_bn_batches: Annotated[int, Field(ge=0)] = 200
     """Training batches over which batch-norm statistics are measured anew before testing."""
     pictures: Annotated[int, Field(ge=0)] = 12
-    """Test images drawn with detections beside the ground truth."""
+    """Test images drawn with detections beside the ground truth: best, worst and random ones."""
 
 
 class EvaluateRecipe(Section):
-    """Faster R-CNN, R-C4 form, fine-tuned on a VOC-like set and tested with VOC's metric."""
+    """A detector fine-tuned on a labelled set and tested with the protocol's metric."""
 
     stage: Literal["evaluate"] = "evaluate"
     description: str = ""
     """One line for `dupr recipe list`."""
-    protocol: Literal["voc"] = "voc"
+    name: str = ""
+    """Of the protocol, as results name it."""
+    protocol: Literal["voc", "coco", "cityscapes"] = "voc"
+    """Which `dupr evaluate` command carries it out."""
     detector: DetectorSection = DetectorSection()
     data: DetectionDataSection = DetectionDataSection()
     train: DetectionTrainSection = DetectionTrainSection()
     test: DetectionTestSection = DetectionTestSection()
     seed: Seed = 0
+    trials: Positive = 1
+    """Trainings of each of the weights, with seeds from `seed` on."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> EvaluateRecipe:
@@ -110,4 +164,22 @@ class EvaluateRecipe(Section):
                 f"{self.data.max_size}, but it bounds the long side and a short side of "
                 f"{largest} is asked for; raise it to at least {largest}",
             )
+        if self.has_masks and self.test.metric != "coco":
+            reject(
+                "test.metric",
+                f"{self.test.metric}, but masks, which {self.detector.model} has, are measured as "
+                f"coco only",
+            )
         return self
+
+    @property
+    def has_masks(self) -> bool:
+        return self.detector.model.startswith("mask-rcnn")
+
+
+def label_count(labels: int | str, images: int) -> int:
+    """How many of `images` labelled images `data.labels` asks for; at least one."""
+    if isinstance(labels, int):
+        return min(labels, images)
+    share = float(re.sub("%$", "", labels)) / 100
+    return min(images, max(1, round(share * images)))

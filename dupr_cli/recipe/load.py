@@ -26,14 +26,16 @@ from dupr_cli.recipe.evaluate import EvaluateRecipe
 from dupr_cli.recipe.export import ExportRecipe
 from dupr_cli.recipe.prepare import PrepareRecipe
 from dupr_cli.recipe.pretrain import PretrainRecipe
+from dupr_cli.recipe.probe import ProbeRecipe
 
-Recipe = PrepareRecipe | PretrainRecipe | ExportRecipe | EvaluateRecipe
+Recipe = PrepareRecipe | PretrainRecipe | ExportRecipe | EvaluateRecipe | ProbeRecipe
 
 RECIPE_MODELS: dict[str, type[Section]] = {
     "prepare": PrepareRecipe,
     "pretrain": PretrainRecipe,
     "export": ExportRecipe,
     "evaluate": EvaluateRecipe,
+    "probe": ProbeRecipe,
 }
 
 Path_ = tuple[str, ...]

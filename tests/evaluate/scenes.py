@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -40,6 +42,39 @@ def add_image(
         (root / folder).mkdir(parents=True, exist_ok=True)
     draw(objects, *size).save(root / "JPEGImages" / f"{image_id}.png")
     (root / "Annotations" / f"{image_id}.xml").write_text(annotation_xml(objects))
+
+
+def make_coco(root: Path, splits: Mapping[str, Sequence[Sequence[KitObject]]]) -> Path:
+    """COCO's layout, 2017 and all: images of 96 x 72 with rectangles, drawn as polygons."""
+    (root / "annotations").mkdir(parents=True)
+    for split, scenes in splits.items():
+        (root / split).mkdir()
+        content: dict[str, list[dict[str, object]]] = {
+            "images": [],
+            "annotations": [],
+            "categories": [
+                {"id": 10 * number, "name": name} for number, name in enumerate(COLOURS, 1)
+            ],
+        }
+        for number, objects in enumerate(scenes, 1):
+            file = f"{split}_{number}.png"
+            draw(list(objects), 96, 72).save(root / split / file)
+            size = {"width": 96, "height": 72}
+            content["images"].append({"id": number, "file_name": file, **size})
+            content["annotations"] += [
+                {
+                    "id": 100 * number + place,
+                    "image_id": number,
+                    "category_id": 10 * (list(COLOURS).index(name) + 1),
+                    "bbox": [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
+                    "area": (x1 - x0 + 1) * (y1 - y0 + 1),
+                    "segmentation": [[x0 - 1, y0 - 1, x1, y0 - 1, x1, y1, x0 - 1, y1]],
+                    "iscrowd": 0,
+                }
+                for place, (name, x0, y0, x1, y1) in enumerate(objects)
+            ]
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
 
 
 def add_split(root: Path, split: str, image_ids: list[str]) -> None:

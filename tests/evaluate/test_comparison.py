@@ -88,9 +88,9 @@ def test_every_output_is_there(finished: tuple[Path, Results]) -> None:
     table = (out / "table.txt").read_text()
     assert max(len(line) for line in table.splitlines()) <= 80
     assert all(name in table for name in ("01-backbone", "02-none", *COLOURS))
-    for name in ("detections.png", "losses.png"):
+    for name in ("detections.png", "curves.png"):
         assert Image.open(out / name).width > 600
-    rows = json.loads((out / "02-none" / "detections.json").read_text())
+    rows = json.loads((out / "02-none" / "seed-0" / "detections.json").read_text())
     assert set(rows[0]) == {"image_id", "name", "score", "box"}
     assert not list(out.rglob("*.tmp"))
 
@@ -105,8 +105,8 @@ def test_finished_weights_are_not_run_again(
         recipe(), [str(weights), "none"], str(tree), out, device="cpu", reporter=reporter
     )
     assert again == before
-    assert len(reporter.said) == 2
-    assert all("finished before" in line for line in reporter.said)
+    assert sum("finished before" in line for line in reporter.said) == 2
+    assert not any(line.startswith("train") for line in reporter.said)
 
 
 def test_weights_that_were_added_are_run_alone(
@@ -116,7 +116,8 @@ def test_weights_that_were_added_are_run_alone(
     reporter = Listening()
     addresses = [str(weights), "none", "none"]
     results = evaluate.run(recipe(), addresses, str(tree), out, device="cpu", reporter=reporter)
-    assert [line for line in reporter.said if line.startswith("train")] == ["train 03-none"]
+    trained = [line for line in reporter.said if line.startswith("train")]
+    assert trained == ["train 03-none"]
     # Paired and deterministic: the same weights under another name give the same AP.
     assert results.results[2].metrics == before.results[1].metrics
 
@@ -147,7 +148,7 @@ def test_other_weights_in_the_same_place_are_refused(
     other = tmp_path / "backbone.safetensors"
     metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.25,) * 3, 64)
     write_weights(other, ResNetBackbone("resnet18").state_dict(), metadata)
-    with pytest.raises(UsageError, match=r"01-backbone.*other weights.*--overwrite"):
+    with pytest.raises(UsageError, match=r"01-backbone.*of other weights.*--overwrite"):
         evaluate.run(recipe(), [str(other)], str(tree), out, device="cpu")
 
 
@@ -207,13 +208,16 @@ def test_class_of_the_test_split_only_is_reported_and_counted(tmp_path: Path) ->
 
 def test_images_of_both_splits_are_reported(tree: Path, tmp_path: Path) -> None:
     reporter = Listening()
-    small = recipe(1, detector={**recipe().detector.model_dump(), "backbone": "resnet18"})
+    small = recipe(
+        1,
+        detector={**recipe().detector.model_dump(), "backbone": "resnet18"},
+        data={**recipe().data.model_dump(), "test_splits": ["train"]},
+    )
     evaluate.run(
         small,
         ["none"],
         str(tree),
         tmp_path / "eval",
-        test_split="train",
         device="cpu",
         reporter=reporter,
     )
@@ -242,3 +246,119 @@ evaluate.run(recipe, ["none"], {str(tree)!r}, Path({str(tmp_path / "eval")!r}), 
 def test_importing_the_stage_does_not_import_torch() -> None:
     check = "import sys, dupr_cli.evaluate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def small(**overrides: object) -> EvaluateRecipe:
+    detector = {**recipe().detector.model_dump(), "backbone": "resnet18"}
+    return recipe(1, detector=detector, **overrides)
+
+
+def test_trials_give_deviations_and_paired_differences(
+    tree: Path, weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "eval"
+    two = small().model_copy(update={"trials": 2})
+    results = evaluate.run(two, [str(weights), "none"], str(tree), out, device="cpu")
+    assert results.seeds == [0, 1]
+    (first, second) = results.results[0].trials
+    mean = (first.metrics["AP"] + second.metrics["AP"]) / 2
+    assert results.results[0].metrics["AP"] == pytest.approx(mean)
+    assert set(results.results[0].deviations) >= {"AP", "AP50", "AP75"}
+    (ap, _, _) = results.differences
+    assert (ap.first, ap.second, ap.metric) == ("01-backbone", "02-none", "AP")
+    assert ap.low <= ap.mean <= ap.high
+    table = (out / "table.txt").read_text()
+    assert "01-backbone minus 02-none" in table
+    assert max(map(len, table.splitlines())) <= 80
+
+    # One seed more: those that are there are used again.
+    reporter = Listening()
+    three = two.model_copy(update={"trials": 3})
+    more = evaluate.run(
+        three, [str(weights), "none"], str(tree), out, device="cpu", reporter=reporter
+    )
+    assert [line for line in reporter.said if line.startswith("train")] == [
+        "train 01-backbone seed 2",
+        "train 02-none seed 2",
+    ]
+    assert more.results[0].trials[:2] == results.results[0].trials
+
+
+def test_few_labels_are_stored(tree: Path, tmp_path: Path) -> None:
+    few = small(data={**recipe().data.model_dump(), "labels": 3})
+    results = evaluate.run(few, ["none"], str(tree), tmp_path / "eval", device="cpu")
+    stored = json.loads((tmp_path / "eval" / "labels.json").read_text())
+    assert results.train.images == len(stored["image_ids"]) == 3
+
+
+def test_what_differs_from_the_named_protocol_is_said(tree: Path, tmp_path: Path) -> None:
+    changed = small(name="voc-tiny")
+    results = evaluate.run(changed, ["none"], str(tree), tmp_path / "eval", device="cpu")
+    assert results.protocol == "voc-tiny"
+    assert results.changes["train.iterations"] == [400, 1]
+    assert "detector.backbone" not in results.changes
+    assert "Changed: train.iterations is 1" in (tmp_path / "eval" / "table.txt").read_text()
+
+
+def test_small_batches_are_named(tree: Path, tmp_path: Path) -> None:
+    notes = evaluate.plan(small(), ["none"], str(tree), tmp_path / "eval").notes
+    assert any("statistics of 2 images" in note for note in notes)
+    frozen = {**recipe().detector.model_dump(), "backbone": "resnet18", "norm": "frozen"}
+    assert (
+        evaluate.plan(recipe(1, detector=frozen), ["none"], str(tree), tmp_path / "e").notes == []
+    )
+
+
+def test_a_batch_that_cannot_be_split_is_refused(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"batch_size is 2, but 4 processes.*Give a multiple"):
+        evaluate.plan(small(), ["none"], str(tree), tmp_path / "eval", processes=4)
+
+
+def test_joined_years_and_one_of_them(tmp_path: Path) -> None:
+    for year in ("VOC2007", "VOC2012"):
+        make_tree(tmp_path / "devkit" / year, train=4, val=2)
+    joined = {"train_splits": ["2007/train", "2012/train"], "test_splits": ["2007/val"]}
+    plan = evaluate.plan(
+        small(data={**recipe().data.model_dump(), **joined}),
+        ["none"],
+        str(tmp_path / "devkit"),
+        tmp_path / "eval",
+    )
+    assert (plan.train_images, plan.test_images) == (8, 2)
+
+
+def test_torchvisions_weights_are_taken_from_its_cache(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    cached = tmp_path / "home" / "hub" / "checkpoints" / url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet18().state_dict(), cached)
+    plan = evaluate.plan(
+        small(), ["torchvision:IMAGENET1K_V1", "none"], str(tree), tmp_path / "eval"
+    )
+    assert plan.loaded == ["120 of 120 tensors of the resnet18 loaded", "random"]
+    with pytest.raises(UsageError, match="no such weights of a resnet18; it has IMAGENET1K_V1"):
+        evaluate.plan(small(), ["torchvision:V9"], str(tree), tmp_path / "eval")
+
+
+def test_evaluations_are_reported_side_by_side(
+    finished: tuple[Path, Results], tree: Path, tmp_path: Path
+) -> None:
+    from dupr_cli.evaluate.summary import summarise, summary_table
+
+    out, _ = finished
+    few = small(data={**recipe().data.model_dump(), "labels": 3})
+    evaluate.run(few, ["none"], str(tree), tmp_path / "few", device="cpu")
+    reporter = Listening()
+    summary = summarise([out, tmp_path / "few"], tmp_path / "sum", reporter)
+    before = len(Results.read(out).results)
+    assert [row.labels for row in summary.groups[0]] == [8] * before + [3]
+    assert reporter.said == []
+    text = (tmp_path / "sum" / "summary.txt").read_text()
+    assert text == summary_table(summary)
+    assert max(map(len, text.splitlines())) <= 80
+    assert Image.open(tmp_path / "sum" / "summary.png").width > 600

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dupr_cli import prepare
+from dupr_cli.artifacts.hashes import perceptual_hash
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.prepare import duplicates
-from dupr_cli.prepare.duplicates import RECORD, equal_rows, perceptual_hash, similar_rows
+from dupr_cli.prepare.duplicates import RECORD, equal_rows, similar_rows
 from dupr_cli.recipe import PrepareRecipe, load_recipe
 from tests.conftest import encode, noise_image, write_shards
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dupr_cli.errors import RunError
-from dupr_cli.parallel import World, join
+from dupr_cli.parallel import World, average_gradients, join
 from dupr_cli.pretrain.encoders import Embeddings, commit_statistics, group_batch_norms
-from dupr_cli.pretrain.trainer import average_gradients
 
 
 def exchange(world: World) -> None:

@@ -32,7 +32,8 @@ def test_shipped_recipe_is_valid_and_opens_with_its_command(stage: str, name: st
     load_recipe(RECIPE_MODELS[stage], name)
     lines = shipped_recipes()[name].read_text().splitlines()
     assert all(line.startswith("#") for line in lines[:3])
-    assert any(line.startswith(f"#   dupr {stage}") for line in lines[:8])
+    command = {"probe": "evaluate"}.get(stage, stage)
+    assert any(line.startswith(f"#   dupr {command}") for line in lines[:8])
     assert any(line.startswith("# Source") for line in lines[:8])
     assert any(line.startswith("# Cost") for line in lines[:8])
 

@@ -57,7 +57,8 @@ def coco_segm_scores(
 
     Raises ValueError when an image with objects or detections has no masks.
     """
-    if any(entry.masks is None and len(entry.labels) for entry in (*truths, *detections)):
+    entries: list[Truth | Detections] = [*truths, *detections]
+    if any(entry.masks is None and len(entry.labels) for entry in entries):
         raise ValueError("coco-segm needs the masks of all objects and detections")
     content, results = truths_json(truths, classes), detections_json(detections)
     boxes = coco_json_scores(content, results, "bbox", ious)

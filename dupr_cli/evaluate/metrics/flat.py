@@ -17,6 +17,8 @@ from dupr_cli.evaluate.metrics.types import Detections, Flags, Floats, Integers,
 
 # Pairs whose overlaps are computed at once: what fits the cache of a core, more or less.
 _PAIRS = 200_000
+# Groups up to which looking up in a table of all of them is faster than searching, and small.
+_TABLE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,17 @@ class Found:
 def flatten_truths(truths: Sequence[Truth]) -> Objects:
     boxes = _joined([t.boxes for t in truths], np.float64, 4)
     ignored = [t.difficult if t.crowd is None else t.difficult | t.crowd for t in truths]
-    sizes = [box_areas(t.boxes) if t.areas is None else t.areas for t in truths]
+    sizes = box_areas(boxes)
+    if any(t.areas is not None for t in truths):
+        sizes = _joined(
+            [box_areas(t.boxes) if t.areas is None else t.areas for t in truths], np.float64
+        )
     return Objects(
         _image_numbers([len(t.labels) for t in truths]),
         _joined([t.labels for t in truths], np.int64),
         boxes,
         _joined(ignored, np.bool_),
-        _joined(sizes, np.float64),
+        sizes,
     )
 
 
@@ -104,6 +110,16 @@ def pair_iou(boxes: Floats, others: Floats) -> Floats:
     return iou
 
 
+def _slices(groups: Integers, wanted: Integers) -> tuple[Integers, Integers]:
+    """Where the members of each wanted group begin in the sorted `groups`, and how many."""
+    number = 1 + int(max(groups.max(initial=0), wanted.max(initial=0)))
+    if number > _TABLE:
+        first = np.searchsorted(groups, wanted, "left")
+        return first, np.searchsorted(groups, wanted, "right") - first
+    sizes = np.bincount(groups, minlength=number)
+    return (np.cumsum(sizes) - sizes)[wanted], sizes[wanted]
+
+
 def candidate_pairs(
     groups: Integers, of_detection: Integers, of_object: Integers
 ) -> Iterator[tuple[Integers, Integers]]:
@@ -112,8 +128,7 @@ def candidate_pairs(
     groups: the group of every object, sorted. of_detection: (d,) the group of each detection.
     of_object: (n,) the object that each entry of `groups` stands for.
     """
-    first = np.searchsorted(groups, of_detection, "left")
-    counts = np.searchsorted(groups, of_detection, "right") - first
+    first, counts = _slices(groups, of_detection)
     busy = np.flatnonzero(counts)
     ends = np.cumsum(counts[busy])
     start = 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -81,9 +82,7 @@ def match(objects: Objects, found: Found, classes: int) -> Matches:
     """Pair each detection with the object of its image and class that it overlaps most, taken or
     not; of several such objects, with the first."""
     iou, best = _best_overlaps(objects, found, classes)
-    # Stable: detections of equal score keep the order in which they were given.
-    by_score = np.argsort(-found.scores, kind="stable")
-    order = by_score[np.argsort(found.label[by_score], kind="stable")]
+    order, starts = _sorted_by_class(found, classes)
     label = found.label[order]
     ignored = np.zeros(len(found), dtype=np.bool_)
     ignored[best >= 0] = objects.ignored[best[best >= 0]]
@@ -93,11 +92,25 @@ def match(objects: Objects, found: Found, classes: int) -> Matches:
         iou[order],
         best[order],
         ignored[order],
-        np.searchsorted(label, np.arange(classes + 1)),
+        starts,
         np.bincount(objects.label[~objects.ignored], minlength=classes),
         order,
         len(objects),
     )
+
+
+def _sorted_by_class(found: Found, classes: int) -> tuple[Integers, Integers]:
+    """(d,) places of the detections by class, then highest score first; where each class begins.
+
+    Stable: detections of equal score keep the order in which they were given.
+    """
+    small = np.uint16 if classes <= np.iinfo(np.uint16).max else np.int64  # sorted by its digits
+    order = np.argsort(found.label.astype(small), kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(found.label, minlength=classes))])
+    falling = -found.scores[order]
+    for start, end in pairwise(starts.tolist()):
+        order[start:end] = order[start:end][np.argsort(falling[start:end], kind="stable")]
+    return order, starts
 
 
 def _best_overlaps(objects: Objects, found: Found, classes: int) -> tuple[Floats, Integers]:

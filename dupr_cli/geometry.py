@@ -7,6 +7,8 @@ alignment, so that a point of the source image keeps one meaning all the way to 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,7 +24,17 @@ Crop = tuple[int, int, int, int]
 _SAMPLING_RATIO = 2
 
 
-def random_crop(width: int, height: int, views: ViewsSection, random: np.random.Generator) -> Crop:
+class CropRange(Protocol):
+    """From what random crops are drawn: share of the image's area, and width over height."""
+
+    @property
+    def scale(self) -> tuple[float, float]: ...
+
+    @property
+    def ratio(self) -> tuple[float, float]: ...
+
+
+def random_crop(width: int, height: int, views: CropRange, random: np.random.Generator) -> Crop:
     """One random resized crop as x0, y0, x1, y1 in source pixels.
 
     Area and aspect ratio (log-uniform) are drawn until the crop fits, ten times; then the largest

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from dupr_cli.pretrain.data import crop_and_resize
-from dupr_cli.pretrain.geometry import (
+from dupr_cli.geometry import (
     Crop,
     overlap_fraction,
     pool_patches,
@@ -20,6 +19,7 @@ from dupr_cli.pretrain.geometry import (
     random_crop_pair,
     shared_region_boxes,
 )
+from dupr_cli.pretrain.data import crop_and_resize
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.recipe.pretrain import ViewsSection
 

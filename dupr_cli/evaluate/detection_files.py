@@ -1,0 +1,376 @@
+"""Anybody's detections, scored: VOC's text files, COCO's results, detections.json of an evaluation.
+
+    comp4_det_test_dog.txt   one file per class, `image score xmin ymin xmax ymax` a line, pixels
+                             counted from 1 with both ends inside, as the development kit has them
+    results.json             a list of {image_id, category_id, bbox: [x, y, width, height], score},
+                             and segmentation where there are masks: COCO's format of results
+    detections.json          what `dupr evaluate voc` writes of a trial
+
+Images are not needed, annotations are enough. Nothing is clipped, rounded or dropped on the way:
+the figures are those of the kit or of pycocotools for the same files.
+Sources: the VOC development kit, COCO's results format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from dupr_cli.artifacts.coco_json import (
+    check_segmentation,
+    coco_box,
+    parse_coco,
+    read_json,
+)
+from dupr_cli.artifacts.files import write_json, write_text
+from dupr_cli.artifacts.labels import Box
+from dupr_cli.artifacts.results import RESULTS
+from dupr_cli.artifacts.voc_tree import find_voc_trees
+from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.label_sources import VocSource
+from dupr_cli.evaluate.metrics import METRIC_NAMES, Detections, Metric, Scores, Truth, score
+from dupr_cli.evaluate.metrics.analysis import analyse
+from dupr_cli.evaluate.metrics.coco import coco_json_scores, with_masks
+from dupr_cli.evaluate.metrics.drawing import write_analysis
+from dupr_cli.evaluate.report import detections_from_rows
+
+TABLE_FILE = "table.txt"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """metrics, per_class: in percent. notes: what a reader of the figures should know."""
+
+    metric: Metric
+    metric_name: str
+    data: str
+    split: str
+    images: int
+    objects: int
+    detections: int
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Annotations to score against. ids: of the images as an evaluation has them. names: as text
+    files have them, without year and suffix.
+
+    content: of COCO's JSON, None for a VOC tree. category_ids: of the classes, in their order.
+    """
+
+    data: str
+    split: str
+    ids: list[str]
+    names: list[str]
+    classes: list[str]
+    truths: list[Truth]
+    content: dict[str, Any] | None = None
+    category_ids: tuple[int, ...] = ()
+
+
+def score_files(
+    files: Sequence[Path],
+    data: str,
+    split: str,
+    metric: Metric,
+    ious: Sequence[float] = (),
+    out: Path | None = None,
+) -> Scored:
+    """Detections of `files` against the annotations of a VOC tree's split or of COCO's JSON.
+
+    ious: further thresholds whose AP is added. out: a folder for results.json, table.txt and the
+    analysis. Raises UsageError, with file and line, for what is not as its format has it.
+    """
+    labels = _read_labels(data, split)
+    content = None if len(files) > 1 or files[0].suffix == ".txt" else _read_list(files[0])
+    coco_results = content is not None and not (content and "box" in content[0])
+    if content is None:
+        found = _from_text(files, labels)
+    elif coco_results:
+        found = _from_results(content, files[0], labels)
+    else:
+        found = _from_rows(content, files[0], labels)
+    notes = _notes(labels, found)
+    try:
+        if coco_results and content is not None and labels.content and metric.startswith("coco"):
+            masks = bool(content) and all("segmentation" in row for row in content)
+            metric = "coco-segm" if masks else "coco"
+            scores = _as_pycocotools(labels.content, content, masks, ious)
+        else:
+            scores = score(metric, labels.truths, found, labels.classes, ious)
+    except ValueError as error:
+        raise UsageError(f"{data}, split {split}: {error}.") from error
+    scored = Scored(
+        metric,
+        METRIC_NAMES[metric],
+        data,
+        split,
+        len(labels.ids),
+        sum(int((~_ignored(truth)).sum()) for truth in labels.truths),
+        sum(len(of_image.labels) for of_image in found),
+        scores.metrics,
+        scores.per_class,
+        notes,
+    )
+    if out is not None:
+        _write(out, scored, labels, found)
+    return scored
+
+
+def _as_pycocotools(
+    content: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    masks: bool,
+    ious: Sequence[float],
+) -> Scores:
+    boxes = coco_json_scores(content, results, "bbox", ious)
+    return with_masks(boxes, coco_json_scores(content, results, "segm", ious)) if masks else boxes
+
+
+def _write(out: Path, scored: Scored, labels: _Labels, found: Sequence[Detections]) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file is there; --out needs a directory.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_analysis(
+        out,
+        analyse(
+            labels.truths, found, labels.classes, "voc07" if scored.metric == "voc07" else "voc10"
+        ),
+    )
+    write_text(out / TABLE_FILE, scored_table(scored))
+    write_json(out / RESULTS, asdict(scored))
+
+
+def scored_table(scored: Scored) -> str:
+    """Plain text of at most 80 columns."""
+    lines = [
+        scored.metric_name,
+        f"{scored.data}, split {scored.split}: {scored.images} images, {scored.objects} objects, "
+        f"{scored.detections} detections",
+        *(f"Note: {note}" for note in scored.notes),
+        "",
+    ]
+    columns = list(next(iter(scored.per_class.values())))
+    shown = columns[:5]
+    lines.append(f"{'':<28}" + "".join(f"{name:>9}" for name in shown))
+    for name, row in scored.per_class.items():
+        lines.append(f"{name[:27]:<28}" + "".join(f"{row[c]:9.2f}" for c in shown))
+    lines.append(f"{'mean':<28}" + "".join(f"{scored.metrics[c]:9.2f}" for c in shown))
+    rest = [name for name in scored.metrics if name not in shown]
+    if rest:
+        lines.append("")
+        lines += [f"{name:<28}{scored.metrics[name]:9.2f}" for name in rest]
+    return "\n".join(lines) + "\n"
+
+
+def _ignored(truth: Truth) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return truth.difficult if truth.crowd is None else truth.difficult | truth.crowd
+
+
+def _read_labels(data: str, split: str) -> _Labels:
+    path = Path(data)
+    trees = find_voc_trees(path)
+    if trees:
+        source = VocSource(trees, split, data)
+        boxes = [source.boxes(number) for number in range(len(source.ids))]
+        classes = sorted({box.name for of_image in boxes for box in of_image})
+        truths = [_truth(of_image, classes) for of_image in boxes]
+        return _Labels(data, split, source.ids, source.names, classes, truths)
+    if path.is_dir():
+        named = [path / "annotations" / f"{prefix}{split}.json" for prefix in ("instances_", "")]
+        path = next((file for file in named if file.is_file()), path)
+    if path.suffix != ".json":
+        raise UsageError(
+            f"{data}: neither a VOC tree nor COCO's JSON (annotations/instances_{split}.json in a "
+            f"folder, or the file itself)."
+        )
+    content = read_json(path)
+    coco = parse_coco(content, path)
+    classes = coco.classes
+    return _Labels(
+        data,
+        path.stem,
+        [image.file_name for image in coco.images],
+        [Path(image.file_name).stem for image in coco.images],
+        classes,
+        [_truth(image.objects, classes) for image in coco.images],
+        content,
+        tuple(coco.categories),
+    )
+
+
+def _truth(boxes: Iterable[Box], classes: Sequence[str]) -> Truth:
+    boxes = list(boxes)
+    corners = np.array([box.corners for box in boxes], dtype=np.float64).reshape(-1, 4)
+    sides = (corners[:, 2:] - corners[:, :2]).prod(axis=1)
+    areas = [box.details.get("area", side) for box, side in zip(boxes, sides, strict=True)]
+    return Truth(
+        corners,
+        np.array([classes.index(box.name) for box in boxes], dtype=np.int64),
+        np.array([box.difficult for box in boxes], dtype=np.bool_),
+        np.array([box.crowd for box in boxes], dtype=np.bool_),
+        np.array(areas, dtype=np.float64),
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    box: tuple[float, float, float, float]
+    label: int
+    score: float
+
+
+def _gathered(rows: Sequence[tuple[int, _Row]], images: int) -> list[Detections]:
+    """rows: number of the image, and the detection, in the order of the files."""
+    by_image: list[list[tuple[int, _Row]]] = [[] for _ in range(images)]
+    for place, (image, row) in enumerate(rows):
+        by_image[image].append((place, row))
+    return [
+        Detections(
+            np.array([row.box for _, row in found], dtype=np.float64).reshape(-1, 4),
+            np.array([row.label for _, row in found], dtype=np.int64),
+            np.array([row.score for _, row in found], dtype=np.float64),
+            order=np.array([place for place, _ in found], dtype=np.int64),
+        )
+        for found in by_image
+    ]
+
+
+def _from_text(files: Sequence[Path], labels: _Labels) -> list[Detections]:
+    images = {name: number for number, name in enumerate(labels.names)}
+    if len(images) < len(labels.names):
+        raise UsageError(
+            f"{labels.data}: two images have the same name; text files cannot say which."
+        )
+    rows: list[tuple[int, _Row]] = []
+    seen: dict[int, Path] = {}
+    for file in files:
+        label = _class_of(file, labels)
+        if label in seen:
+            raise UsageError(f"{file} and {seen[label]} are both of {labels.classes[label]}.")
+        seen[label] = file
+        for number, line in enumerate(_lines(file), 1):
+            where = f"{file}, line {number}"
+            parts = line.split()
+            if not parts:
+                continue
+            values = _numbers(parts[1:], where, line)
+            if parts[0] not in images:
+                raise UsageError(
+                    f"{where}: there is no image {parts[0]!r} in {labels.data}, split "
+                    f"{labels.split}."
+                )
+            confidence, x_min, y_min, x_max, y_max = values
+            box = (x_min - 1, y_min - 1, x_max, y_max)
+            rows.append((images[parts[0]], _Row(box, label, confidence)))
+    return _gathered(rows, len(labels.names))
+
+
+def _class_of(file: Path, labels: _Labels) -> int:
+    """The longest class that the file's name ends with after an underscore: names may have some."""
+    fitting = [c for c in labels.classes if file.stem == c or file.stem.endswith(f"_{c}")]
+    if file.suffix != ".txt" or not fitting:
+        raise UsageError(
+            f"{file}: not named as the development kit does, *_<class>.txt; the classes of "
+            f"{labels.data} are {', '.join(labels.classes)}."
+        )
+    return labels.classes.index(max(fitting, key=len))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: not UTF-8 text ({error}).") from error
+
+
+def _numbers(parts: Sequence[str], where: str, line: str) -> list[float]:
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) != 5 or not all(map(math.isfinite, values)):
+        raise UsageError(
+            f"{where}: {line.strip()!r}, but `image score xmin ymin xmax ymax` is needed."
+        )
+    return values
+
+
+def _read_list(file: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file} cannot be read as JSON: {error}.") from error
+    if isinstance(content, list) and all(isinstance(row, dict) for row in content):
+        return content
+    raise UsageError(f"{file}: a list of detections is needed, as COCO's results are.")
+
+
+def _from_results(
+    content: Sequence[Mapping[str, Any]], file: Path, labels: _Labels
+) -> list[Detections]:
+    if labels.content is None:
+        raise UsageError(
+            f"{file}: COCO's results name images and categories by the ids of COCO's JSON; give "
+            f"that as --data."
+        )
+    images = {image["id"]: number for number, image in enumerate(labels.content["images"])}
+    classes = {category: number for number, category in enumerate(labels.category_ids)}
+    rows = []
+    for number, row in enumerate(content, 1):
+        where = f"{file}: detection {number}"
+        for key, known in (("image_id", images), ("category_id", classes)):
+            if not isinstance(row.get(key), int | str) or row[key] not in known:
+                raise UsageError(
+                    f"{where}: its {key} is {row.get(key)!r}, which is not in {labels.data}."
+                )
+        if "segmentation" in row:
+            check_segmentation(row["segmentation"], where)
+        x, y, width, height = coco_box(_box_of(row), where)
+        box = (x, y, x + width, y + height)
+        rows.append(
+            (images[row["image_id"]], _Row(box, classes[row["category_id"]], _score(row, where)))
+        )
+    return _gathered(rows, len(labels.ids))
+
+
+def _box_of(row: Mapping[str, Any]) -> object:
+    """Results of masks need not have one."""
+    if "bbox" in row or not isinstance(row.get("segmentation"), Mapping):
+        return row.get("bbox")
+    return coco_mask.toBbox(row["segmentation"]).tolist()
+
+
+def _score(row: Mapping[str, Any], where: str) -> float:
+    value = row.get("score")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"{where}: its score is {value!r}, but a number is needed.")
+    return float(value)
+
+
+def _from_rows(content: list[dict[str, Any]], file: Path, labels: _Labels) -> list[Detections]:
+    try:
+        return detections_from_rows(content, labels.ids, labels.classes)  # type: ignore[arg-type]
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{file}: not the detections of {labels.data}, split {labels.split} "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _notes(labels: _Labels, found: Sequence[Detections]) -> list[str]:
+    having = np.zeros(len(labels.classes), dtype=np.bool_)
+    for of_image in found:
+        having[of_image.labels] = True
+    without = [name for name, has in zip(labels.classes, having, strict=True) if not has]
+    return [f"nothing was detected of {', '.join(without)}"] if without else []

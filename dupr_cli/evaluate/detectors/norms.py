@@ -1,0 +1,91 @@
+"""Norms of a detector: batch norm over one device or all of them, group norm, frozen batch norm.
+
+The batches of detection are small (2 images a device in the protocols), and so are the samples that
+batch statistics are made of: the protocols synchronise them over devices.
+Source: docs/method.md, "R50-C4, shared"; Wu and He 2018 (group norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+_GROUPS = 32
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the inputs of all processes, on any device.
+
+    torch's SyncBatchNorm is for GPUs only; this one serves processes on CPUs. Inputs of the
+    processes may differ in size: every value counts the same.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        x = input.float()
+        count = x.new_full((1, x.shape[1]), x.numel() / x.shape[1])
+        sums = torch.cat([x.sum((0, 2, 3))[None], x.square().sum((0, 2, 3))[None], count])
+        total, squares, n = torch.distributed.nn.functional.all_reduce(sums)  # type: ignore[no-untyped-call]
+        mean = total / n
+        variance = (squares / n - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            rate = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, rate)
+            self.running_var.lerp_(variance * (n / (n - 1).clamp(min=1)), rate)
+        scale = (self.weight * (variance + self.eps).rsqrt())[:, None, None]
+        result: Tensor = (x - mean[:, None, None]) * scale + self.bias[:, None, None]
+        return result.to(input.dtype)
+
+
+def make_norm(kind: str) -> Callable[[int], nn.Module]:
+    """A layer by number of channels: sync, batch, group or none, as `detector.new_norm` says."""
+    if kind == "group":
+        return lambda channels: nn.GroupNorm(_GROUPS, channels)
+    if kind == "none":
+        return lambda _channels: nn.Identity()
+    if kind == "sync":
+        return _synchronised
+    return nn.BatchNorm2d
+
+
+def _synchronised(channels: int) -> nn.Module:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return nn.BatchNorm2d(channels)
+    if dist.get_backend() == "gloo":
+        return SyncedBatchNorm2d(channels)
+    return nn.SyncBatchNorm(channels)
+
+
+def replace_batch_norms(module: nn.Module, kind: str) -> None:
+    """Put every BatchNorm2d of `module`, its state kept, into the form of `detector.norm`.
+
+    frozen: a constant scale and shift made of its statistics.
+    """
+    for name, child in module.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            replace_batch_norms(child, kind)
+            continue
+        state = child.state_dict()
+        if kind == "frozen":
+            del state["num_batches_tracked"]
+            new: nn.Module = FrozenBatchNorm2d(child.num_features, child.eps)
+        else:
+            new = make_norm(kind)(child.num_features)
+        new.load_state_dict(state)
+        setattr(module, name, new)
+
+
+def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The norms of a network whose statistics are of batches."""
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    return [child for child in module.modules() if isinstance(child, kinds)]

@@ -1,0 +1,158 @@
+"""Faster and Mask R-CNN: what their C4 and FPN forms look at, and the network as a whole.
+
+C4: res2 to res4 see the image; the backbone's own res5, followed by an extra norm, sees the
+regions, because pre-trained res5 features come in no particular scale. FPN: heads of their own on a
+pyramid over res2 to res5.
+Source: docs/method.md, "R50-C4, shared" and "COCO"; Lin et al. 2017; He et al. 2017.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from dupr_cli.backbones import ResNetBackbone
+from dupr_cli.evaluate.detectors.anchors import Anchors
+from dupr_cli.evaluate.detectors.norms import make_norm
+from dupr_cli.evaluate.detectors.proposals import make_proposals
+from dupr_cli.evaluate.detectors.regions import RegionPooling
+from dupr_cli.evaluate.detectors.roi_heads import BoxPredictor, Found, RoIHeads, Target
+from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS
+from dupr_cli.recipe.evaluate import EvaluateRecipe
+
+_MASK_CHANNELS = 256
+_FPN_BOX_WIDTH = 1024
+
+
+class C4Head(nn.Module):
+    """Regions of res4 through res5 and a norm: vectors by averaging, masks on the map."""
+
+    def __init__(self, backbone: ResNetBackbone, num_classes: int, recipe: EvaluateRecipe) -> None:
+        super().__init__()
+        detector, channels = recipe.detector, backbone.channels["res5"]
+        self.pool = RegionPooling(detector.roi_size, [LEVEL_STRIDES["res4"]])
+        # res5 is in the network twice, as a stage and as the head: one module, one set of weights.
+        self.res5 = backbone.stage("res5")
+        self.norm = make_norm(detector.new_norm)(channels)
+        self.mask_head = MaskHead(channels, 0, num_classes) if recipe.has_masks else None
+        self.width = channels
+
+    def forward(self, features: Sequence[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        seen: Tensor = self.norm(self.res5(self.pool(features, boxes)))
+        return seen.mean(dim=(2, 3)), seen
+
+    def masks(self, features: Sequence[Tensor], boxes: list[Tensor], seen: Tensor | None) -> Tensor:
+        assert self.mask_head is not None
+        logits: Tensor = self.mask_head(self(features, boxes)[1] if seen is None else seen)
+        return logits
+
+
+class FPNHead(nn.Module):
+    """Regions of the pyramid: two linear layers for boxes, four convolutions for masks."""
+
+    def __init__(self, num_classes: int, recipe: EvaluateRecipe) -> None:
+        super().__init__()
+        detector, strides = recipe.detector, [LEVEL_STRIDES[level] for level in LEVELS]
+        channels = detector.pyramid_channels
+        self.pool = RegionPooling(detector.roi_size, strides)
+        self.fc1 = nn.Linear(channels * detector.roi_size**2, _FPN_BOX_WIDTH)
+        self.fc2 = nn.Linear(_FPN_BOX_WIDTH, _FPN_BOX_WIDTH)
+        for layer in (self.fc1, self.fc2):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+        if recipe.has_masks:
+            self.mask_pool = RegionPooling(detector.mask_roi_size, strides)
+            self.mask_head = MaskHead(channels, 4, num_classes)
+        self.width = _FPN_BOX_WIDTH
+
+    def forward(self, features: Sequence[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        vectors = F.relu(self.fc1(self.pool(features, boxes).flatten(1)))
+        vectors = F.relu(self.fc2(vectors))
+        return vectors, vectors
+
+    def masks(
+        self, features: Sequence[Tensor], boxes: list[Tensor], _seen: Tensor | None
+    ) -> Tensor:
+        logits: Tensor = self.mask_head(self.mask_pool(features, boxes))
+        return logits
+
+
+class MaskHead(nn.Module):
+    """Region maps (n, C, S, S) to mask logits (n, K, 2 S, 2 S)."""
+
+    def __init__(self, channels: int, convolutions: int, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(channels, _MASK_CHANNELS, 3, padding=1), nn.ReLU()]
+            channels = _MASK_CHANNELS
+        self.convolutions = nn.Sequential(*layers)
+        self.deconv = nn.ConvTranspose2d(channels, _MASK_CHANNELS, 2, stride=2)
+        self.predictor = nn.Conv2d(_MASK_CHANNELS, num_classes, 1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.predictor.weight, std=0.001)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        logits: Tensor = self.predictor(F.relu(self.deconv(self.convolutions(regions))))
+        return logits
+
+
+class TwoStage(nn.Module):
+    """Backbone, proposals and heads. `divisible`: sides of a batch are multiples of this."""
+
+    def __init__(self, backbone: ResNetBackbone, num_classes: int, recipe: EvaluateRecipe) -> None:
+        super().__init__()
+        detector = recipe.detector
+        self.backbone = backbone
+        self._pyramid = detector.model.endswith("-fpn")
+        if self._pyramid:
+            norm = None if detector.new_norm == "none" else make_norm(detector.new_norm)
+            self.fpn = FeaturePyramidNetwork(
+                [backbone.channels[level] for level in LEVELS],
+                detector.pyramid_channels,
+                LastLevelMaxPool(),
+                norm,
+            )
+            strides = [*(LEVEL_STRIDES[level] for level in LEVELS), 64]
+            sizes: list[list[float]] = [[size] for size in detector.anchor_sizes]
+            head: C4Head | FPNHead = FPNHead(num_classes, recipe)
+            channels = detector.pyramid_channels
+        else:
+            strides, sizes = [LEVEL_STRIDES["res4"]], [list(detector.anchor_sizes)]
+            head = C4Head(backbone, num_classes, recipe)
+            channels = backbone.channels["res4"]
+        self.divisible = 32 if self._pyramid else strides[0]
+        anchors = Anchors(sizes, detector.anchor_ratios, strides, detector.anchor_octaves)
+        self.rpn = make_proposals(channels, anchors, detector)
+        predictor = BoxPredictor(head.width, num_classes)
+        self.roi_heads = RoIHeads(
+            head, predictor, num_classes, recipe.has_masks, detector, recipe.test
+        )
+
+    def _features(self, pixels: Tensor) -> OrderedDict[str, Tensor]:
+        if not self._pyramid:
+            return OrderedDict(self.backbone(pixels, ("res4",), "res4"))
+        maps = self.backbone(pixels, LEVELS)
+        pyramid: OrderedDict[str, Tensor] = self.fpn(OrderedDict((v, maps[v]) for v in LEVELS))
+        return pyramid
+
+    def losses(self, images: ImageList, targets: list[Target]) -> dict[str, Tensor]:
+        """Losses of a batch; call in training mode."""
+        features = self._features(images.tensors)
+        proposals, losses = self.rpn(images, features, [{"boxes": t.boxes} for t in targets])
+        return {**losses, **self.roi_heads.losses(list(features.values()), proposals, targets)}
+
+    def detect(self, images: ImageList) -> list[Found]:
+        """Detections of a batch; call in evaluation mode."""
+        features = self._features(images.tensors)
+        proposals, _ = self.rpn(images, features)
+        return self.roi_heads.detect(list(features.values()), proposals, images.image_sizes)

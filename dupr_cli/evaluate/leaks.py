@@ -1,0 +1,132 @@
+"""Leaks: test images that the weights have seen in pre-training, by their bytes or their look.
+
+A test image in the pre-training data is no cheating in itself (its labels were not there), but has
+to be known: an AP on seen images compares with no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dupr_cli.artifacts.hashes import count_bits, perceptual_hash
+from dupr_cli.artifacts.shards import ShardSet, open_shards
+from dupr_cli.evaluate.labelled import LabelledSet
+from dupr_cli.progress import Reporter
+
+# Bits of 64 that may differ: a photograph and its copies of other sizes and qualities stay within.
+DISTANCE = 6
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A test image and where it is in the pre-training data. bits: of the look that differ."""
+
+    test_image: str
+    pretraining_image: str
+    same_bytes: bool
+    bits: int
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What was found in one pre-training set. test_images: how many of them are in it."""
+
+    address: str
+    pretraining_images: int
+    test_images: int
+    tested: int
+    found: list[Leak]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        same = sum(leak.same_bytes for leak in self.found)
+        return (
+            f"{self.test_images} of {self.tested} test images are among the "
+            f"{self.pretraining_images} of {self.address} ({same} byte for byte, the others look "
+            f"the same)"
+        )
+
+
+@dataclass(frozen=True)
+class _Print:
+    """What one image is known by. sha256: of its bytes. look: None where it does not decode."""
+
+    sha256: bytes
+    look: int | None
+
+
+class _Prints(Dataset[_Print]):
+    def __init__(self, images: ShardSet | LabelledSet) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, number: int) -> _Print:
+        images = self._images
+        data = images[number].image if isinstance(images, ShardSet) else images.read(number)
+        digest = hashlib.sha256(data).digest()
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.draft("L", (128, 128))  # a JPEG is decoded at an eighth where that does
+                return _Print(digest, perceptual_hash(image))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return _Print(digest, None)
+
+
+def _prints(
+    images: ShardSet | LabelledSet, name: str, workers: int, reporter: Reporter
+) -> list[_Print]:
+    loader = DataLoader(_Prints(images), batch_size=None, num_workers=workers)
+    found = []
+    with reporter.task(f"hash {name}", len(images), "images") as task:
+        for known in loader:
+            found.append(known)
+            task.advance()
+    return found
+
+
+def find_leaks(test: LabelledSet, address: str, workers: int, reporter: Reporter) -> Leaks:
+    """Test images among those of shards. Raises UsageError for what are no shards."""
+    shards = open_shards(address)
+    seen = _prints(shards, "pre-training", workers, reporter)
+    tested = _prints(test, "test", workers, reporter)
+    by_bytes = {known.sha256: number for number, known in enumerate(seen)}
+    looks = np.array([known.look or 0 for known in seen], dtype=np.uint64)
+    usable = np.array([known.look is not None for known in seen])
+    pairs = _nearest(tested, looks, usable)
+    rows = []
+    for number, known in enumerate(tested):
+        if known.sha256 in by_bytes:
+            rows.append((number, by_bytes[known.sha256], True, 0))
+        elif number in pairs:
+            rows.append((number, pairs[number][0], False, pairs[number][1]))
+    wanted = {row[1] for row in rows}
+    names = {i: key for i, key in enumerate(shards.keys()) if i in wanted}
+    leaks = [Leak(test.ids[i], names[j], same, bits) for i, j, same, bits in rows]
+    return Leaks(address, len(shards), len(leaks), len(test), leaks)
+
+
+def _nearest(
+    tested: Sequence[_Print], looks: NDArray[np.uint64], usable: NDArray[np.bool_]
+) -> dict[int, tuple[int, int]]:
+    """Test image to the pre-training image that looks most like it, and the bits that differ."""
+    found = {}
+    for number, known in enumerate(tested):
+        if known.look is None or not usable.any():
+            continue
+        bits = np.where(usable, count_bits(looks ^ np.uint64(known.look)), 64)
+        nearest = int(bits.argmin())
+        if bits[nearest] <= DISTANCE:
+            found[number] = (nearest, int(bits[nearest]))
+    return found

@@ -1,0 +1,59 @@
+"""Protocols on fewer devices than they are meant for: batch, lr and schedule by one printed rule.
+
+Linear scaling: the batch shrinks with the devices, the learning rate with the batch, and the
+schedule grows by as much, so that the same images are seen. Source: Goyal et al. 2017; the
+reference world size of detectron2.
+"""
+
+from __future__ import annotations
+
+from dupr_cli.errors import UsageError
+from dupr_cli.recipe import EvaluateRecipe
+
+
+def scale_to_devices(recipe: EvaluateRecipe, devices: int) -> tuple[EvaluateRecipe, str]:
+    """The recipe for so many devices, and the rule in words.
+
+    Raises UsageError when the batch cannot be split over them.
+    """
+    train = recipe.train
+    if devices >= train.reference_devices:
+        return recipe, (
+            f"not scaled: the schedule is for {train.reference_devices} devices, {devices} are used"
+        )
+    batch = max(devices, round(train.batch_size * devices / train.reference_devices))
+    if batch % devices:
+        raise UsageError(f"a batch of {batch} images cannot be split over {devices} devices.")
+    factor = train.batch_size / batch
+    longer = {
+        "iterations": round(train.iterations * factor),
+        "warmup": round(train.warmup * factor),
+        "milestones": [round(milestone * factor) for milestone in train.milestones],
+    }
+    changed = train.model_copy(update={"batch_size": batch, "lr": train.lr / factor, **longer})
+    rule = (
+        f"scaled from {train.reference_devices} devices to {devices}: batch {train.batch_size} to "
+        f"{batch}, lr {train.lr:g} to {changed.lr:g}, iterations {train.iterations} to "
+        f"{changed.iterations} (milestones and warm-up alike)"
+    )
+    return recipe.model_copy(update={"train": changed}), rule
+
+
+def limited(recipe: EvaluateRecipe, limit: int) -> tuple[EvaluateRecipe, str]:
+    """The recipe cut down for a trial: at most `limit` iterations, and as many test images."""
+    train, data = recipe.train, recipe.data
+    iterations = min(limit, train.iterations)
+    shorter = {
+        "iterations": iterations,
+        "warmup": min(train.warmup, iterations),
+        "milestones": [m for m in train.milestones if m < iterations],
+    }
+    images = min(limit, data.test_images or limit)
+    batches = min(limit, recipe.test.precise_bn_batches)
+    cut = {
+        "test": recipe.test.model_copy(update={"precise_bn_batches": batches}),
+        "train": train.model_copy(update=shorter),
+        "data": data.model_copy(update={"test_images": images}),
+    }
+    note = f"limited to {iterations} iterations and {images} test images: its AP is no result"
+    return recipe.model_copy(update=cut), note

@@ -1,0 +1,88 @@
+"""Whether a difference is real: trials summed up, and weights compared seed by seed.
+
+Trials of different weights with the same seed share their images, their order, their heads and
+their sampled regions, so that the difference of the two varies less than either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
+from statistics import fmean, stdev
+
+from dupr_cli.artifacts.results import PairedDifference, TrialResult, WeightsResult
+
+CONFIDENCE = 0.95
+
+
+def compared_metrics(metrics: Collection[str]) -> tuple[str, str, str]:
+    """What weights are compared by: AP of masks, where a detector has them, instead of AP75."""
+    return ("AP", "AP50", "segm_AP") if "segm_AP" in metrics else ("AP", "AP50", "AP75")
+
+
+def summed_up(
+    weights: str, sha256: str | None, architecture: str, folder: str, trials: Sequence[TrialResult]
+) -> WeightsResult:
+    """Means and standard deviations over the trials of one of the weights."""
+    metrics = _means([trial.metrics for trial in trials])
+    classes = {name for trial in trials for name in trial.per_class}
+    per_class = {
+        name: _means([trial.per_class[name] for trial in trials if name in trial.per_class])
+        for name in sorted(classes)
+    }
+    deviations = {}
+    if len(trials) > 1:
+        deviations = {m: stdev(trial.metrics[m] for trial in trials) for m in metrics}
+    seconds = {k: sum(trial.seconds[k] for trial in trials) for k in trials[0].seconds}
+    return WeightsResult(
+        weights=weights,
+        weights_sha256=sha256,
+        architecture=architecture,
+        metrics=metrics,
+        per_class=per_class,
+        seconds=seconds,
+        extra={"folder": folder},
+        deviations=deviations,
+        trials=list(trials),
+    )
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: fmean(row[name] for row in rows) for name in names}
+
+
+def paired_difference(
+    first: WeightsResult, second: WeightsResult, metric: str, names: tuple[str, str]
+) -> PairedDifference | None:
+    """The mean difference over the seeds that both have, with Student's interval.
+
+    None with fewer than two such seeds: one difference says nothing about how much it varies.
+    """
+    by_seed = {trial.seed: trial.metrics for trial in second.trials}
+    differences = [
+        trial.metrics[metric] - by_seed[trial.seed][metric]
+        for trial in first.trials
+        if trial.seed in by_seed and metric in trial.metrics
+    ]
+    count = len(differences)
+    if count < 2:
+        return None
+    from scipy.stats import t  # half a second to import
+
+    mean = fmean(differences)
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
+    return PairedDifference(*names, metric, count, mean, mean - reach, mean + reach, CONFIDENCE)
+
+
+def all_differences(
+    results: Sequence[WeightsResult], names: Sequence[str]
+) -> list[PairedDifference]:
+    """Every pair of weights, in the order given, by `compared_metrics`. names: of the weights."""
+    found = [
+        paired_difference(results[a], results[b], metric, (names[a], names[b]))
+        for a, b in combinations(range(len(results)), 2)
+        for metric in compared_metrics(results[0].metrics)
+    ]
+    return [difference for difference in found if difference is not None]

@@ -1,0 +1,91 @@
+"""Few labels: which labelled images a detector is trained on.
+
+A draw keeps the share of every class, is the same for all weights and seeds, and is stored, so that
+others can train on the same images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.labelled import Annotation, LabelledSet
+from dupr_cli.recipe.evaluate import DetectionDataSection, label_count
+
+LABELS_FILE = "labels.json"
+
+
+def with_objects(images: LabelledSet) -> list[int]:
+    """Positions of the images to train on: those with an object that is no crowd.
+
+    Images without would train the background only, and the protocols leave them out.
+    """
+    return [i for i, annotation in enumerate(images.annotations) if (~annotation.crowd).any()]
+
+
+def choose_labels(images: LabelledSet, data: DetectionDataSection) -> list[int]:
+    """Positions of the images to train on, in the order of the split.
+
+    Raises UsageError when `data.labels` names a file that does not fit the images.
+    """
+    positions = with_objects(images)
+    labels = data.labels
+    if labels is None:
+        return positions
+    if isinstance(labels, str) and labels.endswith(".json"):
+        return stored_labels(Path(labels), images)
+    wanted = label_count(labels, len(positions))
+    chosen = stratified([images.annotations[i] for i in positions], wanted, data.labels_seed)
+    return sorted(positions[i] for i in chosen)
+
+
+def stratified(annotations: Sequence[Annotation], count: int, seed: int) -> list[int]:
+    """`count` of the images, so that each class is in its share of them.
+
+    Classes are served from the rarest on, each with random images until it has its share (one image
+    at least, while there are images to give); what is left to give goes to random images.
+    Source: the idea of iterative stratification, Sechidis et al. 2011.
+    """
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(annotations)).tolist()
+    names = [set(annotation.names) for annotation in annotations]
+    having: dict[str, list[int]] = {}
+    for i in order:
+        for name in names[i]:
+            having.setdefault(name, []).append(i)
+    share = count / max(1, len(annotations))
+    chosen: set[int] = set()
+    for name in sorted(having, key=lambda n: (len(having[n]), n)):
+        wanted = max(1, round(share * len(having[name])))
+        missing = wanted - sum(i in chosen for i in having[name])
+        for i in [i for i in having[name] if i not in chosen][: max(0, missing)]:
+            if len(chosen) < count:
+                chosen.add(i)
+    for i in order:
+        if len(chosen) >= count:
+            break
+        chosen.add(i)
+    return sorted(chosen)
+
+
+def stored_labels(path: Path, images: LabelledSet) -> list[int]:
+    """Positions of the images that a labels.json names. Raises UsageError, naming the file."""
+    try:
+        wanted = json.loads(path.read_bytes())["image_ids"]
+        known = {image_id: i for i, image_id in enumerate(images.ids)}
+        unknown = [image_id for image_id in wanted if image_id not in known]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path}: not a list of labelled images ({error}). It is a {LABELS_FILE} that an "
+            f'evaluation wrote, or JSON like {{"image_ids": [...]}}.'
+        ) from error
+    if unknown:
+        raise UsageError(
+            f"{path}: {len(unknown)} of its {len(wanted)} images are not in {images.address}, "
+            f"split {images.split}; the first is {unknown[0]}."
+        )
+    return sorted(known[image_id] for image_id in set(wanted))

@@ -1,0 +1,175 @@
+"""One trial: a detector fine-tuned from one of the weights with one seed, and tested.
+
+Its result is kept in its folder and read again where it is whole and of the same evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dupr_cli.artifacts.files import remove_leftovers, write_json, write_text
+from dupr_cli.artifacts.results import TrialResult
+from dupr_cli.artifacts.run import CHECKPOINTS, LATEST
+from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.batches import Batch, test_batches, training_batches
+from dupr_cli.evaluate.candidates import Candidate
+from dupr_cli.evaluate.detectors import build_detector
+from dupr_cli.evaluate.inference import detect_all, positions_of
+from dupr_cli.evaluate.labelled import LabelledSet
+from dupr_cli.evaluate.metrics import Detections, Metric, Scores, score
+from dupr_cli.evaluate.report import detection_rows, detections_from_rows
+from dupr_cli.evaluate.training import LossRecord, Trial, measure_batch_norm, train_detector
+from dupr_cli.parallel import World
+from dupr_cli.progress import Reporter, SilentReporter
+from dupr_cli.recipe import EvaluateRecipe
+from dupr_cli.stopping import Limits
+
+RESULT_FILE = "result.json"
+DETECTIONS_FILE = "detections.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial came to, as the pictures and the table need it."""
+
+    result: TrialResult
+    losses: list[LossRecord]
+    detections: list[Detections]
+
+
+def run_trial(
+    recipe: EvaluateRecipe,
+    candidate: Candidate,
+    train: LabelledSet,
+    test: LabelledSet,
+    classes: Sequence[str],
+    seed: int,
+    folder: Path,
+    world: World,
+    reporter: Reporter,
+    limits: Limits | None,
+) -> Outcome:
+    """Train, measure batch norm, test; goes on from what is saved in `folder`.
+
+    Raises RunError, StoppedRunError; see `train_detector`.
+    """
+    say = reporter if world.is_main else SilentReporter()
+    name = candidate.folder if recipe.trials == 1 else f"{candidate.folder} seed {seed}"
+    detector, _ = build_detector(
+        recipe, candidate.architecture, len(classes), candidate.weights, seed, world
+    )
+    trial = Trial(detector, recipe, seed, name, folder, world)
+    test_positions = positions_of(world, len(test))
+
+    def batches_from(start: int) -> Iterator[Batch]:
+        return iter(training_batches(train, recipe, classes, seed, start, world))
+
+    def tested(say: Reporter) -> tuple[list[Detections], Scores]:
+        loader = test_batches(test, recipe, classes, test_positions, world)
+        found = detect_all(detector, loader, test, name, world, say)
+        return found, scores_of(recipe, test, classes, found)
+
+    started = time.perf_counter()
+    train_detector(trial, batches_from, say, limits, lambda: tested(SilentReporter())[1].metrics)
+    trained = time.perf_counter()
+    if recipe.test.precise_bn_batches:
+        measure_batch_norm(trial, batches_from(recipe.train.iterations), say)
+    measured = time.perf_counter()
+    detections, scores = tested(say)
+    ended = time.perf_counter()
+    losses = trial.losses()
+    return Outcome(
+        TrialResult(
+            seed=seed,
+            metrics=scores.metrics,
+            per_class=scores.per_class,
+            seconds={
+                "train": trained - started,
+                "precise_bn": measured - trained,
+                "test": ended - measured,
+            },
+            extra={"final_loss": losses[-1].total if losses else None},
+            curve=[line for line in trial.log.read() if "AP" in line],
+        ),
+        losses,
+        detections,
+    )
+
+
+def scores_of(
+    recipe: EvaluateRecipe,
+    test: LabelledSet,
+    classes: Sequence[str],
+    detections: Sequence[Detections],
+) -> Scores:
+    """The protocol's metric; that of masks too where the detector has them."""
+    truths = [test.truth(i, classes) for i in range(len(test))]
+    return score(metric_of(recipe), truths, detections, classes)
+
+
+def metric_of(recipe: EvaluateRecipe) -> Metric:
+    return "coco-segm" if recipe.has_masks else recipe.test.metric
+
+
+def read_outcome(
+    folder: Path,
+    fingerprint: Mapping[str, object],
+    address: str,
+    test: LabelledSet,
+    classes: Sequence[str],
+) -> Outcome | None:
+    """A result that an earlier call wrote, or None when there is no whole one.
+
+    Raises UsageError when the folder holds the result of other weights, or a damaged one.
+    """
+    if not (folder / RESULT_FILE).is_file():
+        return None
+    try:
+        values = json.loads((folder / RESULT_FILE).read_bytes())
+        same = values["fingerprint"] == fingerprint
+        result = TrialResult(**values["result"])
+        losses = [LossRecord(**record) for record in values["losses"]]
+        rows = json.loads((folder / DETECTIONS_FILE).read_bytes())
+        detections = detections_from_rows(rows, test.ids, classes)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"{folder}: the result there is damaged ({error}). Delete the folder, or use "
+            f"--overwrite."
+        ) from error
+    if not same:
+        raise UsageError(
+            f"{folder}: the result there is of other weights than {address} has now. Give another "
+            f"--out, or --overwrite to replace it."
+        )
+    return Outcome(result, losses, detections)
+
+
+def write_outcome(
+    folder: Path,
+    fingerprint: Mapping[str, object],
+    outcome: Outcome,
+    test: LabelledSet,
+    classes: Sequence[str],
+) -> None:
+    """Detections and the result, then the checkpoints go: they are of no more use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    write_text(folder / DETECTIONS_FILE, detection_rows(outcome.detections, test.ids, classes))
+    # Last: from here on the trial counts as finished.
+    write_json(
+        folder / RESULT_FILE,
+        {
+            "fingerprint": dict(fingerprint),
+            "result": asdict(outcome.result),
+            "losses": [asdict(record) for record in outcome.losses],
+        },
+    )
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        (folder / LATEST).unlink()

@@ -1,0 +1,205 @@
+"""What is behind an AP: each kind of error by hand, and against what TIDE's own code counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dupr_cli.artifacts.coco_json import read_coco
+from dupr_cli.evaluate.metrics import Detections, Truth
+from dupr_cli.evaluate.metrics.analysis import ERROR_KINDS, Analysis, analyse
+from dupr_cli.evaluate.metrics.drawing import write_analysis
+
+Box = tuple[float, float, float, float]
+# Objects of one image: a cat and a dog, apart.
+CAT, DOG = (0.0, 0.0, 40.0, 40.0), (100.0, 100.0, 140.0, 140.0)
+
+
+def truth(difficult: tuple[bool, bool] = (False, False)) -> Truth:
+    return Truth(np.array([CAT, DOG]), np.array([0, 1]), np.array(difficult))
+
+
+def found(*rows: tuple[Box, int, float]) -> Detections:
+    return Detections(
+        np.array([box for box, _, _ in rows]).reshape(-1, 4),
+        np.array([label for _, label, _ in rows], dtype=np.int64),
+        np.array([score for *_, score in rows]),
+    )
+
+
+def analysed(*rows: tuple[Box, int, float], of: Truth | None = None) -> Analysis:
+    return analyse([of or truth()], [found(*rows)], ["cat", "dog"])
+
+
+def counts(analysis: Analysis) -> dict[str, int]:
+    return {kind: error.count for kind, error in analysis.errors.items() if error.count}
+
+
+def shifted(box: Box, by: float) -> Box:
+    return box[0] + by, box[1], box[2] + by, box[3]
+
+
+BEST = ((CAT, 0, 0.9), (DOG, 1, 0.9))
+
+
+def test_without_errors() -> None:
+    analysis = analysed(*BEST)
+    assert counts(analysis) == {}
+    assert [error.cost for error in analysis.errors.values()] == [0.0] * len(ERROR_KINDS)
+    assert analysis.average_precision == 100
+    assert analysis.confusion == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_wrong_class_is_classification_and_its_object_not_missed() -> None:
+    analysis = analysed((CAT, 1, 0.9), (DOG, 1, 0.8))
+    assert counts(analysis) == {"classification": 1}
+    # Now: cats 0, dogs 1 of 2 right. Repaired: both 100.
+    assert analysis.average_precision == pytest.approx(25)
+    assert analysis.errors["classification"].cost == pytest.approx(75)
+    assert analysis.confusion == [[0, 1, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_wrong_class_on_an_object_that_was_found_only_goes() -> None:
+    analysis = analysed(*BEST, (CAT, 1, 0.95))
+    assert counts(analysis) == {"classification": 1}
+    # The dog's detection comes second, behind it: precision 1/2.
+    assert analysis.errors["classification"].cost == pytest.approx(25)
+
+
+def test_half_an_overlap_is_localisation() -> None:
+    box = shifted(CAT, 20)  # IoU 20 / 60
+    analysis = analysed((box, 0, 0.9), (DOG, 1, 0.9))
+    assert counts(analysis) == {"localisation": 1}
+    assert analysis.errors["localisation"].cost == pytest.approx(50)
+    assert analysis.confusion == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+
+
+def test_of_several_near_misses_the_best_is_repaired() -> None:
+    analysis = analysed((shifted(CAT, 20), 0, 0.9), (shifted(CAT, -20), 0, 0.8), (DOG, 1, 0.9))
+    assert counts(analysis) == {"localisation": 2}
+    assert analysis.errors["localisation"].cost == pytest.approx(50)
+
+
+def test_half_an_overlap_with_another_class_is_both() -> None:
+    analysis = analysed(*BEST, (shifted(CAT, 20), 1, 0.95))
+    assert counts(analysis) == {"both": 1}
+    assert analysis.errors["both"].cost == pytest.approx(25)
+
+
+def test_second_detection_of_an_object_is_duplicate_and_no_confusion() -> None:
+    analysis = analysed((CAT, 0, 0.9), (CAT, 0, 0.85), (DOG, 1, 0.9))
+    assert counts(analysis) == {"duplicate": 1}
+    assert analysis.errors["duplicate"].cost == 0  # it comes after the last right one
+    assert analysis.confusion == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_detection_on_nothing_is_background() -> None:
+    analysis = analysed(*BEST, ((200.0, 0.0, 240.0, 40.0), 0, 0.95))
+    assert counts(analysis) == {"background": 1}
+    assert analysis.errors["background"].cost == pytest.approx(25)
+    assert analysis.confusion == [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(("shift", "kind"), [(32, "localisation"), (33, "background")])
+def test_background_begins_below_a_tenth(shift: float, kind: str) -> None:
+    """IoU 8 / 72 = 0.111 and 7 / 73 = 0.096."""
+    assert kind in counts(analysed((shifted(CAT, shift), 0, 0.9), (DOG, 1, 0.9)))
+
+
+def test_object_that_nothing_is_near_is_missed() -> None:
+    analysis = analyse([truth(), truth()], [found(*BEST), found((DOG, 1, 0.9))], ["cat", "dog"])
+    assert counts(analysis) == {"missed": 1}
+    assert analysis.errors["missed"].cost == pytest.approx(25)
+    assert analysis.confusion == [[1, 0, 1], [0, 2, 0], [0, 0, 0]]
+
+
+def test_difficult_objects_are_no_errors() -> None:
+    analysis = analysed((DOG, 1, 0.9), of=truth((True, False)))
+    assert counts(analysis) == {}
+    assert analysis.confusion == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    on_difficult = analysed((CAT, 0, 0.9), (DOG, 1, 0.9), of=truth((True, False)))
+    assert counts(on_difficult) == {}
+    assert on_difficult.confusion == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_confusion_leaves_out_low_scores() -> None:
+    low = analysed((CAT, 0, 0.49), (DOG, 1, 0.5))
+    assert low.confusion == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
+    assert counts(low) == {}
+
+
+def test_sizes_ignore_the_others() -> None:
+    """The cat is 40 x 40, medium; a small object is added that is not found, and a large find."""
+    small = (300.0, 0.0, 310.0, 10.0)
+    objects = Truth(np.array([CAT, small]), np.array([0, 0]), np.array([False, False]))
+    analysis = analyse(
+        [objects], [found((CAT, 0, 0.5), ((0.0, 200.0, 200.0, 400.0), 0, 0.9))], ["cat"]
+    )
+    assert analysis.sizes["small"].AP == 0
+    assert analysis.sizes["medium"].AP == 100
+    assert analysis.sizes["large"].AP is None
+    assert [size.objects for size in analysis.sizes.values()] == [1, 1, 0]
+    assert analysis.average_precision == pytest.approx(25)
+
+
+def test_curve_is_of_the_class() -> None:
+    analysis = analysed((CAT, 0, 0.8), ((200.0, 0.0, 240.0, 40.0), 0, 0.9), (DOG, 1, 0.7))
+    curve = analysis.curves["cat"]
+    assert (curve.precision, curve.recall, curve.scores) == ([0.5], [1.0], [0.8])
+    assert analysis.curves["dog"].precision == [1.0]
+
+
+def test_no_object_to_find_is_refused() -> None:
+    with pytest.raises(ValueError, match="no class has an object to find"):
+        analysed(*BEST, of=truth((True, True)))
+
+
+def test_counts_are_those_of_tide(shared_data: Path) -> None:
+    """Counted by tidecv 1.0.1 on the same files. Its AP of 64.2 has classes without objects in the
+    mean, as 0; COCO's own AP50 of 69.7 has not, so the costs differ."""
+    case = shared_data / "metric_cases" / "coco_val2014_100"
+    coco = read_coco(case / "instances_val2014_100.json")
+    rows = json.loads((case / "instances_val2014_fakebbox100_results.json").read_text())
+    numbers = {category: number for number, category in enumerate(coco.categories)}
+    truths, detections = [], []
+    for image in coco.images:
+        boxes = image.objects
+        truths.append(
+            Truth(
+                np.array([b.corners for b in boxes], dtype=np.float64).reshape(-1, 4),
+                np.array([coco.classes.index(b.name) for b in boxes], dtype=np.int64),
+                np.zeros(len(boxes), dtype=np.bool_),
+                np.array([b.crowd for b in boxes], dtype=np.bool_),
+            )
+        )
+        of_image = [row for row in rows if row["image_id"] == image.id]
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (row["bbox"] for row in of_image)]
+        detections.append(
+            Detections(
+                np.array(corners).reshape(-1, 4),
+                np.array([numbers[row["category_id"]] for row in of_image], dtype=np.int64),
+                np.array([row["score"] for row in of_image], dtype=np.float64),
+            )
+        )
+    analysis = analyse(truths, detections, coco.classes)
+    assert {kind: error.count for kind, error in analysis.errors.items()} == {
+        "classification": 83,
+        "localisation": 1,
+        "both": 0,
+        "duplicate": 1,
+        "background": 0,
+        "missed": 97,
+    }
+
+
+def test_files_of_an_analysis(tmp_path: Path) -> None:
+    write_analysis(tmp_path, analysed((CAT, 1, 0.9), (DOG, 1, 0.8)))
+    content = json.loads((tmp_path / "analysis.json").read_text())
+    assert content["errors"]["classification"]["count"] == 1
+    for name in ("precision_recall.png", "confusion.png", "errors.png"):
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 200

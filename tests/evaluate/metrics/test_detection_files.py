@@ -1,0 +1,317 @@
+"""`dupr evaluate detections`: stated figures, pycocotools' own, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dupr_cli.artifacts.voc_tree import VocTree
+from tests.cli.command_line import dupr
+from tests.evaluate.scenes import (
+    COLOURS,
+    KitObject,
+    add_image,
+    add_split,
+    annotation_xml,
+    make_coco,
+    make_tree,
+)
+
+STATISTICS = (
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+)  # fmt: skip
+
+
+def scored(*arguments: object) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(
+        dupr("evaluate", "detections", *arguments, "--json").stdout
+    )
+    return content
+
+
+def padilla(shared_data: Path, root: Path) -> Path:
+    """The known case as a VOC tree without any image, and its detections as comp4 files.
+
+    Its boxes are x, y, width, height in the kit's pixels: xmax is x + width there.
+    """
+    case = shared_data / "metric_cases" / "padilla_sample_2"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    lines = []
+    for file in sorted((case / "groundtruths").glob("*.txt")):
+        rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        boxes = [[int(v) for v in row[1:]] for row in rows]
+        objects: list[KitObject] = [("object", x, y, x + w, y + h) for x, y, w, h in boxes]
+        (root / "Annotations" / f"{file.stem}.xml").write_text(annotation_xml(objects))
+        for row in (case / "detections" / file.name).read_text().splitlines():
+            _, score, x, y, w, h = row.split()
+            lines.append(f"{file.stem} {score} {x} {y} {int(x) + int(w)} {int(y) + int(h)}")
+    add_split(root, "test", [file.stem for file in sorted((case / "groundtruths").glob("*.txt"))])
+    (root / "comp4_det_test_object.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("metric", "stated"),
+    [
+        ("voc07", {"AP10": 0.3333333333, "AP30": 0.2683982683, "AP50": 0.0303030303, "AP75": 0}),
+        ("voc10", {"AP10": 0.3371980676, "AP30": 0.2456866804, "AP50": 0.0222222222, "AP75": 0}),
+    ],
+)
+def test_stated_figures_of_a_known_case(
+    shared_data: Path, tmp_path: Path, metric: str, stated: dict[str, float]
+) -> None:
+    tree = padilla(shared_data, tmp_path)
+    content = scored(
+        tree / "comp4_det_test_object.txt", "--data", tree, "--split", "test", "--metric", metric,
+        "--iou", 0.1, "--iou", 0.3,
+    )  # fmt: skip
+    assert {name: content["metrics"][name] / 100 for name in stated} == pytest.approx(
+        stated, abs=1e-6
+    )
+    assert metric.upper() in content["metric_name"]
+    assert (content["images"], content["objects"], content["detections"]) == (7, 15, 24)
+
+
+def coco_case(shared_data: Path) -> tuple[Path, Path]:
+    case = shared_data / "metric_cases" / "coco_val2014_100"
+    return case / "instances_val2014_100.json", case / "instances_val2014_fakebbox100_results.json"
+
+
+def pycocotools_stats(truth: Path, results: Path, kind: str = "bbox") -> list[float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(truth))
+        evaluation = COCOeval(coco, coco.loadRes(str(results)), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    stats: list[float] = evaluation.stats.tolist()
+    return stats
+
+
+def test_coco_figures_are_pycocotools_own_to_the_last_bit(shared_data: Path) -> None:
+    truth, results = coco_case(shared_data)
+    content = scored(results, "--data", truth, "--metric", "coco")
+    expected = [100 * value for value in pycocotools_stats(truth, results)]
+    assert [content["metrics"][name] for name in STATISTICS] == expected
+    stated = [
+        0.5045806987, 0.6969727247, 0.5729816670, 0.5856257209, 0.5193996948, 0.5013978986,
+        0.3868127796, 0.5936795763, 0.5953529829,
+    ]  # fmt: skip
+    assert [content["metrics"][name] / 100 for name in STATISTICS[:9]] == pytest.approx(
+        stated, abs=1e-6
+    )
+
+
+def test_masks_are_scored_where_all_results_have_them(tmp_path: Path) -> None:
+    objects: list[KitObject] = [("red", 11, 21, 30, 50), ("blue", 61, 1, 96, 40)]
+    tree = make_coco(tmp_path, {"val2017": [objects]})
+    truth = tree / "annotations" / "instances_val2017.json"
+    coco = COCO(str(truth))
+    rows = []
+    for annotation in coco.dataset["annotations"]:
+        mask = coco.annToRLE(annotation)
+        rows.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "segmentation": {"size": mask["size"], "counts": mask["counts"].decode()},
+                "score": 0.5,
+            }
+        )
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    content = scored(tmp_path / "results.json", "--data", tree, "--split", "val2017", "--metric",
+                     "coco")  # fmt: skip
+    assert content["metric"] == "coco-segm"
+    assert content["metrics"]["segm_AP"] == content["metrics"]["AP"] == pytest.approx(100)
+
+
+def kit_files(tree: Path, split: str = "val") -> list[Path]:
+    """The ground truth as a detector's output, in the kit's files."""
+    voc, lines = VocTree(tree), {name: list[str]() for name in COLOURS}
+    for image_id in voc.image_ids(split):
+        for box in voc.boxes(image_id):
+            corners = (box.x_min + 1, box.y_min + 1, box.x_max, box.y_max)
+            lines[box.name].append(f"{image_id} 0.9 {' '.join(f'{v:g}' for v in corners)}")
+    files = []
+    for name, of_class in lines.items():
+        files.append(tree / f"comp4_det_val_{name}.txt")
+        files[-1].write_text("\n".join(of_class) + "\n")
+    return files
+
+
+@pytest.mark.parametrize("metric", ["voc07", "voc10", "coco"])
+def test_ground_truth_scores_100_without_any_image(tmp_path: Path, metric: str) -> None:
+    tree = make_tree(tmp_path)
+    for image in (tree / "JPEGImages").iterdir():
+        image.unlink()
+    content = scored(*kit_files(tree), "--data", tree, "--metric", metric)
+    assert [content["metrics"][name] for name in ("AP", "AP50", "AP75")] == pytest.approx([100] * 3)
+    assert sorted(content["per_class"]) == sorted(COLOURS)
+
+
+def test_text_files_against_coco_name_images_by_their_files(tmp_path: Path) -> None:
+    objects: list[KitObject] = [("red", 11, 21, 30, 50)]
+    tree = make_coco(tmp_path, {"val2017": [objects]})
+    file = tmp_path / "det_red.txt"
+    file.write_text("val2017_1 0.7 11 21 30 50\n")
+    content = scored(file, "--data", tree, "--split", "val2017", "--metric", "voc10")
+    assert content["metrics"]["AP"] == pytest.approx(100)
+
+
+def test_years_of_a_devkit_are_scored_by_their_own_names(tmp_path: Path) -> None:
+    for year in ("VOC2007", "VOC2012"):
+        add_image(tmp_path / year, "000001", [("red", 1, 1, 20, 20)])
+        add_split(tmp_path / year, "test", ["000001"])
+    file = tmp_path / "comp4_det_test_red.txt"
+    file.write_text("000001 0.7 1 1 20 20\n")
+    content = scored(file, "--data", tmp_path, "--split", "2007/test")
+    assert (content["images"], content["metrics"]["AP50"]) == (1, pytest.approx(100))
+
+
+def test_table_names_metric_and_what_is_missing(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    red = next(file for file in kit_files(tree) if "red" in file.name)
+    printed = dupr("evaluate", "detections", red, "--data", tree, "--out", tmp_path / "out").stdout
+    assert "VOC07 11-point AP" in printed
+    assert "nothing was detected of blue, green" in " ".join(printed.split())
+    assert (tmp_path / "out" / "table.txt").read_text().strip() == printed.strip()
+    for name in ("results.json", "analysis.json", "precision_recall.png", "confusion.png"):
+        assert (tmp_path / "out" / name).is_file()
+    analysis = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert analysis["points"] == "voc07"
+    assert analysis["errors"]["missed"]["count"] > 0
+
+
+def test_longest_class_of_the_file_name_counts(tmp_path: Path) -> None:
+    """`light` and `traffic_light` are classes; so the file is of the second."""
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "Annotations" / "a.xml").write_text(
+        annotation_xml([("light", 1, 1, 9, 9), ("traffic_light", 30, 30, 60, 60)])
+    )
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    add_split(tmp_path, "val", ["a"])
+    file = tmp_path / "comp4_det_val_traffic_light.txt"
+    file.write_text("a 0.5 30 30 60 60\n")
+    content = scored(file, "--data", tmp_path)
+    assert content["per_class"]["traffic_light"]["AP"] == pytest.approx(100)
+    assert content["per_class"]["light"]["AP"] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("img008 0.5 1 1 20", r"line 2: 'img008 0\.5 1 1 20', but .image score xmin"),
+        ("img008 high 1 1 20 20", r"line 2: .*high"),
+        ("img008 nan 1 1 20 20", r"line 2: .*nan"),
+        ("img008 0.5 1 1 inf 20", r"line 2: .*inf"),
+        ("img000 0.5 1 1 20 20", r"line 2: there is no image 'img000'"),
+    ],
+)
+def test_line_that_is_none_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    tree = make_tree(tmp_path)
+    file = tree / "comp4_det_val_red.txt"
+    file.write_text(f"img008 0.5 1 1 20 20\n{line}\n")
+    refused(problem, file, "--data", tree)
+
+
+def refused(problem: str, *arguments: object) -> None:
+    import re
+
+    said = " ".join(dupr("evaluate", "detections", *arguments, code=2).stderr.split())
+    assert re.search(problem, said), said
+
+
+def test_files_that_are_none_are_named(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    red = tree / "comp4_det_val_red.txt"
+    red.write_bytes("img008 0.5 1 1 20 20 Zürich".encode("latin-1"))
+    refused(r"val_red\.txt: not UTF-8", red, "--data", tree)
+    red.write_text("img008 0.5 1 1 20 20\n")
+    again = tree / "comp3_det_val_red.txt"
+    again.write_text("")
+    refused(r"comp3_det_val_red\.txt and .*comp4_det_val_red\.txt are both of red", red, again,
+            "--data", tree)  # fmt: skip
+    other = tree / "comp4_det_val_lion.txt"
+    other.write_text("")
+    refused(r"lion\.txt: not named .*classes of .* are blue, green, red", other, "--data", tree)
+    refused(r"no split 'tset'", red, "--data", tree, "--split", "tset")
+    refused(r"neither a VOC tree nor COCO's JSON", red, "--data", tree / "JPEGImages")
+
+
+def test_nothing_detected_is_an_ap_of_0(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    empty = tree / "comp4_det_val_red.txt"
+    empty.write_text("")
+    assert scored(empty, "--data", tree)["metrics"]["AP"] == 0
+    coco = make_coco(tmp_path / "coco", {"val": [[("red", 1, 1, 20, 20)]]})
+    (tmp_path / "results.json").write_text("[]")
+    content = scored(tmp_path / "results.json", "--data", coco, "--metric", "coco")
+    assert content["metrics"]["AP"] == 0
+
+
+ROW = {"image_id": 1, "category_id": 10, "bbox": [1, 1, 20, 20], "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([{**ROW, "image_id": 7}], r"detection 1: its image_id is 7, which is not in"),
+        ([ROW, {**ROW, "category_id": 7}], r"detection 2: its category_id is 7"),
+        ([{**ROW, "bbox": [1, 2]}], r"detection 1: its bbox is \[1, 2\]"),
+        ([{**ROW, "score": "high"}], r"detection 1: its score is 'high'"),
+        ([{**ROW, "score": float("nan")}], r"detection 1: its score is nan"),
+        ([{**ROW, "segmentation": 3}], r"detection 1: its segmentation"),
+        ({"images": []}, r"a list of detections is needed"),
+        ([{"image_id": 1, "name": "red", "box": [1]}], r"not the detections of"),
+    ],
+)
+def test_results_that_are_none_are_named(tmp_path: Path, content: object, problem: str) -> None:
+    coco = make_coco(tmp_path, {"val": [[("red", 1, 1, 20, 20)]]})
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content))
+    refused(problem, file, "--data", coco, "--metric", "coco")
+
+
+def test_results_against_a_tree_are_refused(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps([ROW]))
+    refused(r"ids of COCO's JSON; give that as --data", tmp_path / "results.json", "--data", tree)
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco"])
+def test_detections_of_an_evaluation_are_scored_again(tmp_path: Path, kind: str) -> None:
+    """Another metric for a trial that is finished."""
+    from dupr_cli.evaluate.labelled import open_labelled
+    from dupr_cli.evaluate.metrics import Detections
+    from dupr_cli.evaluate.report import detection_rows
+    from dupr_cli.progress import SilentReporter
+
+    tree = make_tree(tmp_path) if kind == "voc" else make_coco(
+        tmp_path, {"val": [[("red", 1, 1, 20, 20)], [("green", 30, 5, 60, 60)]]}
+    )  # fmt: skip
+    images = open_labelled(str(tree), ["val"], SilentReporter())
+    found = []
+    for position in range(len(images)):
+        truth = images.truth(position, images.classes)
+        found.append(Detections(truth.boxes, truth.labels, np.ones(len(truth.labels))))
+    file = tmp_path / "detections.json"
+    file.write_text(detection_rows(found, images.ids, images.classes))
+    assert scored(file, "--data", tree, "--metric", "coco")["metrics"]["AP"] == pytest.approx(100)
+
+
+def test_pictures_are_pictures(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    dupr("evaluate", "detections", *kit_files(tree), "--data", tree, "--out", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "confusion.png") as image:
+        assert image.format == "PNG"
