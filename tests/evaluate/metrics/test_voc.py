@@ -107,6 +107,14 @@ def test_detection_on_a_taken_object_is_wrong_even_if_another_would_do() -> None
     assert ap([objects], [found]) == pytest.approx(0.5)  # COCO's matching finds both: 1.0
 
 
+def test_of_objects_overlapped_alike_the_first_counts() -> None:
+    box = (1.0, 1.0, 10.0, 10.0)
+    right_first = truth([box, box], difficult=[1])
+    assert ap([right_first], [detected([box], [0.9])]) == 1.0
+    difficult_first = truth([box, box], difficult=[0])
+    assert ap([difficult_first], [detected([box], [0.9])]) == 0.0
+
+
 def test_equal_scores_keep_their_order() -> None:
     right, wrong = (1.0, 1.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0)
     objects = [truth([right])]
