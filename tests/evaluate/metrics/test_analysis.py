@@ -70,6 +70,15 @@ def test_wrong_class_on_an_object_that_was_found_only_goes() -> None:
     assert analysis.errors["classification"].cost == pytest.approx(25)
 
 
+def test_repaired_class_does_not_become_a_duplicate() -> None:
+    """As a cat it would stand between the two cats that are found, and cost AP."""
+    second = (200.0, 0.0, 240.0, 40.0)
+    objects = Truth(np.array([CAT, DOG, second]), np.array([0, 1, 0]), np.zeros(3, dtype=np.bool_))
+    analysis = analysed(*BEST, (second, 0, 0.3), (CAT, 1, 0.5), of=objects)
+    assert counts(analysis) == {"classification": 1}
+    assert analysis.errors["classification"].cost == 0
+
+
 def test_half_an_overlap_is_localisation() -> None:
     box = shifted(CAT, 20)  # IoU 20 / 60
     analysis = analysed((box, 0, 0.9), (DOG, 1, 0.9))
@@ -79,8 +88,11 @@ def test_half_an_overlap_is_localisation() -> None:
 
 
 def test_of_several_near_misses_the_best_is_repaired() -> None:
-    analysis = analysed((shifted(CAT, 20), 0, 0.9), (shifted(CAT, -20), 0, 0.8), (DOG, 1, 0.9))
-    assert counts(analysis) == {"localisation": 2}
+    on_nothing = ((200.0, 0.0, 240.0, 40.0), 0, 0.85)
+    near = (shifted(CAT, 20), 0, 0.9), (shifted(CAT, -20), 0, 0.8)
+    analysis = analysed(*near, on_nothing, (DOG, 1, 0.9))
+    assert counts(analysis) == {"localisation": 2, "background": 1}
+    # With the other one repaired the cat would come second: 25.
     assert analysis.errors["localisation"].cost == pytest.approx(50)
 
 
@@ -136,6 +148,23 @@ def test_difficult_objects_are_no_errors() -> None:
     assert on_difficult.confusion == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
+def test_wrong_class_on_a_difficult_object_is_background() -> None:
+    """VOC counts it as wrong, and it is about no object that is to be found."""
+    analysis = analysed((CAT, 1, 0.95), (DOG, 1, 0.9), of=truth((True, False)))
+    assert counts(analysis) == {"background": 1}
+
+
+def test_confusion_gives_an_object_to_the_best_score() -> None:
+    analysis = analysed((CAT, 1, 0.8), *BEST)
+    assert analysis.confusion == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_confusion_gives_a_detection_the_object_it_overlaps_most() -> None:
+    low = (0.0, 0.0, 40.0, 36.0)  # IoU 0.9 with the cat
+    objects = Truth(np.array([CAT, low]), np.array([0, 1]), np.zeros(2, dtype=np.bool_))
+    assert analysed((low, 1, 0.9), of=objects).confusion == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
+
+
 def test_confusion_leaves_out_low_scores() -> None:
     low = analysed((CAT, 0, 0.49), (DOG, 1, 0.5))
     assert low.confusion == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
@@ -154,6 +183,18 @@ def test_sizes_ignore_the_others() -> None:
     assert analysis.sizes["large"].AP is None
     assert [size.objects for size in analysis.sizes.values()] == [1, 1, 0]
     assert analysis.average_precision == pytest.approx(25)
+
+
+def test_sizes_are_those_of_coco_without_difficult_objects() -> None:
+    sides = np.array([31.0, 32.0, 95.0, 96.0, 31.0])
+    boxes = np.stack([np.zeros(5), np.zeros(5), sides, sides], axis=1)
+    objects = Truth(boxes, np.zeros(5, dtype=np.int64), np.array([False] * 4 + [True]))
+    sizes = analyse([objects], [found()], ["cat"]).sizes
+    assert {name: size.objects for name, size in sizes.items()} == {
+        "small": 1,
+        "medium": 2,
+        "large": 1,
+    }
 
 
 def test_curve_is_of_the_class() -> None:
