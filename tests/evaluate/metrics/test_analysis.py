@@ -63,6 +63,12 @@ def test_wrong_class_is_classification_and_its_object_not_missed() -> None:
     assert analysis.confusion == [[0, 1, 0], [0, 1, 0], [0, 0, 0]]
 
 
+def test_class_without_objects_is_in_no_mean() -> None:
+    analysis = analyse([truth()], [found((CAT, 1, 0.9), (DOG, 1, 0.8))], ["cat", "dog", "cow"])
+    assert analysis.average_precision == pytest.approx(25)
+    assert analysis.errors["classification"].cost == pytest.approx(75)
+
+
 def test_wrong_class_on_an_object_that_was_found_only_goes() -> None:
     analysis = analysed(*BEST, (CAT, 1, 0.95))
     assert counts(analysis) == {"classification": 1}

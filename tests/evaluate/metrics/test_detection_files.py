@@ -266,9 +266,14 @@ def test_nothing_detected_is_an_ap_of_0(tmp_path: Path) -> None:
 
 
 ROW = {"image_id": 1, "category_id": 10, "bbox": [0, 0, 20, 20], "score": 0.5}
-_counts: bytes = coco_mask.encode(np.ones((72, 96), np.uint8, order="F"))["counts"]
-# All of an image of 96 x 72 pixels, as pycocotools.mask.encode writes it.
-MASK = {"size": [72, 96], "counts": _counts.decode()}
+
+
+def rle(pixels: np.ndarray) -> dict[str, object]:
+    encoded = coco_mask.encode(np.asfortranarray(pixels))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+MASK = rle(np.ones((72, 96), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -345,6 +350,38 @@ def scored_rows(root: Path, truth: Path, *rows: object) -> dict[str, Any]:
     return scored(root / "results.json", "--data", truth, "--metric", "coco")
 
 
+def test_size_of_a_found_mask_is_its_own(tmp_path: Path) -> None:
+    """Not its box's: by that, the second one is no small mask, and pycocotools leaves it out."""
+    truth = coco_with(tmp_path, lambda c: c)
+    right, wrong = np.zeros((2, 72, 96), dtype=np.uint8)
+    right[:20, :20] = 1
+    wrong[60:70, 80:90] = 1
+    rows = [
+        {**ROW, "segmentation": rle(right)},
+        {**ROW, "score": 0.9, "bbox": [50, 30, 40, 40], "segmentation": rle(wrong)},
+    ]
+    content = scored_rows(tmp_path, truth, *rows)
+    assert content["metrics"]["APs"] == pytest.approx(100)
+    assert content["metrics"]["segm_APs"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("metric", ["voc07", "coco"])
+def test_difficult_objects_are_not_missed(tmp_path: Path, metric: str) -> None:
+    add_image(tmp_path, "a", [("red", 1, 1, 20, 20)])
+    objects = "".join(
+        annotation_xml([box], difficult) for box, difficult in (
+            (("red", 1, 1, 20, 20), False), (("red", 51, 1, 70, 20), True),
+        )
+    ).replace("</annotation><annotation>", "")  # fmt: skip
+    (tmp_path / "Annotations" / "a.xml").write_text(objects)
+    add_split(tmp_path, "val", ["a"])
+    file = tmp_path / "det_red.txt"
+    file.write_text("a 0.9 51 1 70 20\na 0.8 1 1 20 20\n")
+    content = scored(file, "--data", tmp_path, "--metric", metric)
+    assert content["metrics"]["AP"] == pytest.approx(100)
+    assert content["objects"] == 1
+
+
 @pytest.mark.parametrize("key", ["area", "iscrowd", "id"])
 def test_annotations_may_lack_what_follows_from_the_others(tmp_path: Path, key: str) -> None:
     truth = coco_with(tmp_path, lambda c: [a.pop(key) for a in c["annotations"]])
@@ -408,6 +445,18 @@ def test_rows_may_say_more(tmp_path: Path) -> None:
     truth = coco_with(tmp_path, lambda c: c)
     content = scored_rows(tmp_path, truth, {**ROW, "caption": "red", "keypoints": [1, 2, 2]})
     assert content["per_class"]["red"]["AP"] == pytest.approx(100)
+
+
+def test_equal_scores_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    """Which is not that of the images."""
+    for image_id in ("a", "b"):
+        add_image(tmp_path, image_id, [("red", 1, 1, 20, 20)] if image_id == "b" else [])
+    add_split(tmp_path, "val", ["a", "b"])
+    file = tmp_path / "det_red.txt"
+    for lines, expected in (("ba", 100), ("ab", 50)):
+        file.write_text("".join(f"{image_id} 0.5 1 1 20 20\n" for image_id in lines))
+        content = scored(file, "--data", tmp_path, "--metric", "voc10")
+        assert content["metrics"]["AP50"] == pytest.approx(expected)
 
 
 def test_boxes_without_area_are_wrong_and_pointed_out(tmp_path: Path) -> None:
