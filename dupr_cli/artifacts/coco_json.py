@@ -123,7 +123,7 @@ def _box(annotation: Mapping[str, Any], categories: Mapping[int, str], where: st
     x, y, width, height = coco_box(annotation.get("bbox"), where)
     check_segmentation(annotation.get("segmentation", []), where)
     area = annotation.get("area", 0)
-    if not _is_number(area):
+    if not is_number(area):
         raise UsageError(f"{where}: its area is {area!r}, but a number is needed.")
     own = ("bbox", "image_id", "category_id", "iscrowd")
     return Box(
@@ -135,7 +135,7 @@ def _box(annotation: Mapping[str, Any], categories: Mapping[int, str], where: st
 
 def coco_box(value: object, where: str) -> tuple[float, float, float, float]:
     """x, y, width, height. Raises UsageError, beginning with `where`, for anything else."""
-    if isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)):
+    if isinstance(value, list) and len(value) == 4 and all(map(is_number, value)):
         return value[0], value[1], value[2], value[3]
     raise UsageError(
         f"{where}: its bbox is {value!r}; four numbers are needed: x, y, width, height."
@@ -157,8 +157,12 @@ def check_segmentation(value: object, where: str) -> None:
     )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer larger than any float
+        return False
 
 
 def with_keypoints(coco: CocoSet) -> CocoSet:

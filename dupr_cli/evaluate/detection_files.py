@@ -24,8 +24,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from dupr_cli.artifacts.coco_json import (
-    check_segmentation,
     coco_box,
+    is_number,
     parse_coco,
     read_json,
 )
@@ -42,6 +42,8 @@ from dupr_cli.evaluate.metrics.drawing import write_analysis
 from dupr_cli.evaluate.report import detections_from_rows
 
 TABLE_FILE = "table.txt"
+_RESULT_KEYS = ("image_id", "category_id", "bbox", "segmentation", "score")
+_SIDES = ("height", "width")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def score_files(
     """
     labels = _read_labels(data, split)
     content = None if len(files) > 1 or files[0].suffix == ".txt" else _read_list(files[0])
-    coco_results = content is not None and not (content and "box" in content[0])
+    # An empty list is both; against a tree it can only be of an evaluation.
+    own_rows = content is not None and ("box" in content[0] if content else not labels.content)
+    coco_results = content is not None and not own_rows
     if content is None:
         found = _from_text(files, labels)
     elif coco_results:
@@ -102,9 +106,18 @@ def score_files(
         found = _from_rows(content, files[0], labels)
     notes = _notes(labels, found)
     try:
-        if coco_results and content is not None and labels.content and metric.startswith("coco"):
-            masks = bool(content) and all("segmentation" in row for row in content)
+        if coco_results and content is not None and labels.content and metric == "coco":
+            masks = any("segmentation" in row for row in content)
+            missing = _without_masks(labels.content, content) if masks else ""
+            if missing:
+                notes.append(f"masks are not scored: {missing}")
+                masks = False
             metric = "coco-segm" if masks else "coco"
+            if _miscounted(labels.content):
+                notes.append(
+                    "annotations have the id 0, or one id twice, which pycocotools by itself "
+                    "miscounts; they are numbered anew"
+                )
             scores = _as_pycocotools(labels.content, content, masks, ious)
         else:
             scores = score(metric, labels.truths, found, labels.classes, ious)
@@ -133,8 +146,30 @@ def _as_pycocotools(
     masks: bool,
     ious: Sequence[float],
 ) -> Scores:
-    boxes = coco_json_scores(content, results, "bbox", ious)
-    return with_masks(boxes, coco_json_scores(content, results, "segm", ious)) if masks else boxes
+    # COCO.loadRes takes rows with a caption or keypoints for results of another task.
+    rows = [{key: row[key] for key in _RESULT_KEYS if key in row} for row in results]
+    boxes = coco_json_scores(content, rows, "bbox", ious)
+    return with_masks(boxes, coco_json_scores(content, rows, "segm", ious)) if masks else boxes
+
+
+def _miscounted(content: Mapping[str, Any]) -> bool:
+    ids = [a["id"] for a in content.get("annotations") or [] if "id" in a]
+    return 0 in ids or len(set(ids)) < len(ids)
+
+
+def _without_masks(content: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+    """What it is that has no mask; empty where everything has one."""
+    for number, row in enumerate(results, 1):
+        if "segmentation" not in row:
+            return f"detection {number} has none"
+    for number, annotation in enumerate(content.get("annotations") or [], 1):
+        mask = annotation.get("segmentation")
+        # Fewer than three points are no polygon.
+        if not mask or (isinstance(mask, list) and any(len(polygon) < 6 for polygon in mask)):
+            return f"annotation {annotation.get('id', f'number {number}')} has none"
+    if not all(is_number(image.get(side)) for image in content["images"] for side in _SIDES):
+        return "the images have no height and width"
+    return ""
 
 
 def _write(out: Path, scored: Scored, labels: _Labels, found: Sequence[Detections]) -> None:
@@ -189,6 +224,8 @@ def _read_labels(data: str, split: str) -> _Labels:
     if path.is_dir():
         named = [path / "annotations" / f"{prefix}{split}.json" for prefix in ("instances_", "")]
         path = next((file for file in named if file.is_file()), path)
+    if not path.exists():
+        raise UsageError(f"{data}: there is no such file or folder.")
     if path.suffix != ".json":
         raise UsageError(
             f"{data}: neither a VOC tree nor COCO's JSON (annotations/instances_{split}.json in a "
@@ -325,6 +362,9 @@ def _from_results(
             f"that as --data."
         )
     images = {image["id"]: number for number, image in enumerate(labels.content["images"])}
+    sizes = {
+        image["id"]: [image.get(side) for side in _SIDES] for image in labels.content["images"]
+    }
     classes = {category: number for number, category in enumerate(labels.category_ids)}
     rows = []
     for number, row in enumerate(content, 1):
@@ -335,13 +375,29 @@ def _from_results(
                     f"{where}: its {key} is {row.get(key)!r}, which is not in {labels.data}."
                 )
         if "segmentation" in row:
-            check_segmentation(row["segmentation"], where)
+            _check_mask(row["segmentation"], sizes[row["image_id"]], where)
+        if ("bbox" in row) != ("bbox" in content[0]):
+            raise UsageError(f"{file}: some detections have a bbox and others none; give all one.")
         x, y, width, height = coco_box(_box_of(row), where)
         box = (x, y, x + width, y + height)
         rows.append(
             (images[row["image_id"]], _Row(box, classes[row["category_id"]], _score(row, where)))
         )
     return _gathered(rows, len(labels.ids))
+
+
+def _check_mask(mask: object, size: list[object], where: str) -> None:
+    """size: height and width of the image, None where the data does not say."""
+    if not isinstance(mask, Mapping) or not isinstance(mask.get("counts"), str):
+        raise UsageError(
+            f"{where}: its segmentation is no mask as COCO's results have it, "
+            f'{{"size": [height, width], "counts": "..."}}, compressed by pycocotools.mask.encode.'
+        )
+    if mask.get("size") != size and None not in size:
+        raise UsageError(
+            f"{where}: its mask is of an image of {mask.get('size')} (height, width), but the "
+            f"image is of {size}; scale masks to the image."
+        )
 
 
 def _box_of(row: Mapping[str, Any]) -> object:
@@ -353,19 +409,28 @@ def _box_of(row: Mapping[str, Any]) -> object:
 
 def _score(row: Mapping[str, Any], where: str) -> float:
     value = row.get("score")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not is_number(value):
         raise UsageError(f"{where}: its score is {value!r}, but a number is needed.")
-    return float(value)
+    return float(value)  # type: ignore[arg-type]
 
 
 def _from_rows(content: list[dict[str, Any]], file: Path, labels: _Labels) -> list[Detections]:
-    try:
-        return detections_from_rows(content, labels.ids, labels.classes)  # type: ignore[arg-type]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"{file}: not the detections of {labels.data}, split {labels.split} "
-            f"({type(error).__name__}: {error})."
-        ) from error
+    images, classes = set(labels.ids), set(labels.classes)
+    for number, row in enumerate(content, 1):
+        where = f"{file}: detection {number}"
+        for key, known in (("image_id", images), ("name", classes)):
+            if not isinstance(row.get(key), str) or row[key] not in known:
+                raise UsageError(
+                    f"{where}: its {key} is {row.get(key)!r}, which is not in {labels.data}, "
+                    f"split {labels.split}."
+                )
+        _score(row, where)
+        box = row.get("box")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+            raise UsageError(
+                f"{where}: its box is {box!r}; four numbers are needed: x_min, y_min, x_max, y_max."
+            )
+    return detections_from_rows(content, labels.ids, labels.classes)  # type: ignore[arg-type]
 
 
 def _notes(labels: _Labels, found: Sequence[Detections]) -> list[str]:
@@ -373,4 +438,8 @@ def _notes(labels: _Labels, found: Sequence[Detections]) -> list[str]:
     for of_image in found:
         having[of_image.labels] = True
     without = [name for name, has in zip(labels.classes, having, strict=True) if not has]
-    return [f"nothing was detected of {', '.join(without)}"] if without else []
+    notes = [f"nothing was detected of {', '.join(without)}"] if without else []
+    empty = sum(int((d.boxes[:, 2:] <= d.boxes[:, :2]).any(axis=1).sum()) for d in found)
+    if empty:
+        notes.append(f"{empty} detections have a box without area, which no object overlaps")
+    return notes

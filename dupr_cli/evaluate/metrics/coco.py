@@ -142,15 +142,23 @@ def coco_json_scores(
 ) -> Scores:
     """COCOeval on the content of COCO's files. kind: bbox or segm.
 
-    Classes without an object to find are left out, as are numbers that COCOeval gives as -1.
+    Annotations may lack iscrowd, area (the box's is taken) and id. Classes without an object to
+    find are left out, as are numbers that COCOeval gives as -1.
     Raises ValueError when there is none at all.
     """
     from pycocotools.coco import COCO
 
     with contextlib.redirect_stdout(io.StringIO()):  # it reports on what it does
         truth = COCO()
-        # COCOeval writes into the entries.
-        truth.dataset = {**content, "annotations": [dict(a) for a in content["annotations"]]}
+        # COCOeval writes into the entries. It takes the id 0 for "not found" and entries of one id
+        # for one, so that all are numbered anew; the order in the file stays.
+        truth.dataset = {
+            **content,
+            "annotations": [
+                {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a, "id": number}
+                for number, a in enumerate(content.get("annotations") or [], 1)
+            ],
+        }
         truth.createIndex()
         found = _results(truth, [dict(row) for row in results], kind)
         main, stats = _evaluate(truth, found, kind)

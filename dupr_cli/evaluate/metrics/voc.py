@@ -107,10 +107,20 @@ def _sorted_by_class(found: Found, classes: int) -> tuple[Integers, Integers]:
     small = np.uint16 if classes <= np.iinfo(np.uint16).max else np.int64  # sorted by its digits
     order = np.argsort(found.label.astype(small), kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(found.label, minlength=classes))])
-    falling = -found.scores[order]
     for start, end in pairwise(starts.tolist()):
-        order[start:end] = order[start:end][np.argsort(falling[start:end], kind="stable")]
+        of_class = order[start:end]
+        order[start:end] = of_class[_falling(found.scores[of_class])]
     return order, starts
+
+
+def _falling(scores: Floats) -> Integers:
+    """(d,) places, highest score first; equal scores keep their order."""
+    order = np.argsort(-scores)
+    ranked = scores[order]
+    # numpy's stable sort is several times slower, and only equal scores need it.
+    if (ranked[1:] == ranked[:-1]).any():
+        return np.argsort(-scores, kind="stable")
+    return order
 
 
 def _best_overlaps(objects: Objects, found: Found, classes: int) -> tuple[Floats, Integers]:

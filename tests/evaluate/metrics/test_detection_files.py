@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -246,6 +248,7 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     other.write_text("")
     refused(r"lion\.txt: not named .*classes of .* are blue, green, red", other, "--data", tree)
     refused(r"no split 'tset'", red, "--data", tree, "--split", "tset")
+    refused(r"nowhere: there is no such file or folder", red, "--data", tree / "nowhere")
     refused(r"neither a VOC tree nor COCO's JSON", red, "--data", tree / "JPEGImages")
 
 
@@ -254,13 +257,23 @@ def test_nothing_detected_is_an_ap_of_0(tmp_path: Path) -> None:
     empty = tree / "comp4_det_val_red.txt"
     empty.write_text("")
     assert scored(empty, "--data", tree)["metrics"]["AP"] == 0
+    (tmp_path / "detections.json").write_text("[]")
+    assert scored(tmp_path / "detections.json", "--data", tree)["metrics"]["AP"] == 0
     coco = make_coco(tmp_path / "coco", {"val": [[("red", 1, 1, 20, 20)]]})
     (tmp_path / "results.json").write_text("[]")
     content = scored(tmp_path / "results.json", "--data", coco, "--metric", "coco")
     assert content["metrics"]["AP"] == 0
 
 
-ROW = {"image_id": 1, "category_id": 10, "bbox": [1, 1, 20, 20], "score": 0.5}
+ROW = {"image_id": 1, "category_id": 10, "bbox": [0, 0, 20, 20], "score": 0.5}
+
+
+def rle(pixels: np.ndarray) -> dict[str, object]:
+    encoded = coco_mask.encode(np.asfortranarray(pixels))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+MASK = rle(np.ones((72, 96), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -271,9 +284,22 @@ ROW = {"image_id": 1, "category_id": 10, "bbox": [1, 1, 20, 20], "score": 0.5}
         ([{**ROW, "bbox": [1, 2]}], r"detection 1: its bbox is \[1, 2\]"),
         ([{**ROW, "score": "high"}], r"detection 1: its score is 'high'"),
         ([{**ROW, "score": float("nan")}], r"detection 1: its score is nan"),
+        ([{**ROW, "score": 10**400}], r"detection 1: its score is 1000"),
         ([{**ROW, "segmentation": 3}], r"detection 1: its segmentation"),
+        ([{**ROW, "segmentation": [[0, 0, 9, 0, 9, 9]]}], r"detection 1: .* no mask as COCO's"),
+        (
+            [{**ROW, "segmentation": {"size": [72, 96], "counts": [0, 6912]}}],
+            r"detection 1: .* no mask as COCO's results",
+        ),
+        (
+            [{**ROW, "segmentation": {"size": [36, 48], "counts": "0d0"}}],
+            r"detection 1: its mask is of an image of \[36, 48\] .* the image is of \[72, 96\]",
+        ),
+        (
+            [ROW, {k: v for k, v in ROW.items() if k != "bbox"} | {"segmentation": MASK}],
+            r"some detections have a bbox and others none",
+        ),
         ({"images": []}, r"a list of detections is needed"),
-        ([{"image_id": 1, "name": "red", "box": [1]}], r"not the detections of"),
     ],
 )
 def test_results_that_are_none_are_named(tmp_path: Path, content: object, problem: str) -> None:
@@ -281,6 +307,166 @@ def test_results_that_are_none_are_named(tmp_path: Path, content: object, proble
     file = tmp_path / "results.json"
     file.write_text(json.dumps(content))
     refused(problem, file, "--data", coco, "--metric", "coco")
+
+
+OWN_ROW = {"image_id": "img008", "name": "red", "score": 0.5, "box": [0, 0, 20, 20]}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([OWN_ROW, {**OWN_ROW, "image_id": "img000"}], r"detection 2: its image_id is 'img000'"),
+        ([{**OWN_ROW, "name": "lion"}], r"detection 1: its name is 'lion'"),
+        ([{**OWN_ROW, "score": float("nan")}], r"detection 1: its score is nan"),
+        ([{**OWN_ROW, "score": "0.5"}], r"detection 1: its score is '0.5'"),
+        (
+            [{**OWN_ROW, "box": [0, 0, float("inf"), 9]}],
+            r"detection 1: its box is \[0, 0, inf, 9\]",
+        ),
+        # Together they have as many numbers as one box.
+        ([{**OWN_ROW, "box": [0, 0]}, {**OWN_ROW, "box": [9, 9]}], r"detection 1: its box"),
+    ],
+)
+def test_rows_of_an_evaluation_that_are_none_are_named(
+    tmp_path: Path, content: object, problem: str
+) -> None:
+    tree = make_tree(tmp_path)
+    (tmp_path / "detections.json").write_text(json.dumps(content))
+    refused(problem, tmp_path / "detections.json", "--data", tree)
+
+
+def coco_with(root: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A red and a green object, each in an image of its own, in a file that is changed."""
+    make_coco(root, {"val": [[("red", 1, 1, 20, 20)], [("green", 31, 6, 60, 60)]]})
+    file = root / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def scored_rows(root: Path, truth: Path, *rows: object) -> dict[str, Any]:
+    (root / "results.json").write_text(json.dumps(rows))
+    return scored(root / "results.json", "--data", truth, "--metric", "coco")
+
+
+def test_size_of_a_found_mask_is_its_own(tmp_path: Path) -> None:
+    """Not its box's: by that, the second one is no small mask, and pycocotools leaves it out."""
+    truth = coco_with(tmp_path, lambda c: c)
+    right, wrong = np.zeros((2, 72, 96), dtype=np.uint8)
+    right[:20, :20] = 1
+    wrong[60:70, 80:90] = 1
+    rows = [
+        {**ROW, "segmentation": rle(right)},
+        {**ROW, "score": 0.9, "bbox": [50, 30, 40, 40], "segmentation": rle(wrong)},
+    ]
+    content = scored_rows(tmp_path, truth, *rows)
+    assert content["metrics"]["APs"] == pytest.approx(100)
+    assert content["metrics"]["segm_APs"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("metric", ["voc07", "coco"])
+def test_difficult_objects_are_neither_wrong_nor_missed(tmp_path: Path, metric: str) -> None:
+    add_image(tmp_path, "a", [("red", 1, 1, 20, 20)])
+    objects = "".join(
+        annotation_xml([box], difficult) for box, difficult in (
+            (("red", 1, 1, 20, 20), False), (("red", 51, 1, 70, 20), True),
+        )
+    ).replace("</annotation><annotation>", "")  # fmt: skip
+    (tmp_path / "Annotations" / "a.xml").write_text(objects)
+    add_split(tmp_path, "val", ["a"])
+    file = tmp_path / "det_red.txt"
+    for lines in ("a 0.9 51 1 70 20\na 0.8 1 1 20 20\n", "a 0.8 1 1 20 20\n"):
+        file.write_text(lines)
+        content = scored(file, "--data", tmp_path, "--metric", metric)
+        assert content["metrics"]["AP"] == pytest.approx(100)
+    assert content["objects"] == 1
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd", "id"])
+def test_annotations_may_lack_what_follows_from_the_others(tmp_path: Path, key: str) -> None:
+    truth = coco_with(tmp_path, lambda c: [a.pop(key) for a in c["annotations"]])
+    content = scored_rows(tmp_path, truth, ROW)
+    assert content["per_class"]["red"]["AP"] == pytest.approx(100)
+    assert content["metrics"]["APs"] == pytest.approx(100)  # 20 x 20 is small
+    assert content["metrics"]["APm"] == 0  # the green one is not, and it is missed
+    assert content["notes"] == ["nothing was detected of green, blue"]
+
+
+@pytest.mark.parametrize("ids", [(0, 1), (5, 5)])
+def test_objects_of_any_id_can_be_found(tmp_path: Path, ids: tuple[int, int]) -> None:
+    """pycocotools by itself takes a match with the id 0 for none."""
+
+    def number(content: dict[str, Any]) -> None:
+        for annotation, of_annotation in zip(content["annotations"], ids, strict=True):
+            annotation["id"] = of_annotation
+
+    truth = coco_with(tmp_path, number)
+    content = scored_rows(
+        tmp_path, truth, ROW, {**ROW, "image_id": 2, "category_id": 20, "bbox": [30, 5, 30, 55]}
+    )
+    assert content["metrics"]["AP"] == pytest.approx(100)
+    assert "numbered anew" in content["notes"][-1]
+
+
+def test_file_without_annotations_has_nothing_to_find(tmp_path: Path) -> None:
+    truth = coco_with(tmp_path, lambda c: c.pop("annotations"))
+    (tmp_path / "results.json").write_text(json.dumps([ROW]))
+    refused(r"no class has an object to find", tmp_path / "results.json", "--data", truth,
+            "--metric", "coco")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "note"),
+    [
+        (lambda c: c, [{**ROW, "segmentation": MASK}, ROW], "detection 2 has none"),
+        (
+            lambda c: c["annotations"][1].pop("segmentation"),
+            [{**ROW, "segmentation": MASK}],
+            r"annotation 200 has none",
+        ),
+        (
+            lambda c: [image.pop("height") for image in c["images"]],
+            [{**ROW, "segmentation": MASK}],
+            "the images have no height and width",
+        ),
+    ],
+)
+def test_boxes_are_scored_and_it_is_said_where_masks_are_missing(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], rows: list[object], note: str
+) -> None:
+    content = scored_rows(tmp_path, coco_with(tmp_path, change), *rows)
+    assert content["metric"] == "coco"
+    assert content["per_class"]["red"]["AP"] == pytest.approx(100)
+    assert f"masks are not scored: {note}" in content["notes"]
+
+
+def test_rows_may_say_more(tmp_path: Path) -> None:
+    """pycocotools by itself takes rows with a caption for results of captioning."""
+    truth = coco_with(tmp_path, lambda c: c)
+    content = scored_rows(tmp_path, truth, {**ROW, "caption": "red", "keypoints": [1, 2, 2]})
+    assert content["per_class"]["red"]["AP"] == pytest.approx(100)
+
+
+def test_equal_scores_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    """Which is not that of the images."""
+    for image_id in ("a", "b"):
+        add_image(tmp_path, image_id, [("red", 1, 1, 20, 20)] if image_id == "b" else [])
+    add_split(tmp_path, "val", ["a", "b"])
+    file = tmp_path / "det_red.txt"
+    for lines, expected in (("ba", 100), ("ab", 50)):
+        file.write_text("".join(f"{image_id} 0.5 1 1 20 20\n" for image_id in lines))
+        content = scored(file, "--data", tmp_path, "--metric", "voc10")
+        assert content["metrics"]["AP50"] == pytest.approx(expected)
+
+
+def test_boxes_without_area_are_wrong_and_pointed_out(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    file = tree / "comp4_det_val_red.txt"
+    file.write_text("img008 0.9 20 20 1 1\n")
+    content = scored(file, "--data", tree)
+    assert content["metrics"]["AP"] == 0
+    assert "1 detections have a box without area" in content["notes"][-1]
 
 
 def test_results_against_a_tree_are_refused(tmp_path: Path) -> None:
