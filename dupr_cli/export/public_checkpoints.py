@@ -224,7 +224,7 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
         further = {f"layer{n}.{_blocks(blocks, n)}.conv1.weight" for n in range(1, 5)}
         deeper = any(naming.translate(name) in own for name in further)
         if not wrong and not deeper:
-            return architecture
+            return str(architecture)
         candidates.append((len(wrong) + 1000 * deeper, architecture, wrong[:1]))
     _, nearest, first = min(candidates)
     missing = naming.translate(first[0]) if first else "the end of a deeper network"
