@@ -12,13 +12,17 @@ from pathlib import Path
 from dupr_cli.errors import RunError, UsageError
 
 HUB = "hf://"
+# As `dupr export` names the file that is for dupr and torchvision, among those of other layouts.
+EXPORTED = "backbone.safetensors"
 _ADDRESS = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?"
 )
 
 
 def fetch_weights(address: str) -> Path:
-    """The local copy of the weights file; without FILE the only one of the repository.
+    """The local copy of the weights file.
+
+    Without FILE the only one of the repository, or the only backbone.safetensors.
 
     Raises UsageError for an address that is none or has no such weights, RunError when the Hub
     refuses or cannot be reached.
@@ -56,8 +60,9 @@ def fetch_weights(address: str) -> Path:
 
 def _only_weights(listed: list[str], address: str) -> str:
     files = [name for name in listed if name.endswith(".safetensors")]
-    if len(files) == 1:
-        return files[0]
+    exported = [name for name in files if name.rpartition("/")[2] == EXPORTED]
+    if len(files) == 1 or len(exported) == 1:
+        return (exported or files)[0]
     if not files:
         raise UsageError(f"{address}: the repository has no .safetensors file.")
     raise UsageError(

@@ -92,10 +92,10 @@ class Weights:
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write a weights file; it appears at `path` only when whole."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, _reproducible(save(plain, metadata=metadata.to_header())))
+    write_bytes(path, reproducible(save(plain, metadata=metadata.to_header())))
 
 
-def _reproducible(data: bytes) -> bytes:
+def reproducible(data: bytes) -> bytes:
     """A safetensors file with its header in sorted order: same weights, same bytes.
 
     The library writes metadata in the order of a hash map, which differs from run to run. Format:

@@ -117,3 +117,41 @@ def test_several_formats_lie_apart(tmp_path: Path) -> None:
 def test_unknown_format_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"darknet is none; there are detectron2, mmdet.*timm"):
         load_recipe(ExportRecipe, "default", ["formats=[darknet]"])
+
+
+def test_format_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is installed with an entry point, and says that its library is missing."""
+    facts = tmp_path / "site" / "theirs-1.0.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[dupr.export_formats]\ntext = their_format:Text\n")
+    (tmp_path / "site" / "their_format.py").write_text(
+        """import json
+import torch
+from dupr_cli.export.formats import LibraryMissingError
+
+
+class Text:
+    name, top = "text", False
+
+    def write(self, weights, folder, license_name):
+        small = {n: t.tolist() for n, t in weights.tensors.items()}
+        (folder / "weights.json").write_text(json.dumps(small))
+
+    def load(self, weights, folder, images):
+        raise LibraryMissingError("theirs")
+
+    def tensors(self, weights, folder):
+        read = json.loads((folder / "weights.json").read_text())
+        return {n: torch.tensor(v, dtype=weights.tensors[n].dtype) for n, v in read.items()}
+
+    def usage(self, weights, place):
+        return [("text", f"cat {place}weights.json")]
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    make_run(tmp_path / "run", "resnet18")
+    chosen = load_recipe(ExportRecipe, "default", ["formats=[text]"])
+    (of,) = export.run(chosen, str(tmp_path / "run"), tmp_path / "out").formats
+    assert of.verified_by == "names, shapes and values only, as theirs is not loaded"
+    assert files_in(tmp_path / "out") == ["export.json", "weights.json"]

@@ -344,6 +344,13 @@ def test_half_the_size_is_verified_too(name: str, dtype: torch.dtype, tmp_path: 
     assert sum(file.stat().st_size for file in folder.iterdir()) < 23e6
 
 
+def test_onnx_in_half_precision_is_verified_within_its_rounding(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    weights = weights_of("resnet18", torch.float16)
+    folder = written("onnx", weights, tmp_path / "out")
+    assert 0 < verify(make_format("onnx"), weights, folder).max_difference <= 2e-2
+
+
 def test_what_a_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
     weights = weights_of("resnet18")
     metadata = WeightsMetadata("torchvision", "wide_resnet50_2", (0.4,) * 3, (0.2,) * 3, 64)
@@ -351,8 +358,9 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
     for name in ("transformers", "detectron2", "mmdetection"):
         with pytest.raises(UsageError, match=rf"--to {name}: .*wide_resnet50_2"):
             make_format(name).write(odd, tmp_path, "other")
-    with pytest.raises(UsageError, match="numpy has no bfloat16"):
-        make_format("detectron2").write(weights_of("resnet18", torch.bfloat16), tmp_path, "other")
+    for name, problem in (("detectron2", "numpy has no bfloat16"), ("onnx", "no bfloat16")):
+        with pytest.raises(UsageError, match=problem):
+            make_format(name).write(weights_of("resnet18", torch.bfloat16), tmp_path, "other")
     assert list(tmp_path.iterdir()) == []
 
 

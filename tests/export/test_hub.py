@@ -19,6 +19,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
@@ -248,7 +249,9 @@ def test_what_was_pushed_comes_back_as_weights(hub: Hub, tmp_path: Path) -> None
     push(tmp_path)
     pushed = tmp_path / "out" / "torchvision" / "backbone.safetensors"
     back = read_weights("hf://me/model/torchvision/backbone.safetensors")
-    assert back.sha256 == read_weights(str(pushed)).sha256
+    assert back.sha256 == read_weights(str(pushed)).sha256 == read_weights("hf://me/model").sha256
+    timms = read_weights("hf://me/model/model.safetensors").tensors
+    assert all(torch.equal(timms[name], tensor) for name, tensor in back.tensors.items())
     result = export.run(
         recipe(), "hf://me/model/torchvision/backbone.safetensors", tmp_path / "again.safetensors"
     )

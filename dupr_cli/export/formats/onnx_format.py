@@ -36,6 +36,8 @@ class OnnxFormat:
     top = False
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
+        if weights.tensors["conv1.weight"].dtype == torch.bfloat16:
+            raise UsageError("--to onnx: onnxruntime computes no bfloat16; give another --dtype.")
         try:
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401

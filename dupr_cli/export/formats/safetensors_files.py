@@ -10,23 +10,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dupr_cli.artifacts.files import write_bytes
-from dupr_cli.artifacts.weights import Weights, read_safetensors
+from dupr_cli.artifacts.weights import Weights, read_safetensors, reproducible
 from dupr_cli.errors import RunError
 
 MODEL_FILE = "model.safetensors"
 
 
 def write_model(
-    weights: Weights, folder: Path, rename: Callable[[str], str] = lambda name: name
+    weights: Weights, folder: Path, rename: Callable[[str], str], header: Mapping[str, str]
 ) -> None:
-    """model.safetensors in another framework's names."""
+    """model.safetensors in another framework's names. header: beside what libraries look for."""
     plain = {rename(name): tensor.contiguous() for name, tensor in weights.tensors.items()}
-    write_bytes(folder / MODEL_FILE, save(plain, metadata={"format": "pt"}))
+    write_bytes(folder / MODEL_FILE, reproducible(save(plain, metadata={**header, "format": "pt"})))
 
 
-def read_model(
-    weights: Weights, folder: Path, rename: Callable[[str], str] = lambda name: name
-) -> dict[str, Tensor]:
+def read_model(weights: Weights, folder: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
     """Its tensors under torchvision's names. Raises RunError when they are not all there."""
     found, _ = read_safetensors(folder / MODEL_FILE)
     return renamed_back(weights, found, rename)

@@ -24,7 +24,8 @@ class TimmFormat:
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
         metadata = weights.metadata
-        write_model(weights, folder)
+        # The names are torchvision's: with its header it is a weights file of dupr's, too.
+        write_model(weights, folder, _same, metadata.to_header())
         size = max(224, metadata.input_size)
         write_json(
             folder / "config.json",
@@ -75,7 +76,7 @@ class TimmFormat:
         return Loaded({**features, "res5": last}, by)
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
-        return read_model(weights, folder)
+        return read_model(weights, folder, _same)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
         return [
@@ -89,6 +90,10 @@ levels = timm.create_model("local-dir:{place or "."}", pretrained=True, features
 features = levels(torch.zeros(1, 3, 224, 224))""",
             )
         ]
+
+
+def _same(name: str) -> str:
+    return name
 
 
 def _last_norm(weights: Weights) -> str:

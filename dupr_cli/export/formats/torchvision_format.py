@@ -12,11 +12,12 @@ import torchvision
 from torch import Tensor
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from dupr_cli.artifacts.hub_weights import EXPORTED
 from dupr_cli.artifacts.weights import Weights, read_safetensors, write_weights
 from dupr_cli.export.formats import Loaded
 from dupr_cli.export.formats.safetensors_files import load_strictly, renamed_back
 
-FILE = "backbone.safetensors"
+FILE = EXPORTED
 
 
 class TorchvisionFormat:

@@ -35,7 +35,7 @@ class TransformersFormat:
                 f"--to transformers: its ResNets are resnet18, 34, 50 and 101 (no groups, no wider "
                 f"bottlenecks), but the weights are of a {metadata.architecture}."
             )
-        write_model(weights, folder, transformers_name)
+        write_model(weights, folder, transformers_name, {})
         tensors = weights.tensors
         bottleneck = "layer1.0.conv3.weight" in tensors
         last = 3 if bottleneck else 2
