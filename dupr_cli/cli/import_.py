@@ -9,7 +9,6 @@ import typer
 
 from dupr_cli.cli.command import Overwrite, command
 from dupr_cli.errors import UsageError
-from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from dupr_cli.export.public_checkpoints import Imported
@@ -38,11 +37,15 @@ def import_checkpoint(
         ),
     ] = None,
     input_mean: Annotated[
-        str, typer.Option("--input-mean", help="Of its input, RGB in 0..1, with commas.")
-    ] = ",".join(map(str, IMAGENET_MEAN)),
+        str | None,
+        typer.Option(
+            "--input-mean", help="Of its input, RGB in 0..1: R,G,B. ImageNet's otherwise."
+        ),
+    ] = None,
     input_std: Annotated[
-        str, typer.Option("--input-std", help="Of its input, RGB in 0..1, with commas.")
-    ] = ",".join(map(str, IMAGENET_STD)),
+        str | None,
+        typer.Option("--input-std", help="Of its input, RGB in 0..1: R,G,B. ImageNet's otherwise."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> Imported:
     """Make a weights file of a public ResNet checkpoint, to compare or to start from.
@@ -60,13 +63,14 @@ def import_checkpoint(
       dupr import checkpoint.pth --prefix teacher.backbone. --out teacher.safetensors
     """
     from dupr_cli.export.public_checkpoints import import_weights
+    from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD
 
     return import_weights(
         checkpoint,
         out,
         prefix=prefix,
-        mean=_three(input_mean, "--input-mean"),
-        std=_three(input_std, "--input-std"),
+        mean=_three(input_mean, "--input-mean") if input_mean else IMAGENET_MEAN,
+        std=_three(input_std, "--input-std") if input_std else IMAGENET_STD,
         overwrite=overwrite,
     )
 

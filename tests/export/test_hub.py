@@ -194,7 +194,7 @@ def recipe(*changes: str) -> ExportRecipe:
     return load_recipe(ExportRecipe, "default", list(changes))
 
 
-RECIPE = recipe("formats=[torchvision, timm]")
+RECIPE = recipe("formats=[torchvision, timm, detectron2]")
 
 
 def push(tmp_path: Path, **options: Any) -> export.ExportResult:
@@ -213,8 +213,8 @@ def test_push_is_one_commit_of_everything(hub: Hub, tmp_path: Path) -> None:
     ((branch, files),) = hub.commits
     assert branch == "main"
     assert sorted(files) == [
-        "README.md", "config.json", "export.json", "model.safetensors", "recipe.yaml",
-        "torchvision/backbone.safetensors",
+        "README.md", "config.json", "detectron2/backbone.pkl", "export.json", "model.safetensors",
+        "recipe.yaml", "torchvision/backbone.safetensors",
     ]  # fmt: skip
     for name, data in files.items():
         assert data == (tmp_path / "out" / name).read_bytes()
@@ -226,7 +226,11 @@ def test_push_is_one_commit_of_everything(hub: Hub, tmp_path: Path) -> None:
 def test_large_files_take_their_own_way_and_once(hub: Hub, tmp_path: Path) -> None:
     push(tmp_path)
     uploaded = dict(hub.large)
+    # timm's file has torchvision's names, so it is the same file: stored once for both.
     assert len(uploaded) == 2
+    assert set(uploaded.values()) == {
+        data for name, data in hub.commits[0][1].items() if name.endswith((".safetensors", ".pkl"))
+    }
     push(tmp_path)
     assert hub.large == uploaded
     assert hub.commits[0][1] == hub.commits[-1][1]
