@@ -29,7 +29,8 @@ def blocks(language: str) -> list[str]:
 
 
 def dupr_lines() -> list[str]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    whole = [block.replace("\\\n", "") for block in blocks("bash")]
+    lines = [line for block in whole for line in block.splitlines()]
     return sorted({line.split("  #")[0] for line in lines if line.startswith("dupr ")})
 
 
