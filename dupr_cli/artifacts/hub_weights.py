@@ -19,6 +19,12 @@ _ADDRESS = re.compile(
 )
 
 
+def repository_of(address: str) -> str | None:
+    """OWNER/NAME of an hf:// address; None for any other."""
+    parts = _ADDRESS.fullmatch(address)
+    return parts["repository"] if parts else None
+
+
 def fetch_weights(address: str) -> Path:
     """The local copy of the weights file.
 

@@ -39,6 +39,7 @@ STATE_FILE = "state.json"
 CHECKPOINTS = "checkpoints"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.json"
 LATEST = "latest"
 
 
@@ -48,7 +49,8 @@ class CheckpointState:
 
     step: optimiser steps done; the position in the data, the learning rate and all random streams
     follow from it and the seed. processes: of the run when this was written. loss_scaler: state of
-    the scaler of float16, empty for other precisions.
+    the scaler of float16, empty for other precisions. method: of pre-training, by its name in the
+    literature.
     """
 
     step: int
@@ -60,6 +62,7 @@ class CheckpointState:
     files: dict[str, dict[str, object]]
     processes: int = 1
     loss_scaler: dict[str, float] = field(default_factory=dict)
+    method: str = ""
     extra: dict[str, float] = field(default_factory=dict)
     dupr_version: str = __version__
     format_version: int = FORMAT_VERSION

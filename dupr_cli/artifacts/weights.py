@@ -26,12 +26,16 @@ from dupr_cli.artifacts.run import MODEL_FILE, Checkpoint, is_checkpoint, newest
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
+IMPORTED = "imported"  # in the place of the encoder
 TORCHVISION = "torchvision:"  # before the name of weights that torchvision publishes
 
 
 @dataclass(frozen=True)
 class WeightsMetadata:
-    """The header metadata of a weights file; every value is a string there."""
+    """The header metadata of a weights file; every value is a string there.
+
+    method: what they were pre-trained with, by its name in the literature; empty where unknown.
+    """
 
     layout: str
     architecture: str
@@ -42,8 +46,18 @@ class WeightsMetadata:
     encoder: str = "query"
     step: int = 0
     recipe_sha256: str = ""
+    method: str = ""
     dupr_version: str = __version__
     format_version: int = FORMAT_VERSION
+
+    @property
+    def imported(self) -> bool:
+        """Whether others trained the weights: `dupr import` made the file."""
+        return self.encoder == IMPORTED
+
+    @property
+    def origin(self) -> str:
+        return IMPORTED if self.imported else f"{self.encoder} encoder, step {self.step}"
 
     def to_header(self) -> dict[str, str]:
         return {
@@ -58,6 +72,7 @@ class WeightsMetadata:
             "encoder": self.encoder,
             "step": str(self.step),
             "recipe_sha256": self.recipe_sha256,
+            "method": self.method,
             "dupr_version": self.dupr_version,
         }
 
@@ -74,6 +89,7 @@ class WeightsMetadata:
             encoder=header["encoder"],
             step=int(header["step"]),
             recipe_sha256=header["recipe_sha256"],
+            method=header.get("method", ""),
             dupr_version=header["dupr_version"],
             format_version=int(header["dupr_format_version"]),
         )
@@ -219,6 +235,7 @@ def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weig
         encoder=encoder,
         step=state.step,
         recipe_sha256=state.recipe_sha256,
+        method=state.method,
         dupr_version=state.dupr_version,
     )
     return Weights(address, metadata, backbone, sha256_file(model))

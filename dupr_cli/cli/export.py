@@ -142,10 +142,12 @@ def export(
 def show(result: ExportResult) -> None:
     from dupr_cli.cli.console import print_facts, print_text
 
-    encoder = f"{result.encoder} encoder, step {result.step}"
     facts = [
         ("written to", result.path),
-        ("weights", f"{result.architecture}, {encoder}, {result.tensors} tensors, {result.dtype}"),
+        (
+            "weights",
+            f"{result.architecture}, {result.origin}, {result.tensors} tensors, {result.dtype}",
+        ),
     ]
     for of in result.formats:
         checked = "features differ by" if of.features_compared else "tensors differ by"

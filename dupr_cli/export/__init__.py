@@ -66,13 +66,14 @@ class ExportedFormat:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. path: the file, or the folder of several."""
+    """What was written. path: the file, or the folder of several. origin: encoder and step."""
 
     path: str
     weights: str
     architecture: str
     encoder: str
     step: int
+    origin: str
     dtype: str
     tensors: int
     formats: list[ExportedFormat]
@@ -84,7 +85,10 @@ def plan(
 ) -> ExportPlan:
     """Check the weights and say what `run` would do. Raises UsageError."""
     from dupr_cli.artifacts.weights import read_weights
+    from dupr_cli.export.formats import make_format
 
+    for name in recipe.formats:
+        make_format(name)
     read = read_weights(weights, recipe.encoder)
     return ExportPlan(
         weights=weights,
@@ -153,6 +157,7 @@ def run(
             architecture=read.metadata.architecture,
             encoder=read.metadata.encoder,
             step=read.metadata.step,
+            origin=read.metadata.origin,
             dtype=recipe.dtype,
             tensors=len(read.tensors),
             formats=exported,

@@ -10,12 +10,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import write_text
+from dupr_cli.artifacts.hub_weights import repository_of
 from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
 from dupr_cli.artifacts.run import RECIPE_FILE
-from dupr_cli.artifacts.weights import Weights
+from dupr_cli.artifacts.weights import Weights, WeightsMetadata
 from dupr_cli.errors import UsageError
 from dupr_cli.export import ExportedFormat, ExportResult
+from dupr_cli.export.run_facts import RunFacts, describe, facts_of
 from dupr_cli.recipe import ExportRecipe
+from dupr_cli.recipe.pretrain import DUPR
 
 CARD = "README.md"
 _PAPER = "10.1109/TPAMI.2022.3164911"
@@ -39,18 +42,11 @@ def write_companions(
         found.write(folder / "results")
         name = f"{number + 1:02d}-{found.protocol}.json"
         (folder / "results" / RESULTS).replace(folder / "results" / name)
-    run = _run_folder(weights)
+    run = facts_of(weights)
     if run is not None:
-        shutil.copyfile(run / RECIPE_FILE, folder / RECIPE_FILE)
-    card = model_card(result, weights, recipe, repository, evaluations, run is not None)
+        shutil.copyfile(run.folder / RECIPE_FILE, folder / RECIPE_FILE)
+    card = model_card(result, weights, recipe, repository, evaluations, run)
     write_text(folder / CARD, str(card))
-
-
-def _run_folder(weights: Weights) -> Path | None:
-    """The run that the weights are of, where its recipe is at hand."""
-    path = Path(weights.address)
-    places = [path, *path.parents[:3]] if path.exists() else []
-    return next((place for place in places if (place / RECIPE_FILE).is_file()), None)
 
 
 def find_results(
@@ -87,7 +83,7 @@ def model_card(
     recipe: ExportRecipe,
     repository: str,
     evaluations: Sequence[tuple[WeightsResult, Results]],
-    with_recipe: bool,
+    run: RunFacts | None,
 ) -> ModelCard:
     """The README.md: front matter, what it is, how to load each format, results, limitations."""
     metadata, name = weights.metadata, repository.rpartition("/")[2]
@@ -96,21 +92,21 @@ def model_card(
         pipeline_tag="object-detection" if evaluations else "image-feature-extraction",
         license=recipe.card.license,
         datasets=recipe.card.datasets or None,
-        tags=["dupr", "self-supervised", "object-detection", "backbone", metadata.architecture,
-              *recipe.card.tags],
+        base_model=recipe.card.base_model or _base_model(weights, run),
+        tags=["dupr", *([] if metadata.imported else ["self-supervised"]), "object-detection",
+              "backbone", metadata.architecture, *recipe.card.tags],
         model_name=name,
-        eval_results=[e for pair in evaluations for e in _eval_results(*pair)] or None,
+        eval_results=[
+            e for pair in evaluations if not _is_trial(pair[1]) for e in _eval_results(*pair)
+        ] or None,
     )  # fmt: skip
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {name}",
-        f"Backbone weights of a {metadata.architecture}, pre-trained without labels by Deeply "
-        f"Unsupervised Patch Re-Identification (DUPR) with dupr {metadata.dupr_version}: "
-        f"{metadata.encoder} encoder, step {metadata.step}. They are meant to be fine-tuned as the "
-        f"backbone of an object detector.",
+        f"Backbone weights of a {metadata.architecture}, {_origin(metadata)}. They are meant to be "
+        f"fine-tuned as the backbone of an object detector.",
         recipe.card.about,
-        "## How it was trained",
-        _training(weights, with_recipe),
+        *_training(weights, run),
         "## How to load it",
         "In the folder of this repository"
         + ", for example after `hf download " + repository + " --local-dir weights && cd weights`:",
@@ -118,12 +114,11 @@ def model_card(
         _input(weights),
         *_tables(evaluations),
         "## Limitations",
-        "The weights carry whatever biases the unlabelled images have. They are no classifier and "
+        "The weights carry whatever biases their training images have. They are no classifier and "
         "no detector before they are fine-tuned. "
         + ("" if evaluations else "They were not evaluated where this card was written."),
         "## Citation",
-        "Ding, Xie, Xu, Jiang, Li, Luo, Xia, \"Deeply Unsupervised Patch Re-Identification for "
-        f"Pre-training Object Detectors\", IEEE TPAMI 46(3):1348-1361, 2024, DOI {_PAPER}.",
+        _citation(metadata),
     ]  # fmt: skip
     return ModelCard("\n\n".join(part.strip() for part in parts if part.strip()) + "\n")
 
@@ -131,6 +126,12 @@ def model_card(
 def _library(formats: Sequence[str]) -> str:
     """What the Hub shows a button for."""
     return next((name for name in ("timm", "transformers") if name in formats), "dupr")
+
+
+def _is_trial(results: Results) -> bool:
+    """Whether --limit left out test images: its AP is in the text, with that note, but no index."""
+    data = results.recipe.get("data")
+    return isinstance(data, dict) and data.get("test_images") is not None
 
 
 def _eval_results(own: WeightsResult, results: Results) -> list[EvalResult]:
@@ -148,11 +149,50 @@ def _eval_results(own: WeightsResult, results: Results) -> list[EvalResult]:
     ]
 
 
-def _training(weights: Weights, with_recipe: bool) -> str:
-    text = f"Views of {weights.metadata.input_size} x {weights.metadata.input_size} pixels."
-    if with_recipe:
-        text += " All settings are in `recipe.yaml`; `dupr pretrain recipe.yaml` repeats the run."
-    return text
+def _origin(metadata: WeightsMetadata) -> str:
+    if metadata.imported:
+        return f"trained by others, imported with dupr {metadata.dupr_version}"
+    method = {"": "", DUPR: " by Deeply Unsupervised Patch Re-Identification (DUPR)"}.get(
+        metadata.method, f" by {metadata.method}"
+    )
+    return (
+        f"pre-trained without labels{method} with dupr {metadata.dupr_version}: {metadata.origin}"
+    )
+
+
+def _base_model(weights: Weights, run: RunFacts | None) -> str | None:
+    """The repository of the Hub that the weights are of, or that their training started from."""
+    start = run.recipe.model.init if run is not None and run.recipe is not None else None
+    return repository_of(weights.address) or repository_of(start or "")
+
+
+def _training(weights: Weights, run: RunFacts | None) -> list[str]:
+    metadata = weights.metadata
+    if metadata.imported:
+        return []
+    parts = ["## How it was trained"]
+    lines = describe(run, weights) if run is not None else []
+    # Of weights without their run, the header has this much.
+    lines = lines or [f"Views of {metadata.input_size} x {metadata.input_size} pixels"]
+    parts.append("\n".join(f"- {line}" for line in lines))
+    if run is not None:
+        parts.append(
+            "All settings are in `recipe.yaml`: `dupr pretrain recipe.yaml --data SHARDS` repeats "
+            "the run."
+        )
+    return parts
+
+
+def _citation(metadata: WeightsMetadata) -> str:
+    if metadata.imported:
+        return "Cite those who trained the weights."
+    paper = (
+        'Ding, Xie, Xu, Jiang, Li, Luo, Xia, "Deeply Unsupervised Patch Re-Identification for '
+        f'Pre-training Object Detectors", IEEE TPAMI 46(3):1348-1361, 2024, DOI {_PAPER}.'
+    )
+    if metadata.method in (DUPR, ""):
+        return paper
+    return f"The authors of {metadata.method}, and for the software: {paper}"
 
 
 def _section(exported: ExportedFormat) -> str:

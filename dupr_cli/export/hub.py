@@ -46,7 +46,7 @@ def push_files(
     repository = options.repository
     again = f"{folder} is written; give the command again with --overwrite."
     operations = [CommitOperationAdd(name, str(folder / name)) for name in sorted(files)]
-    message = options.commit_message or f"dupr: {metadata.architecture}, step {metadata.step}"
+    message = options.commit_message or f"dupr: {metadata.architecture}, {metadata.origin}"
     try:
         api.create_repo(repository, private=options.private or None, exist_ok=True)
         if options.revision:

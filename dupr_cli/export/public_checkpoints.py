@@ -27,7 +27,12 @@ from torch import Tensor
 from dupr_cli.artifacts.files import sha256_file
 from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.layouts import detectron2_backbone_name, transformers_name
-from dupr_cli.artifacts.weights import WeightsMetadata, read_safetensors, write_weights
+from dupr_cli.artifacts.weights import (
+    IMPORTED,
+    WeightsMetadata,
+    read_safetensors,
+    write_weights,
+)
 from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import UsageError
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
@@ -120,7 +125,7 @@ def import_weights(
         input_mean=mean,
         input_std=std,
         input_size=224,
-        encoder="imported",
+        encoder=IMPORTED,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_weights(out, tensors, metadata)

@@ -45,7 +45,7 @@ def verify(written: ExportFormat, weights: Weights, folder: Path) -> Verificatio
         _require_equal(tensors, weights, written.name)
         again = Weights(weights.address, weights.metadata, tensors)
         difference = _largest_difference(features_of(again, images), features_of(weights, images))
-        by = f"names, shapes and values only, as {missing} is not loaded"
+        by = f"names, shapes and values only, as {missing}"
         return Verification(difference, by, features_compared=False)
     expected = features_of(weights, images)
     difference = _largest_difference(loaded.features, expected)

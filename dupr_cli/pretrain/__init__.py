@@ -19,7 +19,7 @@ import yaml
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import write_json, write_text
-from dupr_cli.artifacts.run import CHECKPOINTS, METRICS_FILE, RECIPE_FILE
+from dupr_cli.artifacts.run import CHECKPOINTS, ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
@@ -48,7 +48,6 @@ ROUNDING_KEYS = frozenset(
         "train.compile",
     }
 )
-ENVIRONMENT_FILE = "environment.json"
 
 
 @dataclass(frozen=True)

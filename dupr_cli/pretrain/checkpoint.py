@@ -62,6 +62,7 @@ def _write(out: Path, trained: Trained, recipe: PretrainRecipe, step: int, world
         files={},
         processes=world.size,
         loss_scaler=trained.scaler.state_dict(),
+        method=recipe.method.title,
     )
     optimizer = trained.optimizer
     momentum = {

@@ -16,6 +16,9 @@ class CardSection(Section):
     also in timm's config.json. It depends on the images that were used, so there is no default."""
     datasets: list[str] = []
     """Names of the data sets that were pre-trained on, as the Hub has them."""
+    base_model: str = ""
+    """OWNER/NAME on the Hub of the weights that these are made of, or whose training started there;
+    known without this where their address began with hf://."""
     tags: list[str] = []
     """Further tags, beside dupr's own."""
     about: str = ""

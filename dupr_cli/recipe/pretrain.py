@@ -28,6 +28,8 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0, le=10.0)]
 Head = Literal["mlp", "linear"]
+# What weights say that they were trained with, see MethodSection.title.
+DUPR = "DUPR"
 
 
 class ModelSection(Section):
@@ -163,6 +165,16 @@ class MethodSection(Section):
             hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}"
             reject("name", f"{self.name}, which is no method. {hint}")
         return self
+
+    @property
+    def title(self) -> str:
+        """What the literature calls it: without patches `dupr` is what it is compared with."""
+        if self.name != "dupr":
+            return {"densecl": "DenseCL"}.get(self.name, self.name)
+        if any(self.patch.weights.values()):
+            return DUPR
+        levels = sorted(level for level, weight in self.image.weights.items() if weight)
+        return "MoCo v2" if levels == ["res5"] else f"image contrast at {', '.join(levels)}"
 
 
 class OptimizerSection(Section):

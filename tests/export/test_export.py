@@ -139,7 +139,7 @@ class Text:
         (folder / "weights.json").write_text(json.dumps(small))
 
     def load(self, weights, folder, images):
-        raise LibraryMissingError("theirs")
+        raise LibraryMissingError("theirs is not installed")
 
     def tensors(self, weights, folder):
         read = json.loads((folder / "weights.json").read_text())
@@ -153,5 +153,5 @@ class Text:
     make_run(tmp_path / "run", "resnet18")
     chosen = load_recipe(ExportRecipe, "default", ["formats=[text]"])
     (of,) = export.run(chosen, str(tmp_path / "run"), tmp_path / "out").formats
-    assert of.verified_by == "names, shapes and values only, as theirs is not loaded"
+    assert of.verified_by == "names, shapes and values only, as theirs is not installed"
     assert files_in(tmp_path / "out") == ["export.json", "weights.json"]

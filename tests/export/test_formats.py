@@ -329,7 +329,7 @@ def test_without_the_library_tensors_are_compared_and_it_is_said(
     folder = written(name, weights, tmp_path / "out")
     verified = verify(make_format(name), weights, folder)
     assert not verified.features_compared
-    assert verified.by == f"names, shapes and values only, as {name} is not loaded"
+    assert verified.by == f"names, shapes and values only, as {name} is not installed"
     corrupt_safetensors(folder)
     with pytest.raises(RunError, match="is another tensor"):
         verify(make_format(name), weights, folder)

@@ -218,7 +218,7 @@ def test_push_is_one_commit_of_everything(hub: Hub, tmp_path: Path) -> None:
     ]  # fmt: skip
     for name, data in files.items():
         assert data == (tmp_path / "out" / name).read_bytes()
-    assert hub.messages == ["dupr: resnet18, step 5"]
+    assert hub.messages == ["dupr: resnet18, query encoder, step 5"]
     assert result.hub_url == f"{hub.url}/me/model/commit/1"
     assert hub.tokens == {"Bearer hf_secret"}
 

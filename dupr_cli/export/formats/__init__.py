@@ -31,7 +31,7 @@ Features = Mapping[Level, Tensor]
 
 
 class LibraryMissingError(Exception):
-    """The framework is not installed, so that the file cannot be loaded into it."""
+    """The file cannot be loaded into the framework; the message says why: `X is not installed`."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,10 @@ class Loaded:
 
 
 class ExportFormat(Protocol):
-    """A layout of weights. Instances are made without arguments.
+    """A layout of weights.
 
+    Instances are made without arguments, before anything is written; that may raise UsageError when
+    something is missing without which the layout cannot be written.
     top: its loader looks at the top of a Hub repository only, not in a folder of it.
     """
 
@@ -82,7 +84,7 @@ class ExportFormat(Protocol):
 
 
 def make_format(name: str) -> ExportFormat:
-    """Raises UsageError for a name that nothing provides."""
+    """Raises UsageError for a name that nothing provides, or a library that it needs."""
     if name not in plugin_names(EXPORT_FORMATS):
         raise UsageError(
             f"--to {name}: there is no such format; there are "

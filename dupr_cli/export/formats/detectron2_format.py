@@ -50,7 +50,7 @@ class Detectron2Format:
 
     def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
         # It is not loaded even where detectron2 is installed: that would read a pickle.
-        raise LibraryMissingError("detectron2")
+        raise LibraryMissingError("no pickle is loaded, not even into detectron2")
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
         """The bytes must be those of the arrays, and name nothing but numpy's arrays."""

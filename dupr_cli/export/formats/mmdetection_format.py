@@ -52,7 +52,7 @@ class MMDetectionFormat:
             import mmdet
             from mmdet.models.backbones import ResNet
         except ImportError as error:
-            raise LibraryMissingError("mmdet") from error
+            raise LibraryMissingError("mmdet is not installed") from error
         model = ResNet(depth=_depth(weights), norm_eval=False, frozen_stages=-1)
         load_strictly(model, self.tensors(weights, folder), "mmdet")
         maps = model.eval()(images)

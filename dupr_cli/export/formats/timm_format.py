@@ -16,6 +16,12 @@ from dupr_cli.errors import RunError
 from dupr_cli.export.formats import LibraryMissingError, Loaded
 from dupr_cli.export.formats.safetensors_files import read_model, write_model
 from dupr_cli.recipe.base import LEVELS
+from dupr_cli.recipe.pretrain import DUPR
+
+_PAPER = {
+    "paper_name": "Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors",
+    "paper_ids": "arXiv:2103.04814",
+}
 
 
 class TimmFormat:
@@ -48,9 +54,7 @@ class TimmFormat:
                     "pool_size": [size // 32, size // 32],
                     "first_conv": "conv1",
                     "classifier": "fc",
-                    "paper_name": "Deeply Unsupervised Patch Re-Identification for Pre-training "
-                    "Object Detectors",
-                    "paper_ids": "arXiv:2103.04814",
+                    **(_PAPER if metadata.method == DUPR else {}),
                 },
             },
         )
@@ -59,7 +63,7 @@ class TimmFormat:
         try:
             import timm
         except ImportError as error:
-            raise LibraryMissingError("timm") from error
+            raise LibraryMissingError("timm is not installed") from error
         by = f"timm {timm.__version__}"
         address = f"local-dir:{folder}"
         try:

@@ -82,7 +82,7 @@ class TransformersFormat:
             import transformers
             from transformers import ResNetBackbone
         except ImportError as error:
-            raise LibraryMissingError("transformers") from error
+            raise LibraryMissingError("transformers is not installed") from error
         by = f"transformers {transformers.__version__}"
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         loaded: Any = ResNetBackbone.from_pretrained(

@@ -1,0 +1,122 @@
+"""How weights came about, for the model card: from the recipe and the log of their run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dupr_cli.artifacts.hub_weights import HUB
+from dupr_cli.artifacts.run import ENVIRONMENT_FILE, RECIPE_FILE, MetricsLog
+from dupr_cli.artifacts.weights import Weights
+from dupr_cli.errors import UsageError
+from dupr_cli.recipe import PretrainRecipe, load_recipe, recipe_digest
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The run that weights are of, where it is at hand.
+
+    recipe: None where this version cannot read it. images: that it trained on. changed: recipe keys
+    that were changed on the way. log: the newest value of everything logged up to the weights'
+    step; retrieval_step: of its held-out retrieval.
+    """
+
+    folder: Path
+    recipe: PretrainRecipe | None
+    images: int | None
+    changed: list[str]
+    log: Mapping[str, float]
+    retrieval_step: int | None
+
+
+def facts_of(weights: Weights) -> RunFacts | None:
+    """None where the run is not at hand: weights from elsewhere, or a file that was moved."""
+    path = Path(weights.address)
+    if not path.exists():
+        return None
+    for folder in (path, *path.parents[:3]):
+        if (folder / RECIPE_FILE).is_file():
+            recipe = _recipe(folder)
+            # A file may lie in the folder of a run that it is not of.
+            if path.is_file() and (
+                recipe is None or recipe_digest(recipe) != weights.metadata.recipe_sha256
+            ):
+                return None
+            return _facts(folder, recipe, weights.metadata.step)
+    return None
+
+
+def _recipe(folder: Path) -> PretrainRecipe | None:
+    try:
+        return load_recipe(PretrainRecipe, str(folder / RECIPE_FILE))
+    except UsageError:  # of another version, or with a method that is not installed
+        return None
+
+
+def _facts(folder: Path, recipe: PretrainRecipe | None, step: int) -> RunFacts:
+    try:
+        environment = json.loads((folder / ENVIRONMENT_FILE).read_bytes())
+    except (OSError, ValueError):
+        environment = {}
+    log: dict[str, float] = {}
+    retrieval_step = None
+    for line in MetricsLog(folder).read():
+        if line["step"] <= step:
+            log |= line
+            if any(name.startswith("retrieval/") for name in line):
+                retrieval_step = int(line["step"])
+    return RunFacts(
+        folder,
+        recipe,
+        environment.get("data", {}).get("images"),
+        [str(change["key"]) for change in environment.get("changes", [])],
+        log,
+        retrieval_step,
+    )
+
+
+def describe(facts: RunFacts, weights: Weights) -> list[str]:
+    """Lines of a list in Markdown: method, images, length, optimiser, start, what was measured."""
+    lines = []
+    if facts.recipe is not None:
+        lines = _by_recipe(facts.recipe, facts, weights)
+    if facts.retrieval_step is not None:
+        found = (
+            f"{name.removeprefix('retrieval/')} {100 * value:.1f} % "
+            f"(of {facts.log[name.replace('retrieval', 'retrieval_pool')]:,.0f})"
+            for name, value in sorted(facts.log.items())
+            if name.startswith("retrieval/")
+        )
+        lines.append(
+            f"Held-out patch retrieval at step {facts.retrieval_step:,}, top-1: {', '.join(found)}"
+        )
+    if facts.changed:
+        lines.append(f"Changed while it ran: {', '.join(facts.changed)}")
+    return lines
+
+
+def _by_recipe(recipe: PretrainRecipe, facts: RunFacts, weights: Weights) -> list[str]:
+    method, optimizer = recipe.method, recipe.optimizer
+    image = [level for level, weight in sorted(method.image.weights.items()) if weight]
+    patch = [
+        f"{level} ({method.patch.bins[level]} x {method.patch.bins[level]} patches)"
+        for level, weight in sorted(method.patch.weights.items())
+        if weight
+    ]
+    parts = [f"image contrast at {', '.join(image)}"] if image else []
+    parts += [f"patch contrast at {', '.join(patch)}"] if patch else []
+    images = f"{facts.images:,} without labels, " if facts.images else ""
+    passes = f" ({facts.log['epoch']:.3g} passes)" if "epoch" in facts.log else ""
+    start = recipe.model.init
+    return [
+        f"Method: {method.title}; {'; '.join(parts)}; queues of {method.queue_length:,} keys, "
+        f"momentum {method.momentum}",
+        f"Images: {images}two views of {method.views.size} x {method.views.size} pixels of each",
+        f"Length: {weights.metadata.step:,} steps of {recipe.data.batch_size} images{passes}",
+        f"Optimiser: SGD, learning rate {optimizer.lr} ({optimizer.schedule}), momentum "
+        f"{optimizer.momentum}, weight decay {optimizer.weight_decay}; {recipe.train.precision}",
+        # A local path says nothing elsewhere, and may say too much.
+        f"Start: {(start if start.startswith(HUB) else Path(start).name) if start else 'random'}",
+    ]
