@@ -119,6 +119,11 @@ def _parse_object(element: ET.Element, path: Path) -> Box:
     )
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # DirEntry.is_dir fails for a link that leads round in a circle.
+    return Path(entry).is_dir() if entry.is_symlink() else entry.is_dir()
+
+
 def find_voc_trees(path: Path) -> list[VocTree]:
     """The years of a VOC tree: `path` itself, or VOC* folders in it or in its VOCdevkit.
 
@@ -136,7 +141,7 @@ def find_voc_trees(path: Path) -> list[VocTree]:
     for parent in (path, path / "VOCdevkit"):
         if parent.is_dir():
             with os.scandir(parent) as entries:  # it may be a folder of a million images
-                folders = sorted(parent / entry.name for entry in entries if entry.is_dir())
+                folders = sorted(parent / entry.name for entry in entries if _is_folder(entry))
             years = [VocTree(folder) for folder in folders if is_year(folder)]
             if years:
                 return years

@@ -19,9 +19,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 
 import numpy as np
-import pytest
 
 from dupr_cli.evaluate.metrics import Detections, Truth
 from dupr_cli.evaluate.metrics.coco import detections_json, truths_json
@@ -127,7 +127,7 @@ def seconds(compute: Callable[[], object]) -> float:
 
 
 def test_voc_beside_plain_python_and_faster_coco_eval() -> None:
-    faster = pytest.importorskip("faster_coco_eval")
+    faster = import_module("faster_coco_eval")
     truths, found = detections_of_a_test_set()
     content, results = truths_json(truths, [str(n) for n in range(CLASSES)]), detections_json(found)
     objects, rows, lists = (

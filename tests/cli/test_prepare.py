@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_tasks_and_merge(tmp_path: Path, source: Path, whole: dict[str, str]) ->
 
 
 def test_on_ray(tmp_path: Path, source: Path, whole: dict[str, str]) -> None:
-    ray = pytest.importorskip("ray")
+    ray = import_module("ray")
     ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
     try:
         dupr("prepare", source, tmp_path / "out", *OPTIONS, "--engine", "ray")

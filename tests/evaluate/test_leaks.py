@@ -14,7 +14,6 @@ from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
 from dupr_cli.evaluate.leaks import find_leaks
 from dupr_cli.progress import SilentReporter
-from tests.conftest import SHARED_DATA
 from tests.evaluate.scenes import add_split, annotation_xml
 
 
@@ -76,13 +75,11 @@ def test_workers_find_the_same(tested: LabelledSet, tmp_path: Path) -> None:
     )
 
 
-def test_the_real_sets_overlap_is_seen() -> None:
+def test_the_real_sets_overlap_is_seen(shared_data: Path) -> None:
     """The unlabelled photographs hold the labelled ones' training images, at another size."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("needs the real data beside the checkout")
-    tree = str(SHARED_DATA / "voc_animals_160px")
+    tree = str(shared_data / "voc_animals_160px")
     tested = open_labelled(tree, ["val"], SilentReporter()).subset(range(40))
-    address = str(SHARED_DATA / "unlabelled_96px" / "shard-{000000..000007}.tar")
+    address = str(shared_data / "unlabelled_96px" / "shard-{000000..000007}.tar")
     leaks = find_leaks(tested, address, 0, SilentReporter())
     assert leaks.pretraining_images == 14_402
     assert leaks.test_images >= 38

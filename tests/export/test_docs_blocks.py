@@ -19,8 +19,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 
 
 def test_blocks_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     query = make_run(tmp_path / "runs" / "first", "resnet18")
     moco = {"state_dict": {f"module.encoder_q.{name}": t for name, t in query.items()}}

@@ -7,6 +7,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_torchvisions_detector_runs_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_timm(architecture: str, tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
+    timm = import_module("timm")
     folder = written("timm", weights_of(architecture), tmp_path / "out")
     whole = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     levels = timm.create_model(
@@ -124,7 +125,7 @@ def test_timm(architecture: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_transformers(architecture: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_module("transformers")
     folder = written("transformers", weights_of(architecture), tmp_path / "out")
     model, report = transformers.ResNetBackbone.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
@@ -135,7 +136,7 @@ def test_transformers(architecture: str, tmp_path: Path) -> None:
 
 
 def test_transformers_feed_a_detr(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_module("transformers")
     folder = written("transformers", weights_of("resnet18"), tmp_path / "out")
     backbone = transformers.AutoConfig.from_pretrained(folder, out_features=["stage4"])
     config = transformers.DetrConfig(
@@ -150,7 +151,7 @@ def test_transformers_feed_a_detr(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_onnx_of_any_batch_and_size(architecture: str, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = import_module("onnxruntime")
     folder = written("onnx", weights_of(architecture), tmp_path / "out")
     session = onnxruntime.InferenceSession(str(folder / "backbone.onnx"))
     for images in (IMAGES, torch.randn(1, 3, 96, 224), torch.randn(3, 3, 101, 75)):
@@ -274,7 +275,7 @@ def corrupt_bytes(folder: Path) -> None:
 
 
 def corrupt_onnx(folder: Path) -> None:
-    onnx = pytest.importorskip("onnx")
+    onnx = import_module("onnx")
     model = onnx.load(folder / "backbone.onnx")
     largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     values = np.frombuffer(largest.raw_data, dtype=np.float32) * np.float32(1.01)
@@ -345,7 +346,6 @@ def test_half_the_size_is_verified_too(name: str, dtype: torch.dtype, tmp_path: 
 
 
 def test_onnx_in_half_precision_is_verified_within_its_rounding(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     weights = weights_of("resnet18", torch.float16)
     folder = written("onnx", weights, tmp_path / "out")
     assert 0 < verify(make_format("onnx"), weights, folder).max_difference <= 2e-2

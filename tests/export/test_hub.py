@@ -277,7 +277,6 @@ def in_a_process_of_its_own(code: str, hub: Hub, tmp_path: Path) -> str:
 
 
 def test_autobackbone_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     make_run(tmp_path / "run", "resnet18")
     export.run(
         recipe("formats=[transformers]"), str(tmp_path / "run"), tmp_path / "out",
@@ -291,7 +290,6 @@ print(type(model).__name__, model.channels)"""
 
 
 def test_timm_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
-    pytest.importorskip("timm")
     push(tmp_path)
     code = """import timm
 model = timm.create_model("hf-hub:me/model", pretrained=True)
@@ -406,8 +404,6 @@ def test_results_of_other_weights_are_refused_when_given(tmp_path: Path) -> None
 
 
 def test_every_block_of_the_card_runs_as_pasted(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("onnxruntime")
     formats = "torchvision, timm, transformers, detectron2, mmdetection, onnx"
     folder = dry_run(tmp_path, formats)
     moved = shutil.move(folder, tmp_path / "elsewhere")

@@ -78,7 +78,8 @@ def test_similar_records_are_those_of_a_plain_search(
 
 
 def test_the_perceptual_hash_is_imagehashs() -> None:
-    imagehash = pytest.importorskip("imagehash")
+    import imagehash
+
     for seed in range(20):
         image = noise_image(seed, 90 + seed, 70)
         theirs = int(str(imagehash.phash(image)), 16)

@@ -320,6 +320,15 @@ def test_of_a_hostile_tree_everything_arrives_once_or_is_named(
             )  # fmt: skip
 
 
+def test_a_file_that_nobody_can_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    noise_image(1).save(tmp_path / "source" / "1.png")
+    (tmp_path / "source" / "0.png").symlink_to("0.png")
+    recipe = load_recipe(PrepareRecipe, None)
+    assert prepare.run(recipe, tmp_path / "source", tmp_path / "out").samples == {"train": 1}
+    assert "Too many levels of symbolic links" in (tmp_path / "out/skipped.jsonl").read_text()
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may read everything")

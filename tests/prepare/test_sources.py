@@ -477,7 +477,9 @@ def write_list(path: Path, names: Sequence[str]) -> None:
     if path.suffix == ".txt":
         path.write_text("\n".join(names) + "\n\n")
     elif path.suffix == ".parquet":
-        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        import pyarrow as arrow
+        from pyarrow import parquet
+
         parquet.write_table(arrow.table({"id": range(len(names)), "url": names}), path)
     else:
         with path.open("w", newline="") as file:
@@ -514,7 +516,8 @@ def test_a_path_that_is_listed_twice_goes_in_once(tmp_path: Path) -> None:
 
 
 def test_data_sets_of_hugging_face(image_folder: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     files = sorted(p for p in image_folder.rglob("*") if p.is_file())
     for split, part in (("train", files[:20]), ("test", files[20:])):
         table = datasets.Dataset.from_dict(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +37,8 @@ def test_features_equal_torchvisions(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18d", "convnext_atto", "efficientnet_b0"])
 def test_features_equal_timms(name: str) -> None:
-    timm: Any = pytest.importorskip("timm")
+    import timm
+
     reference = timm.create_model(name, features_only=True).eval()
     ours = make_backbone(f"timm:{name}").eval()
     ours.network.load_state_dict(reference.state_dict())  # type: ignore[union-attr]
@@ -51,7 +51,6 @@ def test_features_equal_timms(name: str) -> None:
 
 
 def test_timms_batch_norms_keep_their_activation_in_groups() -> None:
-    pytest.importorskip("timm")
     plain = make_backbone("timm:efficientnet_b0")
     grouped = make_backbone("timm:efficientnet_b0")
     grouped.load_state_dict(plain.state_dict())
@@ -78,7 +77,6 @@ def test_timms_batch_norms_keep_their_activation_in_groups() -> None:
     [("timm:resnet18x", "has no resnet18x"), ("timm:vit_tiny_patch16_224", "are missing")],
 )
 def test_what_timm_cannot_give_is_said(name: str, message: str) -> None:
-    pytest.importorskip("timm")
     with pytest.raises(UsageError, match=message):
         make_backbone(name)
 
@@ -89,7 +87,6 @@ def test_export_says_what_it_cannot_take() -> None:
 
 
 def test_a_timm_backbone_trains(tmp_path: Path, tiny_shards: Path) -> None:
-    pytest.importorskip("timm")
     from dupr_cli import pretrain
 
     recipe = load_recipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,6 @@ from dupr_cli.evaluate.metrics.voc import (
     voc_scores,
 )
 
-PADILLA = Path(__file__).parents[4] / "shared/data/metric_cases/padilla_sample_2"
-
 KitBox = tuple[float, float, float, float]
 
 
@@ -31,9 +30,11 @@ def edges(boxes: list[KitBox]) -> np.ndarray:
     return np.array(boxes, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
 
 
-def truth(boxes: list[KitBox], labels: list[int] | None = None, difficult: list[int] = []) -> Truth:  # noqa: B006
+def truth(
+    boxes: list[KitBox], labels: list[int] | None = None, difficult: Sequence[int] = ()
+) -> Truth:
     labels = labels or [0] * len(boxes)
-    flags = np.isin(np.arange(len(boxes)), difficult)
+    flags = np.isin(np.arange(len(boxes)), list(difficult))
     return Truth(edges(boxes), np.array(labels, dtype=np.int64), flags)
 
 
@@ -54,15 +55,14 @@ def ap(
     return float(value[0, 0])
 
 
-def padilla_lines(folder: str) -> list[list[list[float]]]:
-    files = sorted((PADILLA / folder).glob("*.txt"))
+def lines_of(folder: Path) -> list[list[list[float]]]:
+    files = sorted(folder.glob("*.txt"))
     return [
         [[float(v) for v in line.split()[1:]] for line in file.read_text().splitlines()]
         for file in files
     ]
 
 
-@pytest.mark.skipif(not PADILLA.is_dir(), reason="shared/data is not beside the checkout")
 @pytest.mark.parametrize(
     ("points", "iou", "stated"),
     [
@@ -76,15 +76,18 @@ def padilla_lines(folder: str) -> list[list[list[float]]]:
         ("voc07", 0.75, 0.0),
     ],
 )
-def test_stated_figures_of_a_known_case(points: Points, iou: float, stated: float) -> None:
+def test_stated_figures_of_a_known_case(
+    points: Points, iou: float, stated: float, shared_data: Path
+) -> None:
+    padilla = shared_data / "metric_cases" / "padilla_sample_2"
     # Their x, y, w, h: the last pixel is x + w, and it belongs to the box.
     truths = [
         truth([(x, y, x + w, y + h) for x, y, w, h in lines])
-        for lines in padilla_lines("groundtruths")
+        for lines in lines_of(padilla / "groundtruths")
     ]
     detections = [
         detected([(x, y, x + w, y + h) for _, x, y, w, h in lines], [line[0] for line in lines])
-        for lines in padilla_lines("detections")
+        for lines in lines_of(padilla / "detections")
     ]
     assert ap(truths, detections, iou, points) == pytest.approx(stated, abs=1e-6)
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import neighbors
 
 from dupr_cli.evaluate.probes import knn
 from dupr_cli.evaluate.probes.knn import knn_rankings, nearest, vote
-
-neighbors = pytest.importorskip("sklearn.neighbors")
 
 
 def clusters(seed: int, count: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,8 +68,6 @@ def recipe_file(folder: Path, protocol: str, **sections: object) -> Path:
 def test_every_probe_says_the_same_twice(
     command: str, protocol: str, folders: Path, voc: Path, weights: Path, tmp_path: Path
 ) -> None:
-    if protocol == "voc07-cls":
-        pytest.importorskip("sklearn")
     recipe = recipe_file(tmp_path, protocol, levels=["res3", "res5"])
     data = folders if command in ("knn", "linear") else voc
     options = ["--data", data, "--recipe", recipe, "--device", "cpu", "--test-split", "val"]
@@ -132,7 +130,6 @@ def test_objects_and_patches_are_found_above_chance(voc: Path, tmp_path: Path) -
 
 
 def test_classes_are_found_in_images_by_svms(voc: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     recipe = probe_recipe("voc07-cls")
     results = probes.run(recipe, ["none"], str(voc), tmp_path / "out", device="cpu")
     (entry,) = results.results
@@ -307,7 +304,6 @@ def test_missing_scikit_learn_is_said_with_what_to_install(
 
 
 def test_classes_that_cannot_be_learnt_or_measured_are_said(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     tree = make_tree(tmp_path / "tree", train=12, val=8)
     for place in (tree / "Annotations").glob("*.xml"):
         number = int(place.stem[3:])

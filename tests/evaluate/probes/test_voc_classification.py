@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn import metrics
 
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.probes.data import open_voc
@@ -15,8 +16,6 @@ from dupr_cli.evaluate.probes.voc_classification import classify, ranking_precis
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe.probe import SvmSection
 from tests.evaluate.scenes import add_image, add_split, annotation_xml
-
-metrics = pytest.importorskip("sklearn.metrics")
 
 
 def test_eleven_point_ap_by_hand() -> None:
