@@ -64,6 +64,12 @@ def overlap_fraction(first: Crop, second: Crop) -> float:
     return max(0.0, min(shares))
 
 
+def as_crop(edges: NDArray[np.floating]) -> Crop:
+    """(4,) whole pixels, as `random_crop_pair` has them."""
+    left, top, right, bottom = edges.tolist()
+    return int(left), int(top), int(right), int(bottom)
+
+
 def random_crop_pair(
     width: int, height: int, views: ViewsSection, random: np.random.Generator
 ) -> NDArray[np.float32]:

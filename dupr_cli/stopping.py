@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from dupr_cli.errors import StoppedRunError
 
@@ -17,6 +18,8 @@ from dupr_cli.errors import StoppedRunError
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Above every signal's number, so that the largest over all processes is one reason.
 _TIME_IS_UP = 1000
+# What signal.signal takes and returns.
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Stop:
     def __init__(self, limits: Limits, launched: bool) -> None:
         self._limits, self._launched = limits, launched
         self._started, self._number = time.monotonic(), 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, _Handler] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -50,11 +53,11 @@ class Stop:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._number = number
         if not self._launched:
-            signal.signal(number, self._before[number])  # type: ignore[arg-type]
+            signal.signal(number, self._before[number])
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     @property
     def code(self) -> int:

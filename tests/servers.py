@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -28,9 +29,9 @@ class Served:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    def __init__(self, served: Served, *arguments: object, directory: str) -> None:
+    def __init__(self, served: Served, *arguments: Any, directory: str) -> None:
         self.served = served
-        super().__init__(*arguments, directory=directory)  # type: ignore[arg-type]
+        super().__init__(*arguments, directory=directory)
 
     def do_GET(self) -> None:
         served = self.served

@@ -354,7 +354,8 @@ def _open(path: Path) -> AbstractContextManager[_TensorFile]:
 
 def _kinds(opened: _TensorFile) -> dict[str, tuple[str, int]]:
     """Type and shape of every tensor as text, and its number of values, from the header."""
-    parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, no mapping
+    names = opened.keys()
+    parts = {name: opened.get_slice(name) for name in names}
     return {
         name: (f"{part.get_dtype()} {part.get_shape()}", math.prod(part.get_shape()))
         for name, part in parts.items()

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.errors import UsageError
@@ -157,7 +157,7 @@ def check_segmentation(value: object, where: str) -> None:
     )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is a finite number."""
     try:
         return isinstance(value, int | float) and math.isfinite(value)

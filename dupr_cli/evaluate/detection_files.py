@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -39,7 +39,7 @@ from dupr_cli.evaluate.metrics import METRIC_NAMES, Detections, Metric, Scores, 
 from dupr_cli.evaluate.metrics.analysis import analyse
 from dupr_cli.evaluate.metrics.coco import coco_json_scores, with_masks
 from dupr_cli.evaluate.metrics.drawing import write_analysis
-from dupr_cli.evaluate.report import detections_from_rows
+from dupr_cli.evaluate.report import DetectionRow, detections_from_rows
 
 TABLE_FILE = "table.txt"
 _RESULT_KEYS = ("image_id", "category_id", "bbox", "segmentation", "score")
@@ -411,7 +411,7 @@ def _score(row: Mapping[str, Any], where: str) -> float:
     value = row.get("score")
     if isinstance(value, bool) or not is_number(value):
         raise UsageError(f"{where}: its score is {value!r}, but a number is needed.")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _from_rows(content: list[dict[str, Any]], file: Path, labels: _Labels) -> list[Detections]:
@@ -430,7 +430,7 @@ def _from_rows(content: list[dict[str, Any]], file: Path, labels: _Labels) -> li
             raise UsageError(
                 f"{where}: its box is {box!r}; four numbers are needed: x_min, y_min, x_max, y_max."
             )
-    return detections_from_rows(content, labels.ids, labels.classes)  # type: ignore[arg-type]
+    return detections_from_rows(cast("list[DetectionRow]", content), labels.ids, labels.classes)
 
 
 def _notes(labels: _Labels, found: Sequence[Detections]) -> list[str]:

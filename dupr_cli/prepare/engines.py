@@ -123,7 +123,12 @@ class _StoppedError(Exception):
     """A worker was told to stop in the middle of a block."""
 
 
-_advance: Callable[[], None] = lambda: None  # noqa: E731
+def _nothing() -> None:
+    pass
+
+
+# Of this worker; `_start_worker` sets it.
+_advance: Callable[[], None] = _nothing
 
 
 def _start_worker(main: int, images: Any, stop: Any) -> None:

@@ -11,7 +11,7 @@ import resource
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from dupr_cli.pretrain.data import Batch
 from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.progress import Reporter
+from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
 
 # Relative to the spread of random unit vectors, 1 / sqrt(D). Collapsed embeddings are near 0.
@@ -49,9 +50,10 @@ def diagnostics(
     alignment: mean squared distance of positives; uniformity: log of the mean Gaussian potential of
     query pairs, about -4 at best (Wang and Isola, arXiv 2005.10242, section 4).
     """
-    kind, level = queue.split("/")
-    q = (queries.image if kind == "image" else queries.patch)[level].detach()  # type: ignore[index]
-    k = (keys.image if kind == "image" else keys.patch)[level]  # type: ignore[index]
+    kind, name = queue.split("/")
+    level = cast("Level", name)
+    q = (queries.image if kind == "image" else queries.patch)[level].detach()
+    k = (keys.image if kind == "image" else keys.patch)[level]
     q, k = q.flatten(0, -2), k.flatten(0, -2)
     positive = (q * k).sum(1).mean()
     some = q[:: max(1, len(q) // _PAIRED)][:_PAIRED]

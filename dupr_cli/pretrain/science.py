@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dupr_cli.geometry import overlap_fraction, random_crop_pair
+from dupr_cli.geometry import as_crop, overlap_fraction, random_crop_pair
 from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.pretrain import PretrainRecipe
 
@@ -82,7 +82,7 @@ def _bins(recipe: PretrainRecipe) -> list[str]:
     random = np.random.default_rng(0)
     side = 2 * method.views.size
     pairs = [random_crop_pair(side, side, method.views, random) for _ in range(200)]
-    shares = [overlap_fraction(*(tuple(map(int, crop)) for crop in pair)) for pair in pairs]  # type: ignore[arg-type]
+    shares = [overlap_fraction(as_crop(first), as_crop(second)) for first, second in pairs]
     share = float(np.median(shares))
     found = []
     for level, weight in method.patch.weights.items():

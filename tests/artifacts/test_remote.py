@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import cast
 
 import fsspec
 import pytest
@@ -335,12 +336,13 @@ def test_any_address_that_fsspec_knows(shards: Path) -> None:
 
 def test_loader_processes_read_remote_shards(shards: Path) -> None:
     """Forked workers: connections of the parent are of no use to them."""
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
 
     with serve(shards, fail_every=7) as served:
         opened = open_shards(served.url, "train")
         assert opened[0].key == "s0000"
-        loader: DataLoader[Sample] = DataLoader(opened, None, num_workers=2)  # type: ignore[arg-type]
+        images = cast("Dataset[Sample]", opened)
+        loader = DataLoader(images, None, num_workers=2)
         assert [sample.key for sample in loader] == [f"s{n:04d}" for n in range(90)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from dupr_cli.evaluate.batches import (
     Request,
     TrainingOrder,
     resized_size,
-    test_batches,
     training_batches,
 )
-from dupr_cli.evaluate.detectors import Found
+from dupr_cli.evaluate.batches import (
+    test_batches as in_batches,
+)
+from dupr_cli.evaluate.detectors import Detector, Found
 from dupr_cli.evaluate.inference import detect_all
 from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
 from dupr_cli.evaluate.metrics import score
@@ -27,8 +30,6 @@ from dupr_cli.parallel import World
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
 from tests.evaluate.scenes import COLOURS, add_image, add_split, make_tree
-
-test_batches.__test__ = False  # type: ignore[attr-defined]
 
 CLASSES = sorted(COLOURS)
 ALONE = World(torch.device("cpu"))
@@ -81,9 +82,9 @@ def test_oracle_scores_100_through_resize_and_back(tmp_path: Path) -> None:
     images = opened(make_tree(tmp_path, val=8), "val")
     # Eight times the size: what blurs at the edges is small against IoU 0.95.
     sizes = recipe(test_size=576, max_size=1000)
-    batches = test_batches(images, sizes, CLASSES, range(len(images)), ALONE)
-    oracle = ColourOracle()
-    detections = detect_all(oracle, batches, images, "oracle", ALONE, SilentReporter())  # type: ignore[arg-type]
+    batches = in_batches(images, sizes, CLASSES, range(len(images)), ALONE)
+    oracle = cast("Detector", ColourOracle())
+    detections = detect_all(oracle, batches, images, "oracle", ALONE, SilentReporter())
     truths = [images.truth(i, CLASSES) for i in range(len(images))]
     scores = score("voc07", truths, detections, CLASSES)
     assert scores.metrics == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})

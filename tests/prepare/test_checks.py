@@ -149,7 +149,9 @@ def test_a_contact_sheet_shows_images_with_their_boxes(tmp_path: Path) -> None:
     assert found["keys"] == sorted(found["keys"])
     sheet = np.asarray(Image.open(out).convert("RGB"))
     with tarfile.open(folder / "train-000000.tar") as tar:
-        first = Image.open(tar.extractfile(f"{found['keys'][0]}.png")).convert("RGB")  # type: ignore[arg-type]
+        stored = tar.extractfile(f"{found['keys'][0]}.png")
+        assert stored is not None
+        first = Image.open(stored).convert("RGB")
     # The first cell holds the first image, scaled to 200 pixels.
     scale = 200 / first.width
     height = round(first.height * scale)

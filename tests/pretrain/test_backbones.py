@@ -41,7 +41,7 @@ def test_features_equal_timms(name: str) -> None:
 
     reference = timm.create_model(name, features_only=True).eval()
     ours = make_backbone(f"timm:{name}").eval()
-    ours.network.load_state_dict(reference.state_dict())  # type: ignore[union-attr]
+    ours.get_submodule("network").load_state_dict(reference.state_dict())
     x = torch.randn(1, 3, 64, 64)
     expected = {64 // f.shape[-1]: f for f in reference(x)}
     found = ours(x, ("res3", "res5"))

@@ -80,7 +80,7 @@ def own_key_against_others(recipe: PretrainRecipe) -> float:
         momentum_update(key, query, 0.5)
         k = embed_keys(key, second, recipe, ALONE, step_generator(0, step)).image["res5"]
         optimizer.zero_grad()
-        info_nce(q, k, queue.keys, 0.2).mean().backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(info_nce(q, k, queue.keys, 0.2).mean())
         optimizer.step()
         if step >= STEPS - 50:
             similarity = q @ k.T

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,14 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
-def value_and_gradient(form, q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def value_and_gradient(
+    form: Callable[..., Tensor], q: Tensor, *rest: object
+) -> tuple[Tensor, Tensor]:
     leaf = q.detach().clone().requires_grad_()
     loss = form(leaf, *rest)
     # Another weight for each query, as a masked mean gives.
-    loss.backward(torch.linspace(0.5, 1.5, len(loss), device=loss.device, dtype=loss.dtype))
+    weights = torch.linspace(0.5, 1.5, len(loss), device=loss.device, dtype=loss.dtype)
+    torch.autograd.backward(loss, weights)
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
 
@@ -118,7 +123,7 @@ def test_fused_info_nce_inside_torch_compile(dtype: torch.dtype) -> None:
     results = []
     for form in (loss, compiled):
         leaf = q.clone().requires_grad_()
-        form(leaf).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(form(leaf))
         assert leaf.grad is not None
         results.append(torch.cat([form(leaf).detach().view(1), leaf.grad.flatten()]))
     assert torch.allclose(results[0], results[1])

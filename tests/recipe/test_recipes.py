@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -188,9 +189,9 @@ def test_schema_knows_every_key_of_the_shipped_recipes(stage: str) -> None:
         _check_keys(yaml.safe_load(path.read_text()), schema, schema)
 
 
-def _check_keys(value: dict[str, object], node: dict[str, object], root: dict[str, object]) -> None:
+def _check_keys(value: dict[str, object], node: dict[str, Any], root: dict[str, Any]) -> None:
     while "$ref" in node:
-        node = root["$defs"][str(node["$ref"]).rpartition("/")[2]]  # type: ignore[index]
+        node = root["$defs"][str(node["$ref"]).rpartition("/")[2]]
     properties = node.get("properties")
     if not isinstance(properties, dict):
         return

@@ -43,7 +43,8 @@ def make_proposals(channels: int, anchors: Anchors, recipe: DetectorSection) -> 
     for layer in head.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
     return Proposals(
         anchors,
         head,

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dupr_cli.evaluate.metrics.types import Detections, Flags, Floats, Integers, Truth
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 # Pairs whose overlaps are computed at once: what fits the cache of a core, more or less.
 _PAIRS = 200_000
@@ -88,7 +91,9 @@ def _image_numbers(counts: Sequence[int]) -> Integers:
     return np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
 
-def _joined(parts: Sequence[NDArray[np.generic]], kind: type, width: int = 0) -> NDArray:  # type: ignore[type-arg]
+def _joined(
+    parts: Sequence[NDArray[np.generic]], kind: type[Scalar], width: int = 0
+) -> NDArray[Scalar]:
     shape = (0, width) if width else (0,)
     filled = [part for part in parts if len(part)]
     return np.concatenate(filled).astype(kind) if filled else np.zeros(shape, dtype=kind)

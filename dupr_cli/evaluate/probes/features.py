@@ -85,7 +85,7 @@ def freeze_backbone(
         load_backbone(network, candidate.weights)
         mean, std = candidate.weights.metadata.input_mean, candidate.weights.metadata.input_std
     network.requires_grad_(False).eval()
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(device).to(memory_format=torch.channels_last)
     return FrozenBackbone(
         network,
         torch.tensor(mean, device=device).view(1, 3, 1, 1),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -69,9 +69,9 @@ def load(
     device: torch.device,
 ) -> Iterator[Batch]:
     """Batches, one for each of `requests`, in order. Raises RunError for an unreadable image."""
-    loader: DataLoader[Batch] = DataLoader(
-        _Reading(read),  # type: ignore[arg-type]
-        batch_sampler=requests,  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        _Reading(read),
+        batch_sampler=[list(batch) for batch in requests],
         num_workers=min(workers, len(requests)),
         collate_fn=_Collating(collate),
         pin_memory=device.type == "cuda",

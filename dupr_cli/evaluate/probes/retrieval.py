@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as photometric
 
 from dupr_cli.evaluate.probes.data import ImageSet
 from dupr_cli.evaluate.probes.loading import cut_view, pixels
-from dupr_cli.geometry import Crop, pool_patches, random_crop_pair, shared_region_boxes
+from dupr_cli.geometry import as_crop, pool_patches, random_crop_pair, shared_region_boxes
 from dupr_cli.recipe import Level
 from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.probe import RetrievalSection
@@ -67,8 +67,7 @@ class ViewPairs:
         flips = random.random(2) < self.section.flip_probability
         views = []
         for crop, flip in zip(crops, flips, strict=True):
-            whole: Crop = tuple(int(edge) for edge in crop)  # type: ignore[assignment]
-            view = cut_view(image, whole, self.section.views.size, bool(flip))
+            view = cut_view(image, as_crop(crop), self.section.views.size, bool(flip))
             views.append(recoloured(pixels(view), self.section, random))
         return ViewBatch(
             torch.stack(views)[None], torch.from_numpy(crops)[None], torch.from_numpy(flips)[None]

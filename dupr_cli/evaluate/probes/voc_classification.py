@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +36,8 @@ class ClassScore:
 
 def require_scikit_learn() -> None:
     """Raises UsageError where scikit-learn is not installed."""
-    try:
-        import sklearn.svm  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "voc07-cls needs scikit-learn; `pip install 'dupr-cli[probes]'`."
-        ) from error
+    if find_spec("sklearn") is None:
+        raise UsageError("voc07-cls needs scikit-learn; `pip install 'dupr-cli[probes]'`.")
 
 
 def targets(verdicts: Sequence[Mapping[str, int]], classes: Sequence[str]) -> Signs:

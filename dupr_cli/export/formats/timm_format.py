@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class TimmFormat:
         address = f"local-dir:{folder}"
         try:
             # Both forms, as a backbone of features is what a detector takes.
-            whole = timm.create_model(address, pretrained=True).eval()
+            whole: Any = timm.create_model(address, pretrained=True).eval()
             levels = timm.create_model(
                 address, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)
             ).eval()
@@ -76,8 +77,7 @@ class TimmFormat:
             raise RunError(f"{by} refuses the weights: {error}") from error
         features = dict(zip(LEVELS, levels(images), strict=True))
         # The last level comes from the whole model: its weights are loaded apart.
-        last: Tensor = whole.forward_features(images)  # type: ignore[operator]
-        return Loaded({**features, "res5": last}, by)
+        return Loaded({**features, "res5": whole.forward_features(images)}, by)
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
         return read_model(weights, folder, _same)

@@ -234,7 +234,9 @@ def test_any_images_serve_where_no_labels_are_needed(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "voc")
     boxed = open_pictured(str(tree), "val", SILENT)
     assert boxed.boxed is not None
-    assert boxed.subset([2]).boxed.ids == [boxed.ids[2]]  # type: ignore[union-attr]
+    third = boxed.subset([2]).boxed
+    assert third is not None
+    assert third.ids == [boxed.ids[2]]
     labelled = open_pictured(str(shards_of(tree, tmp_path / "shards")), "val", SILENT)
     assert labelled.digest == boxed.digest
     with pytest.raises(UsageError, match=r"which split\? It has train, val"):

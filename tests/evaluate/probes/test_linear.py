@@ -20,6 +20,7 @@ from dupr_cli.evaluate.probes.linear import (
 )
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import ProbeRecipe
+from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.probe import LogisticSection
 from tests.evaluate.probes.pictures import HUES, class_folders, probe_recipe
 from tests.evaluate.probes.test_knn import clusters
@@ -117,7 +118,7 @@ def test_a_backbone_that_changes_is_noticed(folders: str, monkeypatch: pytest.Mo
 
     computed = FrozenBackbone.pooled
 
-    def careless(self: FrozenBackbone, images: torch.Tensor, levels: list) -> object:  # type: ignore[type-arg]
+    def careless(self: FrozenBackbone, images: torch.Tensor, levels: list[Level]) -> object:
         self.network.train()
         return computed(self, images, levels)
 

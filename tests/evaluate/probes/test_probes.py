@@ -92,7 +92,9 @@ def test_every_probe_says_the_same_twice(
     assert set(metrics) == set(of_none)
     assert {key.partition("/")[0] for key in metrics} == {"res3", "res5"}
     assert all(0 <= value <= 100 for value in metrics.values())
-    assert {f"res5/{column}" for column in extra["columns"]} <= set(metrics)  # type: ignore[attr-defined]
+    columns = extra["columns"]
+    assert isinstance(columns, list)
+    assert {f"res5/{column}" for column in columns} <= set(metrics)
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear-fast"])
