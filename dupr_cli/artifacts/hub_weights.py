@@ -7,6 +7,8 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dupr_cli.errors import RunError, UsageError
@@ -25,6 +27,34 @@ def repository_of(address: str) -> str | None:
     return parts["repository"] if parts else None
 
 
+class HubError(Exception):
+    """What the Hub's client raised. status: of HTTP, None where the Hub was not reached."""
+
+    def __init__(self, message: str, status: int | None) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def is_about_the_token(self) -> bool:
+        return self.status in (401, 403)
+
+
+@contextmanager
+def asking_the_hub() -> Iterator[None]:
+    """Raises HubError for whatever a call of huggingface_hub raises."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except LocalEntryNotFoundError as error:  # an HTTP error by its class, but nothing answered
+        raise HubError(str(error), None) from error
+    except HfHubHTTPError as error:
+        raise HubError(str(error), error.response.status_code) from error
+    # The client raises its HTTP library's own errors, and which library that is varies by version.
+    except Exception as error:
+        raise HubError(str(error), None) from error
+
+
 def fetch_weights(address: str) -> Path:
     """The local copy of the weights file.
 
@@ -41,27 +71,23 @@ def fetch_weights(address: str) -> Path:
     repository, revision, file = parts["repository"], parts["revision"], parts["file"]
     # Half a second to import, needed for such an address only.
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         if file is None:
-            file = _only_weights(HfApi().list_repo_files(repository, revision=revision), address)
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except UsageError:
-        raise
-    except LocalEntryNotFoundError as error:
-        raise RunError(f"{address}: the Hub cannot be reached ({error}).") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 404:
+            with asking_the_hub():
+                listed = HfApi().list_repo_files(repository, revision=revision)
+            file = _only_weights(listed, address)
+        with asking_the_hub():
+            return Path(hf_hub_download(repository, file, revision=revision))
+    except HubError as error:
+        if error.status == 404:
             raise UsageError(
                 f"{address}: the Hub has no such repository, revision or file."
             ) from error
-        hint = " Log in with `hf auth login`, or set HF_TOKEN." if status in (401, 403) else ""
-        raise RunError(f"{address}: the Hub refused (HTTP {status}).{hint}") from error
-    # The client raises its HTTP library's own errors, and which library that is varies by version.
-    except Exception as error:
-        raise RunError(f"{address}: the Hub cannot be reached ({error}).") from error
+        if error.status is None:
+            raise RunError(f"{address}: the Hub cannot be reached ({error}).") from error
+        hint = " Log in with `hf auth login`, or set HF_TOKEN." if error.is_about_the_token else ""
+        raise RunError(f"{address}: the Hub refused (HTTP {error.status}).{hint}") from error
 
 
 def _only_weights(listed: list[str], address: str) -> str:

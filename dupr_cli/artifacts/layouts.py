@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _BLOCK = re.compile(r"layer(\d)\.(\d+)\.(.+)")
 _NORM = re.compile(r"bn(\d)\.(.+)")
 _PART = re.compile(r"(conv|bn)(\d)\.(.+)")
 _KINDS = {"conv": "convolution", "bn": "normalization"}
+
+
+def block_count(names: Iterable[str], stage: int) -> int:
+    """Residual blocks of layer1 to layer4 among the names of a ResNet's tensors."""
+    return sum(
+        re.fullmatch(rf"layer{stage}\.\d+\.conv1\.weight", name) is not None for name in names
+    )
 
 
 def detectron2_backbone_name(name: str) -> str:

@@ -56,7 +56,16 @@ class WeightsMetadata:
         return self.encoder == IMPORTED
 
     @property
+    def pixel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of pixels of 0 to 255."""
+        mean, std = (
+            [round(255 * v, 3) for v in values] for values in (self.input_mean, self.input_std)
+        )
+        return mean, std
+
+    @property
     def origin(self) -> str:
+        """Encoder and step, or that others trained them: for people."""
         return IMPORTED if self.imported else f"{self.encoder} encoder, step {self.step}"
 
     def to_header(self) -> dict[str, str]:

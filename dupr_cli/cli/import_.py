@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,7 +71,7 @@ def import_checkpoint(
         out,
         prefix=prefix,
         mean=_three(input_mean, "--input-mean") if input_mean else IMAGENET_MEAN,
-        std=_three(input_std, "--input-std") if input_std else IMAGENET_STD,
+        std=_three_above_0(input_std, "--input-std") if input_std else IMAGENET_STD,
         overwrite=overwrite,
     )
 
@@ -80,8 +81,15 @@ def _three(text: str, option: str) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3:
+    if len(values) != 3 or not all(map(math.isfinite, values)):
         raise UsageError(f"{option} {text}: three numbers with commas between them are needed.")
+    return values
+
+
+def _three_above_0(text: str, option: str) -> tuple[float, ...]:
+    values = _three(text, option)
+    if min(values) <= 0:
+        raise UsageError(f"{option} {text}: pixels are divided by them; give numbers above 0.")
     return values
 
 

@@ -34,7 +34,7 @@ from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.results import RESULTS
 from dupr_cli.artifacts.voc_tree import find_voc_trees
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.label_sources import VocSource
+from dupr_cli.evaluate.label_sources import VocSource, coco_annotations, coco_split_file
 from dupr_cli.evaluate.metrics import METRIC_NAMES, Detections, Metric, Scores, Truth, score
 from dupr_cli.evaluate.metrics.analysis import analyse
 from dupr_cli.evaluate.metrics.coco import coco_json_scores, with_masks
@@ -97,43 +97,32 @@ def score_files(
     content = None if len(files) > 1 or files[0].suffix == ".txt" else _read_list(files[0])
     # An empty list is both; against a tree it can only be of an evaluation.
     own_rows = content is not None and ("box" in content[0] if content else not labels.content)
-    coco_results = content is not None and not own_rows
     if content is None:
         found = _from_text(files, labels)
-    elif coco_results:
-        found = _from_results(content, files[0], labels)
-    else:
+    elif own_rows:
         found = _from_rows(content, files[0], labels)
+    else:
+        found = _from_results(content, files[0], labels)
     notes = _notes(labels, found)
     try:
-        if coco_results and content is not None and labels.content and metric == "coco":
-            masks = any("segmentation" in row for row in content)
-            missing = _without_masks(labels.content, content) if masks else ""
-            if missing:
-                notes.append(f"masks are not scored: {missing}")
-                masks = False
-            metric = "coco-segm" if masks else "coco"
-            if _miscounted(labels.content):
-                notes.append(
-                    "annotations have the id 0, or one id twice, which pycocotools by itself "
-                    "miscounts; they are numbered anew"
-                )
-            scores = _as_pycocotools(labels.content, content, masks, ious)
+        if content is not None and not own_rows and labels.content and metric == "coco":
+            metric, scores, further = _as_pycocotools(labels.content, content, ious)
+            notes += further
         else:
             scores = score(metric, labels.truths, found, labels.classes, ious)
     except ValueError as error:
         raise UsageError(f"{data}, split {split}: {error}.") from error
     scored = Scored(
-        metric,
-        METRIC_NAMES[metric],
-        data,
-        split,
-        len(labels.ids),
-        sum(int((~_ignored(truth)).sum()) for truth in labels.truths),
-        sum(len(of_image.labels) for of_image in found),
-        scores.metrics,
-        scores.per_class,
-        notes,
+        metric=metric,
+        metric_name=METRIC_NAMES[metric],
+        data=data,
+        split=split,
+        images=len(labels.ids),
+        objects=sum(int((~_ignored(truth)).sum()) for truth in labels.truths),
+        detections=sum(len(of_image.labels) for of_image in found),
+        metrics=scores.metrics,
+        per_class=scores.per_class,
+        notes=notes,
     )
     if out is not None:
         _write(out, scored, labels, found)
@@ -141,15 +130,24 @@ def score_files(
 
 
 def _as_pycocotools(
-    content: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
-    masks: bool,
-    ious: Sequence[float],
-) -> Scores:
+    content: Mapping[str, Any], results: Sequence[Mapping[str, Any]], ious: Sequence[float]
+) -> tuple[Metric, Scores, list[str]]:
+    """Of masks too, where everything has one; which of both it was, and notes."""
+    masks, notes = any("segmentation" in row for row in results), []
+    missing = _without_masks(content, results) if masks else ""
+    if missing:
+        notes.append(f"masks are not scored: {missing}")
+    if _miscounted(content):
+        notes.append(
+            "annotations have the id 0, or one id twice, which pycocotools by itself miscounts; "
+            "they are numbered anew"
+        )
     # COCO.loadRes takes rows with a caption or keypoints for results of another task.
     rows = [{key: row[key] for key in _RESULT_KEYS if key in row} for row in results]
     boxes = coco_json_scores(content, rows, "bbox", ious)
-    return with_masks(boxes, coco_json_scores(content, rows, "segm", ious)) if masks else boxes
+    if not masks or missing:
+        return "coco", boxes, notes
+    return "coco-segm", with_masks(boxes, coco_json_scores(content, rows, "segm", ious)), notes
 
 
 def _miscounted(content: Mapping[str, Any]) -> bool:
@@ -221,9 +219,8 @@ def _read_labels(data: str, split: str) -> _Labels:
         classes = sorted({box.name for of_image in boxes for box in of_image})
         truths = [_truth(of_image, classes) for of_image in boxes]
         return _Labels(data, split, source.ids, source.names, classes, truths)
-    if path.is_dir():
-        named = [path / "annotations" / f"{prefix}{split}.json" for prefix in ("instances_", "")]
-        path = next((file for file in named if file.is_file()), path)
+    if coco_annotations(path):
+        path = coco_split_file(path, split)
     if not path.exists():
         raise UsageError(f"{data}: there is no such file or folder.")
     if path.suffix != ".json":

@@ -121,22 +121,14 @@ class CocoSource:
     """
 
     def __init__(self, root: Path, split: str) -> None:
-        annotations = coco_annotations(root)
-        files = [f for f in annotations if split in (f.stem, f.stem.removeprefix("instances_"))]
-        files = files or [file for file in annotations if coco_split(file) == split]
-        if len(files) != 1:
-            known = ", ".join(file.stem.removeprefix("instances_") for file in annotations)
-            raise UsageError(
-                f"{root}: there is no split {split!r} (annotations/instances_{split}.json or "
-                f"annotations/{split}.json); annotations/ has {known}."
-            )
-        coco = read_coco(files[0])
-        places = [root / split, *image_folders(files[0])]
+        file = coco_split_file(root, split)
+        coco = read_coco(file)
+        places = [root / split, *image_folders(file)]
         folder = image_folder(coco, places)
         if folder is None:
             looked = ", ".join(str(place) for place in dict.fromkeys(places))
             raise UsageError(
-                f"{files[0]}: its first image, {coco.images[0].file_name}, is in none of {looked}. "
+                f"{file}: its first image, {coco.images[0].file_name}, is in none of {looked}. "
                 f"Put the images there."
             )
         self._folder, self._images = folder, coco.images
@@ -156,6 +148,23 @@ def coco_annotations(root: Path) -> list[Path]:
     """Files of annotations/ that can be a split: COCO's keypoints and captions are none."""
     files = sorted((root / "annotations").glob("*.json"))
     return [file for file in files if not file.stem.startswith(("person_keypoints_", "captions_"))]
+
+
+def coco_split_file(root: Path, split: str) -> Path:
+    """The JSON of a split: `train2017`, or `train` where no other file is of a train split.
+
+    Raises UsageError for an unknown split, or one that several files could be.
+    """
+    annotations = coco_annotations(root)
+    files = [f for f in annotations if split in (f.stem, f.stem.removeprefix("instances_"))]
+    files = files or [file for file in annotations if coco_split(file) == split]
+    if len(files) != 1:
+        known = ", ".join(file.stem.removeprefix("instances_") for file in annotations)
+        raise UsageError(
+            f"{root}: there is no split {split!r} (annotations/instances_{split}.json or "
+            f"annotations/{split}.json); annotations/ has {known}."
+        )
+    return files[0]
 
 
 # Ids of the classes that have instances. Source: cityscapesScripts, helpers/labels.py.

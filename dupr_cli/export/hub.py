@@ -8,8 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
+from dupr_cli.artifacts.hub_weights import HubError, asking_the_hub
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export import PushOptions
@@ -48,24 +48,23 @@ def push_files(
     operations = [CommitOperationAdd(name, str(folder / name)) for name in sorted(files)]
     message = options.commit_message or f"dupr: {metadata.architecture}, {metadata.origin}"
     try:
-        api.create_repo(repository, private=options.private or None, exist_ok=True)
-        if options.revision:
-            api.create_branch(repository, branch=options.revision, exist_ok=True)
-        commit = api.create_commit(
-            repository, operations=operations, commit_message=message, revision=options.revision
-        )
-    except HfHubHTTPError as error:
-        status = error.response.status_code
+        with asking_the_hub():
+            api.create_repo(repository, private=options.private or None, exist_ok=True)
+            if options.revision:
+                api.create_branch(repository, branch=options.revision, exist_ok=True)
+            commit = api.create_commit(
+                repository, operations=operations, commit_message=message, revision=options.revision
+            )
+    except HubError as error:
+        if error.status is None:
+            raise RunError(f"the push to {repository} failed: {error}. {again}") from error
         hint = (
             " Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
-            if status in (401, 403)
+            if error.is_about_the_token
             else ""
         )
         raise RunError(
-            f"the Hub refused the push to {repository} (HTTP {status}).{hint} {again}"
+            f"the Hub refused the push to {repository} (HTTP {error.status}).{hint} {again}"
         ) from error
-    # The client raises its HTTP library's own errors, and which library that is varies by version.
-    except Exception as error:
-        raise RunError(f"the push to {repository} failed: {error}. {again}") from error
     reporter.info(f"pushed to {commit.commit_url}")
     return str(commit.commit_url)

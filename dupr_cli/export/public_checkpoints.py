@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dupr_cli.artifacts.files import sha256_file
 from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
-from dupr_cli.artifacts.layouts import detectron2_backbone_name, transformers_name
+from dupr_cli.artifacts.layouts import block_count, detectron2_backbone_name, transformers_name
 from dupr_cli.artifacts.weights import (
     IMPORTED,
     WeightsMetadata,
@@ -225,8 +225,7 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
             if not name.endswith(_COUNTER)
             and (naming.translate(name) not in own or own[naming.translate(name)].shape != shape)
         ]
-        blocks = {re.sub(r"^(layer\d\.\d+).*", r"\1", n) for n in shapes if n.startswith("layer")}
-        further = {f"layer{n}.{_blocks(blocks, n)}.conv1.weight" for n in range(1, 5)}
+        further = {f"layer{n}.{block_count(shapes, n)}.conv1.weight" for n in range(1, 5)}
         deeper = any(naming.translate(name) in own for name in further)
         if not wrong and not deeper:
             return str(architecture)
@@ -237,10 +236,6 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
         f"{address}: not a whole ResNet of torchvision's; the nearest is {nearest}, for which "
         f"{missing} is missing or of another shape."
     )
-
-
-def _blocks(blocks: set[str], stage: int) -> int:
-    return sum(block.startswith(f"layer{stage}.") for block in blocks)
 
 
 def _translated(

@@ -135,7 +135,7 @@ def run(
 
     _require_fit(recipe, world_size())
     _require_parts(recipe)
-    if not (out / RECIPE_FILE).is_file():
+    if overwrite or not (out / RECIPE_FILE).is_file():
         _require_init(recipe)
     with join(device) as world:
         reporter = reporter if reporter and world.is_main else SilentReporter()

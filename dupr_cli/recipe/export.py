@@ -13,7 +13,7 @@ from dupr_cli.recipe.base import Section, reject
 class CardSection(Section):
     license: str = "other"
     """Of the weights, as the Hugging Face Hub names licences: apache-2.0, cc-by-4.0, other, ...;
-    also in timm's config.json. It depends on the images that were used, so there is no default."""
+    also in timm's config.json. It depends on the images that were used: `other` grants nothing."""
     datasets: list[str] = []
     """Names of the data sets that were pre-trained on, as the Hub has them."""
     base_model: str = ""

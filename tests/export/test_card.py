@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import metadata_load
+from safetensors.torch import save_file
 
 from dupr_cli import export
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
@@ -101,8 +102,6 @@ def test_titles_of_methods(changes: list[str], title: str) -> None:
 
 def test_weights_of_others_are_not_said_to_be_trained_here(tmp_path: Path) -> None:
     state = ResNetBackbone("resnet18").state_dict()
-    from safetensors.torch import save_file
-
     save_file(state, tmp_path / "theirs.safetensors")
     dupr("import", tmp_path / "theirs.safetensors", "--out", tmp_path / "w.safetensors")
     text, front = card(

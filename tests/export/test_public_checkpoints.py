@@ -235,3 +235,23 @@ def test_pretraining_starts_from_imported_weights(tmp_path: Path, tiny_shards: P
     wrong = ("--set", f"model.init={tmp_path / 'nowhere.safetensors'}")
     pretrain(tiny_shards, tmp_path / "other", *wrong, code=2)
     assert not (tmp_path / "other").exists()
+    # Nor is a run thrown away for one that cannot start.
+    pretrain(tiny_shards, out, *wrong, "--overwrite", code=2)
+    assert torch.equal(read_weights(str(out)).tensors["layer1.0.conv1.weight"], started)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--input-mean", "0.5,0.5", "three numbers"),
+        ("--input-mean", "0.5,nan,0.5", "three numbers"),
+        ("--input-std", "0.2,0,0.2", "numbers above 0"),
+    ],
+)
+def test_statistics_that_are_none(option: str, value: str, problem: str, tmp_path: Path) -> None:
+    torch.save(OWN, tmp_path / "c.pth")
+    out = tmp_path / "w.safetensors"
+    done = dupr("import", tmp_path / "c.pth", "--out", out, option, value, code=2)
+    assert f"{option} {value}" in done.stderr
+    assert problem in done.stderr
+    assert not out.exists()

@@ -41,6 +41,8 @@ from dupr_cli.evaluate.metrics.voc import (
 
 # Overlap from which a detection is on an object, and below which it is on none.
 FOREGROUND, BACKGROUND = 0.5, 0.1
+# From this score on detections are in the confusion matrix.
+CONFUSION_SCORE = 0.5
 ERROR_KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 # Areas in square pixels. Source: COCO's evaluation.
 SIZES = {
@@ -99,7 +101,6 @@ def analyse(
     detections: Sequence[Detections],
     classes: Sequence[str],
     points: Points = "voc10",
-    confusion_score: float = 0.5,
 ) -> Analysis:
     """truths, detections: one entry per image, in the same order; their labels number `classes`.
 
@@ -111,15 +112,18 @@ def analyse(
         raise ValueError("no class has an object to find")
     result = outcome(matches, FOREGROUND)
     return Analysis(
-        points,
-        FOREGROUND,
-        100 * _mean_ap(matches, result, points, matches.positives > 0),
-        list(classes),
-        _curves(matches, result, classes, points),
-        _errors(objects, found, matches, result, len(classes), points),
-        {name: _of_size(objects, found, len(classes), s, points) for name, s in SIZES.items()},
-        _confusion(objects, found, len(classes), confusion_score),
-        confusion_score,
+        points=points,
+        iou=FOREGROUND,
+        average_precision=100 * _mean_ap(matches, result, points, matches.positives > 0),
+        classes=list(classes),
+        curves=_curves(matches, result, classes, points),
+        errors=_errors(objects, found, matches, result, len(classes), points),
+        sizes={
+            name: _of_size(objects, found, len(classes), span, points)
+            for name, span in SIZES.items()
+        },
+        confusion=_confusion(objects, found, len(classes), CONFUSION_SCORE),
+        confusion_score=CONFUSION_SCORE,
     )
 
 

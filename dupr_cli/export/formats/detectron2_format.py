@@ -25,7 +25,7 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import LibraryMissingError, Loaded
 
 FILE = "backbone.pkl"
-_DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
+_DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 # All that a pickle of arrays asks for; by either name of numpy's module.
 _ALLOWED = {
     "numpy._core.numeric _frombuffer", "numpy.core.numeric _frombuffer", "numpy ndarray",
@@ -64,10 +64,7 @@ class Detectron2Format:
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
         metadata = weights.metadata
-        mean, std = (
-            [round(255 * v, 3) for v in values]
-            for values in (metadata.input_mean, metadata.input_std)
-        )
+        mean, std = metadata.pixel_statistics
         return [
             (
                 "yaml",

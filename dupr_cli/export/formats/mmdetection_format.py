@@ -23,7 +23,7 @@ from dupr_cli.recipe.base import LEVELS
 
 FILE = "backbone.pth"
 _PREFIX = "backbone."
-_DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
+_DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 
 
 def _depth(weights: Weights) -> int:
@@ -66,10 +66,7 @@ class MMDetectionFormat:
         return renamed_back(weights, found, lambda name: _PREFIX + name)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
-        mean, std = (
-            [round(255 * v, 3) for v in values]
-            for values in (weights.metadata.input_mean, weights.metadata.input_std)
-        )
+        mean, std = weights.metadata.pixel_statistics
         return [
             (
                 "python",

@@ -39,7 +39,7 @@ class TimmFormat:
             {
                 "architecture": metadata.architecture,
                 "num_classes": 0,
-                "num_features": int(weights.tensors[_last_norm(weights)].shape[0]),
+                "num_features": len(weights.tensors["layer4.0.downsample.0.weight"]),
                 "pretrained_cfg": {
                     "tag": "dupr",
                     "license": license_name,
@@ -98,11 +98,3 @@ features = levels(torch.zeros(1, 3, 224, 224))""",
 
 def _same(name: str) -> str:
     return name
-
-
-def _last_norm(weights: Weights) -> str:
-    """The norm whose channels are those of the last feature map."""
-    last = max(name for name in weights.tensors if name.startswith("layer4."))
-    block = ".".join(last.split(".")[:2])
-    names = [f"{block}.bn{n}.weight" for n in (3, 2)]
-    return next(name for name in names if name in weights.tensors)

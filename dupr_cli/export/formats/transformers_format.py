@@ -5,7 +5,6 @@ Source: transformers, models/resnet/modeling_resnet.py and configuration_resnet.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dupr_cli.artifacts.files import write_json
-from dupr_cli.artifacts.layouts import transformers_name
+from dupr_cli.artifacts.layouts import block_count, transformers_name
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import LibraryMissingError, Loaded
@@ -21,7 +20,6 @@ from dupr_cli.export.formats.safetensors_files import read_model, write_model
 from dupr_cli.recipe.base import LEVELS
 
 _STAGES = [f"stage{n}" for n in range(1, 5)]
-_BLOCK = re.compile(r"layer(\d)\.(\d+)\.(.+)")
 
 
 class TransformersFormat:
@@ -49,7 +47,7 @@ class TransformersFormat:
                 "hidden_sizes": [
                     int(tensors[f"layer{n}.0.conv{last}.weight"].shape[0]) for n in range(1, 5)
                 ],
-                "depths": [_blocks(weights, n) for n in range(1, 5)],
+                "depths": [block_count(tensors, n) for n in range(1, 5)],
                 "layer_type": "bottleneck" if bottleneck else "basic",
                 "hidden_act": "relu",
                 "downsample_in_first_stage": False,
@@ -110,8 +108,3 @@ processor = AutoImageProcessor.from_pretrained("{place or "."}")
 features = backbone(torch.zeros(1, 3, 224, 224)).feature_maps""",
             ),
         ]
-
-
-def _blocks(weights: Weights, stage: int) -> int:
-    found = (_BLOCK.fullmatch(name) for name in weights.tensors)
-    return 1 + max(int(block[2]) for block in found if block and int(block[1]) == stage)

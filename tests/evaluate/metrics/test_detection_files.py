@@ -167,6 +167,9 @@ def test_text_files_against_coco_name_images_by_their_files(tmp_path: Path) -> N
     file = tmp_path / "det_red.txt"
     file.write_text("val2017_1 0.7 11 21 30 50\n")
     content = scored(file, "--data", tree, "--split", "val2017", "--metric", "voc10")
+    # As for training: val is val2017 where no other file is of a val split, and it is the default.
+    by_default = scored(file, "--data", tree, "--metric", "voc10")
+    assert by_default == {**content, "split": "val"}
     assert content["metrics"]["AP"] == pytest.approx(100)
 
 
