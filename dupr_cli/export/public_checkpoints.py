@@ -154,18 +154,29 @@ def _read(path: Path, address: str) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Bytes that mean nothing, and not those of a pickle that the unpickler knows too little of.
+        if "Unsupported operand" in str(error) and not path.read_bytes().startswith(pickle.PROTO):
+            raise UsageError(_unreadable(address, "no file that torch.save wrote")) from error
         raise UsageError(
             f"{address}: refused. It is a pickle that holds more than tensors and plain values "
             f"({_asked_for(str(error))}), and reading that could run code. Nothing of it was run. "
             f"Save the tensors alone, best as .safetensors, where you trust the file."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{address}: cannot be read as a checkpoint ({error}).") from error
+        reason = str(error) or type(error).__name__
+        raise UsageError(_unreadable(address, reason)) from error
+
+
+def _unreadable(address: str, reason: str) -> str:
+    return (
+        f"{address}: cannot be read as a checkpoint ({reason}). It may be cut off, or of another "
+        f"format; download it again."
+    )
 
 
 def _asked_for(message: str) -> str:
     """What the unpickler stopped at, of its long message."""
-    found = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error: ([^\n]{0,120})", message)
+    found = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s+([^\n]{1,120})", message)
     return str(found[1] or found[2]) if found else "not a checkpoint"
 
 

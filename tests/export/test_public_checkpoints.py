@@ -188,8 +188,9 @@ def damaged(tmp_path: Path, kind: str) -> Path:
     torch.save(tensors, path)
     if kind == "cut":
         path.write_bytes(path.read_bytes()[:100_000])
-    if kind == "text":
-        path.write_text("<html>404</html>")
+    contents = {"text": b"<html>404</html>", "word": b"hello", "nothing": b"", "zeros": bytes(99)}
+    if kind in contents:
+        path.write_bytes(contents[kind])
     return path
 
 
@@ -205,7 +206,10 @@ def damaged(tmp_path: Path, kind: str) -> Path:
         ("other", r"no ResNet in it.*blocks\.0\.attn"),
         ("nan", r"layer3\.1\.conv2\.weight holds values that are not finite"),
         ("cut", r"cannot be read as a checkpoint"),
-        ("text", r"refused|cannot be read"),
+        *(
+            (kind, r"cannot be read as a checkpoint \(.+\)")
+            for kind in ("text", "word", "nothing", "zeros")
+        ),
     ],
 )
 def test_what_is_no_checkpoint_is_one_message(kind: str, problem: str, tmp_path: Path) -> None:
