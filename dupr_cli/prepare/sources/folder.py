@@ -43,6 +43,7 @@ def _name(entry: os.DirEntry[str]) -> str:
     """Name of an image, of a folder with / behind it, or nothing."""
     if entry.is_dir(follow_symlinks=False):
         return f"{entry.name}/"
+    # Without a Path for each of a million names.
     return entry.name if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES else ""  # noqa: PTH122
 
 
