@@ -12,7 +12,7 @@ from dupr_cli.cli.command import command
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
-    from dupr_cli.artifacts.checkpoints import (
+    from dupr_cli.artifacts.checkpoint_inspection import (
         CheckpointDiff,
         CheckpointList,
         TensorDifference,
@@ -46,7 +46,7 @@ def list_checkpoints(
 
       dupr checkpoint list runs/smoke
     """
-    from dupr_cli.artifacts.checkpoints import list_run
+    from dupr_cli.artifacts.checkpoint_inspection import list_run
 
     return list_run(run)
 
@@ -70,9 +70,9 @@ def verify(
 
       dupr checkpoint verify runs/smoke/checkpoints/step-00000500
     """
-    from dupr_cli.artifacts import checkpoints
+    from dupr_cli.artifacts import checkpoint_inspection
 
-    return checkpoints.verify(addresses, reporter)
+    return checkpoint_inspection.verify(addresses, reporter)
 
 
 def diff(
@@ -94,9 +94,9 @@ def diff(
 
       dupr checkpoint diff runs/a runs/b/checkpoints/step-00000100 --json
     """
-    from dupr_cli.artifacts import checkpoints
+    from dupr_cli.artifacts import checkpoint_inspection
 
-    return checkpoints.diff(a, b, reporter)
+    return checkpoint_inspection.diff(a, b, reporter)
 
 
 def show_list(listed: CheckpointList) -> None:
@@ -175,7 +175,7 @@ def _tensor_row(difference: TensorDifference) -> tuple[str, str, str]:
 
 
 def _mismatch(difference: TensorDifference) -> str:
-    from dupr_cli.artifacts.checkpoints import ABSENT
+    from dupr_cli.artifacts.checkpoint_inspection import ABSENT
 
     if difference.b == ABSENT:
         return "only in first"

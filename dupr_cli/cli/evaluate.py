@@ -301,7 +301,7 @@ def _carry_out(
     from dupr_cli import evaluate as stage
     from dupr_cli.cli.launch import launch
     from dupr_cli.evaluate.scaling import limited, scale_to_devices
-    from dupr_cli.parallel import world_size
+    from dupr_cli.runtime.parallel import world_size
 
     processes, notes = max(nproc or 1, world_size()), []
     if scale_to_device:
@@ -340,7 +340,7 @@ def _carry_out(
 
 def show(results: Results) -> None:
     from dupr_cli.cli.console import print_text
-    from dupr_cli.evaluate.report import table
+    from dupr_cli.evaluate.results_table import table
 
     print_text(table(results))
 

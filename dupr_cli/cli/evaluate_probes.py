@@ -253,7 +253,7 @@ def _probe(
     dry_run: bool,
     reporter: Reporter,
 ) -> Results | None:
-    from dupr_cli.evaluate import probes
+    from dupr_cli import probe as probes
 
     if dry_run:
         plan = probes.plan(
@@ -284,6 +284,6 @@ def _probe(
 
 def show(results: Results) -> None:
     from dupr_cli.cli.console import print_text
-    from dupr_cli.evaluate.probes.report import table
+    from dupr_cli.probe.results_table import table
 
     print_text(table(results))

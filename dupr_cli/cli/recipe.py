@@ -94,7 +94,7 @@ def validate(
     stage = _stage_of(file)
     recipe = load_recipe(RECIPE_MODELS[stage], file, set_ or [])
     if isinstance(recipe, PretrainRecipe):
-        from dupr_cli.pretrain.science import science_warnings
+        from dupr_cli.pretrain.recipe_checks import science_warnings
 
         for warning in science_warnings(recipe, None, recipe.train.steps):
             reporter.warning(warning)

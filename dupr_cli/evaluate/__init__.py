@@ -35,8 +35,8 @@ def plan(
 
     Raises UsageError, or RunError for damaged data, as `run` does before it starts.
     """
-    from dupr_cli.devices import choose_device
     from dupr_cli.evaluate.comparison import prepare_comparison
+    from dupr_cli.runtime.devices import choose_device
 
     chosen = choose_device(device)
     return prepare_comparison(recipe, weights, data, out, chosen, processes, notes).plan()
@@ -70,8 +70,8 @@ def run(
     StoppedRunError when a signal or a limit stops it.
     """
     from dupr_cli.evaluate.comparison import compare, prepare_comparison
-    from dupr_cli.parallel import join
-    from dupr_cli.stopping import Limits
+    from dupr_cli.runtime.parallel import join
+    from dupr_cli.runtime.stopping import Limits
 
     with join(device) as world:
         say: Reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()

@@ -26,15 +26,11 @@ import torchvision
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import remove_leftovers, write_json, write_text
 from dupr_cli.artifacts.results import RESULTS, Results
+from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.candidates import RANDOM_WEIGHTS, Candidate, open_candidates
-from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
 from dupr_cli.evaluate.leaks import Leaks, find_leaks
-from dupr_cli.evaluate.metrics import METRIC_NAMES, Points
-from dupr_cli.evaluate.metrics.analysis import analyse
-from dupr_cli.evaluate.metrics.drawing import write_analysis
 from dupr_cli.evaluate.pictures import draw_curves, draw_detections
-from dupr_cli.evaluate.report import table
+from dupr_cli.evaluate.results_table import table
 from dupr_cli.evaluate.statistics import all_differences, summed_up
 from dupr_cli.evaluate.subsets import LABELS_FILE, choose_labels, with_objects
 from dupr_cli.evaluate.trials import (
@@ -45,7 +41,10 @@ from dupr_cli.evaluate.trials import (
     run_trial,
     write_outcome,
 )
-from dupr_cli.parallel import World, world_size
+from dupr_cli.metrics import METRIC_NAMES, Points
+from dupr_cli.metrics.analysis import analyse
+from dupr_cli.metrics.drawing import write_analysis
+from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     EvaluateRecipe,
@@ -54,7 +53,8 @@ from dupr_cli.recipe import (
     recipe_keys,
     shipped_recipes,
 )
-from dupr_cli.stopping import Limits
+from dupr_cli.runtime.parallel import World, world_size
+from dupr_cli.runtime.stopping import Limits
 
 CLAIM_FILE = "evaluation.json"
 TABLE_FILE = "table.txt"
@@ -70,7 +70,7 @@ _OPERATIONAL_KEYS = frozenset(
         "train.checkpoint_every", "train.reference_devices", "test.every", "test.pictures",
     }
 )  # fmt: skip
-# Batch statistics of fewer images than this are said to be noisy.
+# DetectionBatch statistics of fewer images than this are said to be noisy.
 _SMALL_BATCH = 8
 
 
@@ -101,7 +101,7 @@ class Comparison:
     """Everything that was checked before the first iteration. notes: said with the results."""
 
     recipe: EvaluateRecipe
-    candidates: list[Candidate]
+    candidates: list[ComparedWeights]
     train: LabelledSet
     test: LabelledSet
     classes: list[str]
@@ -195,7 +195,7 @@ def prepare_comparison(
     """
     reporter, processes = reporter or SilentReporter(), processes or world_size()
     notes = [*notes, *_about_batch(recipe, processes)]
-    candidates = open_candidates(weights, recipe.detector.backbone)
+    candidates = open_compared(weights, recipe.detector.backbone)
     splits, tested = recipe.data.train_splits, recipe.data.test_splits
     train = open_labelled(data, splits, reporter, masks=recipe.has_masks)
     test = train
@@ -280,7 +280,7 @@ def compare(
 
 def _outcomes(
     comparison: Comparison,
-    candidate: Candidate,
+    candidate: ComparedWeights,
     world: World,
     reporter: Reporter,
     limits: Limits | None,

@@ -23,23 +23,23 @@ from typing import Any, cast
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from dupr_cli.artifacts.coco_json import (
+from dupr_cli.artifacts.files import write_json, write_text
+from dupr_cli.artifacts.labels import Box
+from dupr_cli.artifacts.results import RESULTS
+from dupr_cli.datasets.coco import (
     coco_box,
     is_number,
     parse_coco,
     read_json,
 )
-from dupr_cli.artifacts.files import write_json, write_text
-from dupr_cli.artifacts.labels import Box
-from dupr_cli.artifacts.results import RESULTS
-from dupr_cli.artifacts.voc_tree import find_voc_trees
+from dupr_cli.datasets.splits import VocSource, coco_annotations, coco_split_file
+from dupr_cli.datasets.voc import find_voc_trees
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.label_sources import VocSource, coco_annotations, coco_split_file
-from dupr_cli.evaluate.metrics import METRIC_NAMES, Detections, Metric, Scores, Truth, score
-from dupr_cli.evaluate.metrics.analysis import analyse
-from dupr_cli.evaluate.metrics.coco import coco_json_scores, with_masks
-from dupr_cli.evaluate.metrics.drawing import write_analysis
-from dupr_cli.evaluate.report import DetectionRow, detections_from_rows
+from dupr_cli.evaluate.results_table import DetectionRow, detections_from_rows
+from dupr_cli.metrics import METRIC_NAMES, Detections, Metric, Scores, Truth, score
+from dupr_cli.metrics.analysis import analyse
+from dupr_cli.metrics.coco import coco_json_scores, with_masks
+from dupr_cli.metrics.drawing import write_analysis
 
 TABLE_FILE = "table.txt"
 _RESULT_KEYS = ("image_id", "category_id", "bbox", "segmentation", "score")

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from dupr_cli.evaluate.batches import Batch
-from dupr_cli.evaluate.detectors import Detector, Found
-from dupr_cli.evaluate.labelled import Annotation, LabelledSet
-from dupr_cli.evaluate.metrics.types import Detections, Rle
-from dupr_cli.parallel import World
+from dupr_cli.datasets.labelled import Annotation, LabelledSet
+from dupr_cli.evaluate.detection_data import DetectionBatch
+from dupr_cli.evaluate.detectors import Detector, HeadOutput
+from dupr_cli.metrics.types import Detections, Rle
 from dupr_cli.progress import Reporter
+from dupr_cli.runtime.parallel import World
 
 
 def positions_of(world: World, images: int) -> list[int]:
@@ -26,7 +26,7 @@ def positions_of(world: World, images: int) -> list[int]:
 
 def detect_all(
     detector: Detector,
-    batches: Iterable[Batch],
+    batches: Iterable[DetectionBatch],
     images: LabelledSet,
     name: str,
     world: World,
@@ -56,7 +56,9 @@ def _of_all(found: list[Detections], images: int, world: World) -> list[Detectio
     return [gathered[i % world.size][i // world.size] for i in range(images)]
 
 
-def in_source_pixels(found: Found, annotation: Annotation, width: int, height: int) -> Detections:
+def in_source_pixels(
+    found: HeadOutput, annotation: Annotation, width: int, height: int
+) -> Detections:
     """Undo the resize to (width, height); the two sides were rounded to whole pixels apart."""
     scale = np.array([annotation.width / width, annotation.height / height] * 2)
     boxes = found.boxes.float().cpu().numpy().astype(np.float64) * scale

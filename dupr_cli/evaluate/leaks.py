@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dupr_cli.artifacts.hashes import count_bits, perceptual_hash
 from dupr_cli.artifacts.shards import ShardSet, open_shards
-from dupr_cli.evaluate.labelled import LabelledSet
+from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.progress import Reporter
 
 # Bits of 64 that may differ: a photograph and its copies of other sizes and qualities stay within.

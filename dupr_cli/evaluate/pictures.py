@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from dupr_cli.artifacts.files import atomic_file
-from dupr_cli.evaluate.labelled import LabelledSet
-from dupr_cli.evaluate.metrics.flat import pair_iou
-from dupr_cli.evaluate.metrics.types import Detections, Truth
+from dupr_cli.datasets.labelled import LabelledSet
+from dupr_cli.metrics.arrays import pair_iou
+from dupr_cli.metrics.types import Detections, Truth
 
 if TYPE_CHECKING:
     from dupr_cli.evaluate.trials import Outcome

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dupr_cli.datasets.labelled import Annotation, LabelledSet
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.labelled import Annotation, LabelledSet
 from dupr_cli.recipe.evaluate import DetectionDataSection, label_count
 
 LABELS_FILE = "labels.json"

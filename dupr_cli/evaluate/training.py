@@ -30,14 +30,14 @@ from dupr_cli.artifacts.run import (
 )
 from dupr_cli.artifacts.weights import read_safetensors
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.evaluate.batches import Batch
+from dupr_cli.evaluate.detection_data import DetectionBatch
 from dupr_cli.evaluate.detectors import Detector
 from dupr_cli.evaluate.detectors.norms import batch_norms
-from dupr_cli.parallel import World, average_gradients
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.evaluate import DetectionTrainSection, EvaluateRecipe
-from dupr_cli.stopping import Limits, Stop, stopped
+from dupr_cli.runtime.parallel import World, average_gradients
+from dupr_cli.runtime.stopping import Limits, Stop, stopped
 
 _LOSS = "loss/"
 _SUM = "sum/"
@@ -111,7 +111,7 @@ def make_optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.o
 
 def train_detector(
     trial: Trial,
-    batches_from: Callable[[int], Iterator[Batch]],
+    batches_from: Callable[[int], Iterator[DetectionBatch]],
     reporter: Reporter,
     limits: Limits | None = None,
     test: Callable[[], Mapping[str, float]] | None = None,
@@ -302,7 +302,7 @@ def _leave_whole_checkpoints(folder: Path, reporter: Reporter) -> None:
             shutil.rmtree(path)
 
 
-def measure_batch_norm(trial: Trial, batches: Iterator[Batch], reporter: Reporter) -> None:
+def measure_batch_norm(trial: Trial, batches: Iterator[DetectionBatch], reporter: Reporter) -> None:
     """Replace running statistics by the mean over test.precise_bn_batches training batches.
 
     The moving averages belong to weights that were still changing; measured over the final ones,
@@ -329,7 +329,7 @@ def measure_batch_norm(trial: Trial, batches: Iterator[Batch], reporter: Reporte
             statistics.copy_(trial.world.sum(statistics) / trial.world.size)
 
 
-def _seeded_losses(trial: Trial, batch: Batch, iteration: int) -> dict[str, Tensor]:
+def _seeded_losses(trial: Trial, batch: DetectionBatch, iteration: int) -> dict[str, Tensor]:
     number = (trial.seed * 1_000_003 + iteration) * trial.world.size + trial.world.rank
     torch.manual_seed(number % 2**63)
     return trial.detector.losses(batch.images, batch.targets)

@@ -16,19 +16,19 @@ from pathlib import Path
 from dupr_cli.artifacts.files import remove_leftovers, write_json, write_text
 from dupr_cli.artifacts.results import TrialResult
 from dupr_cli.artifacts.run import CHECKPOINTS, LATEST
+from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.batches import Batch, test_batches, training_batches
-from dupr_cli.evaluate.candidates import Candidate
+from dupr_cli.evaluate.detection_data import DetectionBatch, test_batches, training_batches
 from dupr_cli.evaluate.detectors import build_detector
 from dupr_cli.evaluate.inference import detect_all, positions_of
-from dupr_cli.evaluate.labelled import LabelledSet
-from dupr_cli.evaluate.metrics import Detections, Metric, Scores, score
-from dupr_cli.evaluate.report import detection_rows, detections_from_rows
+from dupr_cli.evaluate.results_table import detection_rows, detections_from_rows
 from dupr_cli.evaluate.training import LossRecord, Trial, measure_batch_norm, train_detector
-from dupr_cli.parallel import World
+from dupr_cli.metrics import Detections, Metric, Scores, score
+from dupr_cli.models.compared import ComparedWeights
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
-from dupr_cli.stopping import Limits
+from dupr_cli.runtime.parallel import World
+from dupr_cli.runtime.stopping import Limits
 
 RESULT_FILE = "result.json"
 DETECTIONS_FILE = "detections.json"
@@ -45,7 +45,7 @@ class Outcome:
 
 def run_trial(
     recipe: EvaluateRecipe,
-    candidate: Candidate,
+    candidate: ComparedWeights,
     train: LabelledSet,
     test: LabelledSet,
     classes: Sequence[str],
@@ -67,7 +67,7 @@ def run_trial(
     trial = Trial(detector, recipe, seed, name, folder, world)
     test_positions = positions_of(world, len(test))
 
-    def batches_from(start: int) -> Iterator[Batch]:
+    def batches_from(start: int) -> Iterator[DetectionBatch]:
         return iter(training_batches(train, recipe, classes, seed, start, world))
 
     def tested(say: Reporter) -> tuple[list[Detections], Scores]:

@@ -132,8 +132,8 @@ def run(
     import tempfile
 
     from dupr_cli.artifacts.weights import load_backbone, read_weights
-    from dupr_cli.backbones import ResNetBackbone
     from dupr_cli.export.formats import folders_of, make_format
+    from dupr_cli.models.resnet import ResNetBackbone
 
     say = reporter or SilentReporter()
     target = _output(recipe, out, push)

@@ -26,15 +26,15 @@ from torch import Tensor
 
 from dupr_cli.artifacts.files import sha256_file
 from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
-from dupr_cli.artifacts.layouts import block_count, detectron2_backbone_name, transformers_name
 from dupr_cli.artifacts.weights import (
     IMPORTED,
     WeightsMetadata,
     read_safetensors,
     write_weights,
 )
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import UsageError
+from dupr_cli.models.naming import block_count, detectron2_backbone_name, transformers_name
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 
 _COUNTER = "num_batches_tracked"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dupr_cli.artifacts.weights import Weights, load_backbone
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import RunError
 from dupr_cli.export.formats import ExportFormat, Features, LibraryMissingError
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import LEVELS
 
 # Of the largest value of a level. The same operations in another order differ by rounding; what

@@ -20,13 +20,13 @@ from torch import Tensor
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
-from dupr_cli.geometry import shared_region_boxes
-from dupr_cli.pretrain.augmentation import FLIP, augment
 from dupr_cli.pretrain.data import ViewPairs, decode, held_out
-from dupr_cli.pretrain.probe import retrieval_levels
+from dupr_cli.pretrain.retrieval_check import retrieval_levels
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.recipe.pretrain import MethodSection
+from dupr_cli.views.augmentation import FLIP, augment
+from dupr_cli.views.geometry import shared_region_boxes
 
 _SIDE, _MARGIN, _CAPTION, _HEADER = 300, 14, 24, 58
 _COLOURS = ("#ff7f0e", "#1f77b4")  # first and second view

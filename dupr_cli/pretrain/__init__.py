@@ -80,10 +80,10 @@ def plan(
     recipe: PretrainRecipe, data: str, out: Path, device: str = "auto", processes: int = 1
 ) -> PretrainPlan:
     """Check everything that `run` needs and say what it would do. Raises UsageError."""
-    from dupr_cli.devices import choose_device
     from dupr_cli.pretrain.data import BatchOrder
-    from dupr_cli.pretrain.science import science_warnings
+    from dupr_cli.pretrain.recipe_checks import science_warnings
     from dupr_cli.pretrain.trainer import count_steps
+    from dupr_cli.runtime.devices import choose_device
 
     _require_fit(recipe, processes)
     _require_parts(recipe)
@@ -128,10 +128,10 @@ def run(
     RunError and StoppedRunError as `trainer.train`.
     """
     from dupr_cli.artifacts.run import newest_checkpoint
-    from dupr_cli.parallel import join, world_size
-    from dupr_cli.pretrain.science import science_warnings
+    from dupr_cli.pretrain.recipe_checks import science_warnings
     from dupr_cli.pretrain.trainer import count_steps, train
-    from dupr_cli.stopping import Limits
+    from dupr_cli.runtime.parallel import join, world_size
+    from dupr_cli.runtime.stopping import Limits
 
     _require_fit(recipe, world_size())
     _require_parts(recipe)
@@ -174,7 +174,7 @@ def _require_fit(recipe: PretrainRecipe, processes: int) -> None:
 
 def _require_parts(recipe: PretrainRecipe) -> None:
     """Raises UsageError when the method or the backbone is not there."""
-    from dupr_cli.backbones import make_backbone
+    from dupr_cli.models.backbone import make_backbone
     from dupr_cli.pretrain.method import method_class
 
     method_class(recipe)
@@ -185,7 +185,7 @@ def _require_parts(recipe: PretrainRecipe) -> None:
 def _require_init(recipe: PretrainRecipe) -> None:
     """Raises UsageError when the weights to start from are not there or do not fit."""
     from dupr_cli.artifacts.weights import load_backbone, read_weights
-    from dupr_cli.backbones import make_backbone
+    from dupr_cli.models.backbone import make_backbone
 
     if recipe.model.init is not None:
         load_backbone(make_backbone(recipe.model.backbone), read_weights(recipe.model.init))

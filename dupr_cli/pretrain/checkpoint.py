@@ -26,9 +26,9 @@ from dupr_cli.artifacts.run import (
 )
 from dupr_cli.artifacts.weights import read_safetensors
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.parallel import World
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import PretrainRecipe, recipe_digest
+from dupr_cli.runtime.parallel import World
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import DuprError, RunError
-from dupr_cli.geometry import Crop, random_crop_pair
-from dupr_cli.parallel import World
-from dupr_cli.pretrain.augmentation import draw_parameters
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
+from dupr_cli.runtime.parallel import World
+from dupr_cli.views.augmentation import draw_parameters
+from dupr_cli.views.geometry import Crop, random_crop_pair
 
 # An unreadable image is replaced by the next number; so many in a row are no accident.
 _MAX_REPLACEMENTS = 20
@@ -33,11 +33,11 @@ _GRACE_SECONDS = 60
 # The probe's views come from an epoch that training never reaches.
 _PROBE_EPOCH = 2**31
 
-Request = tuple[int, int]  # epoch, sample number
+SampleRequest = tuple[int, int]  # epoch, sample number
 
 
 @dataclass(frozen=True)
-class Batch:
+class ViewPairBatch:
     """Two cropped views of each image, on the CPU.
 
     views: (N, 2, 3, S, S) uint8. crops: (N, 2, 4) float32, x0, y0, x1, y1 in source pixels.
@@ -51,7 +51,7 @@ class Batch:
     numbers: Tensor
     unreadable: int
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> ViewPairBatch:
         """Called by the loader for a CUDA device."""
         return replace(self, views=self.views.pin_memory())
 
@@ -127,12 +127,12 @@ class BatchOrder:
         order = epoch_order(self._counts, self._seed, epoch, self._window)
         return order[~np.isin(order, self._held_out)]
 
-    def __iter__(self) -> Iterator[list[Request]]:
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
         position = self.first_step * self._batch
         epoch = position // self.images
         order = self._epoch(epoch)
         while True:
-            batch: list[Request] = []
+            batch: list[SampleRequest] = []
             while len(batch) < self._batch:
                 if position // self.images != epoch:
                     epoch = position // self.images
@@ -142,7 +142,7 @@ class BatchOrder:
             yield batch[self._part]
 
 
-class ViewPairs(Dataset[Batch | DuprError]):
+class ViewPairs(Dataset[ViewPairBatch | DuprError]):
     """Decodes a sample and cuts its two views.
 
     As a data set it returns an error instead of raising it, so that it comes out of a loader
@@ -152,13 +152,13 @@ class ViewPairs(Dataset[Batch | DuprError]):
     def __init__(self, shards: ShardSet, method: MethodSection, seed: int) -> None:
         self._shards, self._method, self._seed = shards, method, seed
 
-    def __getitem__(self, request: Request) -> Batch | DuprError:
+    def __getitem__(self, request: SampleRequest) -> ViewPairBatch | DuprError:
         try:
             return self.load(request)
         except DuprError as error:
             return error
 
-    def load(self, request: Request) -> Batch:
+    def load(self, request: SampleRequest) -> ViewPairBatch:
         """One image's views. Raises RunError when the shard cannot be read, or too many images in a
         row cannot be decoded."""
         epoch, number = request
@@ -183,7 +183,7 @@ class ViewPairs(Dataset[Batch | DuprError]):
             np.asarray(crop_and_resize(image, tuple(crop.tolist()), method.views.size))
             for crop in crops
         ]
-        return Batch(
+        return ViewPairBatch(
             torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous(),
             torch.from_numpy(crops),
             torch.from_numpy(parameters),
@@ -192,16 +192,16 @@ class ViewPairs(Dataset[Batch | DuprError]):
         )
 
 
-def collate(samples: Sequence[Batch | DuprError]) -> Batch | DuprError:
+def collate(samples: Sequence[ViewPairBatch | DuprError]) -> ViewPairBatch | DuprError:
     """A batch of single images, or the first error among them."""
     for sample in samples:
         if isinstance(sample, DuprError):
             return sample
-    return join_batches([s for s in samples if isinstance(s, Batch)])
+    return join_batches([s for s in samples if isinstance(s, ViewPairBatch)])
 
 
-def join_batches(samples: Sequence[Batch]) -> Batch:
-    return Batch(
+def join_batches(samples: Sequence[ViewPairBatch]) -> ViewPairBatch:
+    return ViewPairBatch(
         torch.stack([s.views for s in samples]),
         torch.stack([s.crops for s in samples]),
         torch.stack([s.parameters for s in samples]),
@@ -222,14 +222,14 @@ def _outlive_signals(_worker: int) -> None:
 
 def training_batches(
     shards: ShardSet, recipe: PretrainRecipe, first_step: int, world: World
-) -> tuple[Generator[Batch, None, None], BatchOrder]:
+) -> tuple[Generator[ViewPairBatch, None, None], BatchOrder]:
     """This process's part of all batches from `first_step` on, and their order.
 
     The iterator raises RunError as `ViewPairs.load`.
     """
     order = BatchOrder(shards, recipe, world.rank, world.size)
     order.first_step = first_step
-    loader: DataLoader[Batch | DuprError] = DataLoader(
+    loader: DataLoader[ViewPairBatch | DuprError] = DataLoader(
         ViewPairs(shards, recipe.method, recipe.seed),
         batch_sampler=order,
         num_workers=recipe.data.workers,
@@ -241,14 +241,14 @@ def training_batches(
     return _raising(loader), order
 
 
-def _raising(loader: DataLoader[Batch | DuprError]) -> Generator[Batch, None, None]:
+def _raising(loader: DataLoader[ViewPairBatch | DuprError]) -> Generator[ViewPairBatch, None, None]:
     for batch in loader:
-        if not isinstance(batch, Batch):
+        if not isinstance(batch, ViewPairBatch):
             raise batch
         yield batch
 
 
-def probe_batches(shards: ShardSet, recipe: PretrainRecipe) -> list[Batch]:
+def probe_batches(shards: ShardSet, recipe: PretrainRecipe) -> list[ViewPairBatch]:
     """Fixed view pairs of the held-out images, in batches of the training size."""
     pairs = ViewPairs(shards, recipe.method, seed=0)
     samples = [

@@ -21,13 +21,13 @@ from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
-from dupr_cli.parallel import World
-from dupr_cli.pretrain.data import Batch
+from dupr_cli.pretrain.data import ViewPairBatch
 from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
+from dupr_cli.runtime.parallel import World
 
 # Relative to the spread of random unit vectors, 1 / sqrt(D). Collapsed embeddings are near 0.
 _COLLAPSED = 0.02
@@ -123,7 +123,7 @@ class Monitor:
         values: dict[str, Tensor],
         embeddings: tuple[Embeddings, Embeddings],
         model: Dupr,
-        batch: Batch,
+        batch: ViewPairBatch,
         waited: float,
         facts: dict[str, float],
     ) -> None:
@@ -223,7 +223,7 @@ class Monitor:
                 f"method.queue_length, or a method.momentum that follows faster in so few steps.",
             )
 
-    def bad_step(self, step: int, batch: Batch, shards: ShardSet) -> None:
+    def bad_step(self, step: int, batch: ViewPairBatch, shards: ShardSet) -> None:
         """Take note of a step that was skipped because its loss or gradient was not finite.
 
         Raises RunError after train.max_bad_steps of them in a row, the keys of the last batch's

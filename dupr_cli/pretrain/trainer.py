@@ -22,25 +22,19 @@ from torch import Tensor, nn
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.artifacts.weights import load_backbone, read_weights
-from dupr_cli.backbones import as_backbone
-from dupr_cli.parallel import World, average_gradients
+from dupr_cli.models.backbone import as_backbone
+from dupr_cli.models.batch_norm import commit_statistics, drop_statistics, group_batch_norms
 from dupr_cli.pretrain.checkpoint import Trained, continue_run, save_run
-from dupr_cli.pretrain.data import Batch, BatchOrder, probe_batches, training_batches
-from dupr_cli.pretrain.encoders import (
-    Embeddings,
-    commit_statistics,
-    drop_statistics,
-    group_batch_norms,
-    join,
-    momentum_update,
-)
+from dupr_cli.pretrain.data import BatchOrder, ViewPairBatch, probe_batches, training_batches
+from dupr_cli.pretrain.encoders import Embeddings, join, momentum_update
 from dupr_cli.pretrain.method import Dupr, method_class
 from dupr_cli.pretrain.monitor import Monitor
-from dupr_cli.pretrain.probe import patch_retrieval
-from dupr_cli.pretrain.views import View, make_views
+from dupr_cli.pretrain.retrieval_check import patch_retrieval
+from dupr_cli.pretrain.view_batches import View, make_views
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.pretrain import OptimizerSection, PretrainRecipe
-from dupr_cli.stopping import Limits, Stop, stopped
+from dupr_cli.runtime.parallel import World, average_gradients
+from dupr_cli.runtime.stopping import Limits, Stop, stopped
 
 
 def make_model(recipe: PretrainRecipe, world: World) -> Dupr:
@@ -139,7 +133,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
-def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+def timed(batches: Iterator[ViewPairBatch]) -> Iterator[tuple[ViewPairBatch, float]]:
     """Batches, each with the seconds that the loop waited for it."""
     while True:
         start = time.perf_counter()

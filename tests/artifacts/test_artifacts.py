@@ -23,7 +23,6 @@ from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.artifacts.run import Checkpoint, CheckpointState, MetricsLog, write_checkpoint
 from dupr_cli.artifacts.shard_files import Sample, index_path, scan_tar, write_shard
 from dupr_cli.artifacts.shards import Manifest, open_shards
-from dupr_cli.artifacts.voc_tree import VocTree, find_voc_trees
 from dupr_cli.artifacts.weights import (
     Weights,
     WeightsMetadata,
@@ -31,8 +30,9 @@ from dupr_cli.artifacts.weights import (
     read_weights,
     write_weights,
 )
-from dupr_cli.backbones import ResNetBackbone
+from dupr_cli.datasets.voc import VocTree, find_voc_trees
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.models.resnet import ResNetBackbone
 from tests.conftest import encode, noise_image, write_shards
 
 names = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=12)

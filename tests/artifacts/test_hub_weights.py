@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from dupr_cli.artifacts.weights import WeightsMetadata, read_weights, write_weights
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.evaluate.candidates import open_candidates
+from dupr_cli.models.compared import open_compared
+from dupr_cli.models.resnet import ResNetBackbone
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -111,7 +111,7 @@ def test_weights_of_the_hub(
     files = {"backbone.safetensors": weights, "README.md": b"a card"}
     with hub(files, tmp_path, monkeypatch):
         read = read_weights(address)
-        (candidate,) = open_candidates([address])
+        (candidate,) = open_compared([address])
     assert read.address == address
     assert read.sha256 == hashlib.sha256(weights).hexdigest()
     assert candidate.loaded == "120 of 120 tensors of the resnet18 loaded"

@@ -26,7 +26,7 @@ from dupr_cli.artifacts.shard_files import Sample, index_path
 from dupr_cli.artifacts.shards import MANIFEST, open_shards
 from dupr_cli.errors import RunError, UsageError
 from tests.conftest import write_shards
-from tests.servers import serve
+from tests.support.servers import serve
 
 
 @pytest.fixture(autouse=True)

@@ -33,15 +33,15 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import v2
 
-from dupr_cli.evaluate.batches import Batch, training_batches
+from dupr_cli.datasets.labelled import LabelledSet, open_labelled
+from dupr_cli.evaluate.detection_data import DetectionBatch, training_batches
 from dupr_cli.evaluate.detectors import build_detector
-from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
 from dupr_cli.evaluate.training import Trial, train_detector
-from dupr_cli.parallel import World
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe, load_recipe
+from dupr_cli.runtime.parallel import World
 from tests.conftest import noise_image
-from tests.evaluate.scenes import add_split, annotation_xml
+from tests.support.labelled_scenes import add_split, annotation_xml
 
 BATCH, ITERATIONS, ROUNDS, WORKERS = 8, 12, 5, 1
 # Iterations before the clock starts: loader processes start, caches fill.
@@ -182,7 +182,7 @@ def our_seconds(images: LabelledSet, settings: EvaluateRecipe) -> float:
     detector, _ = build_detector(settings, "resnet18", len(classes), None, 0, alone)
     clocks: list[Clock] = []
 
-    def batches_from(start: int) -> Iterator[Batch]:
+    def batches_from(start: int) -> Iterator[DetectionBatch]:
         batches = iter(training_batches(images, settings, classes, 0, start, alone))
         clocks.append(Clock(batches))
         return iter(clocks[0])

@@ -23,10 +23,10 @@ from importlib import import_module
 
 import numpy as np
 
-from dupr_cli.evaluate.metrics import Detections, Truth
-from dupr_cli.evaluate.metrics.coco import detections_json, truths_json
-from dupr_cli.evaluate.metrics.flat import flatten_detections, flatten_truths
-from dupr_cli.evaluate.metrics.voc import (
+from dupr_cli.metrics import Detections, Truth
+from dupr_cli.metrics.arrays import flatten_detections, flatten_truths
+from dupr_cli.metrics.coco import detections_json, truths_json
+from dupr_cli.metrics.voc import (
     IOU_THRESHOLDS,
     average_precision,
     average_precisions,

@@ -14,10 +14,10 @@ import torch
 
 from dupr_cli import prepare
 from dupr_cli.artifacts.shards import open_shards
-from dupr_cli.parallel import World
-from dupr_cli.pretrain.augmentation import augment
 from dupr_cli.pretrain.data import training_batches
 from dupr_cli.recipe import PrepareRecipe, PretrainRecipe, load_recipe
+from dupr_cli.runtime.parallel import World
+from dupr_cli.views.augmentation import augment
 from tests.conftest import noise_image
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dupr_cli.artifacts.checkpoints import compare_values, diff
+from dupr_cli.artifacts.checkpoint_inspection import compare_values, diff
 from dupr_cli.artifacts.run import (
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -26,8 +26,8 @@ from dupr_cli.artifacts.run import (
     list_checkpoints,
     write_checkpoint,
 )
-from tests.cli.command_line import dupr
 from tests.conftest import TINY
+from tests.support.command_line import dupr
 
 BIAS = "query.image_heads.res5.2.bias"
 

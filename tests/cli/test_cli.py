@@ -14,8 +14,8 @@ import pytest
 
 from dupr_cli.artifacts.run import list_checkpoints
 from tests.artifacts.test_artifacts import METADATA
-from tests.cli.command_line import TINY_SET, dupr, pretrain
 from tests.conftest import noise_image
+from tests.support.command_line import TINY_SET, dupr, pretrain
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
 
@@ -169,7 +169,7 @@ def test_dry_run_prints_a_recipe_and_does_nothing(tmp_path: Path, tiny_shards: P
 
 def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards: Path) -> None:
     from dupr_cli.artifacts.weights import write_weights
-    from dupr_cli.backbones import ResNetBackbone
+    from dupr_cli.models.resnet import ResNetBackbone
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 20)

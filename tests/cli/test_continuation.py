@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
-from tests.cli import command_line
 from tests.conftest import TINY, write_shards
+from tests.support import command_line
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 24

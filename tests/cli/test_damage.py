@@ -14,9 +14,9 @@ import pytest
 from dupr_cli.artifacts import remote
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shard_files import Sample, write_shard
-from tests.cli import command_line
 from tests.conftest import encode, noise_image, write_shards
-from tests.servers import serve
+from tests.support import command_line
+from tests.support.servers import serve
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.command_line import dupr
-from tests.evaluate.scenes import KitObject, make_coco
+from tests.support.command_line import dupr
+from tests.support.labelled_scenes import KitObject, make_coco
 
 SMALL = [
     "detector.backbone=resnet18", "detector.roi_size=4", "detector.mask_roi_size=4",

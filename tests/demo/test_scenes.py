@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dupr_cli.artifacts.voc_tree import VocTree
+from dupr_cli.datasets.voc import VocTree
 from dupr_cli.demo.canvas import Light
 from dupr_cli.demo.scenes import (
     CLASSES,

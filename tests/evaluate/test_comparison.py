@@ -15,11 +15,11 @@ from PIL import Image
 from dupr_cli import evaluate
 from dupr_cli.artifacts.results import Results
 from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import UsageError
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import EvaluateRecipe
-from tests.evaluate.scenes import COLOURS, make_tree
-from tests.evaluate.test_labelled import Listening
+from tests.datasets.test_labelled import Listening
+from tests.support.labelled_scenes import COLOURS, make_tree
 
 
 def recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:

@@ -12,9 +12,8 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.evaluate.batches import Batch
+from dupr_cli.evaluate.detection_data import DetectionBatch
 from dupr_cli.evaluate.detectors import Detector, Target, build_detector
 from dupr_cli.evaluate.detectors.names import detectron2_names
 from dupr_cli.evaluate.detectors.regions import RegionPooling
@@ -25,9 +24,10 @@ from dupr_cli.evaluate.training import (
     measure_batch_norm,
     train_detector,
 )
-from dupr_cli.parallel import World
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
+from dupr_cli.runtime.parallel import World
 
 ALONE = World(torch.device("cpu"))
 
@@ -68,7 +68,7 @@ def built(settings: EvaluateRecipe, weights: Weights | None = None, seed: int = 
 def trained(
     settings: EvaluateRecipe,
     folder: Path,
-    batches: list[Batch] | None = None,
+    batches: list[DetectionBatch] | None = None,
     weights: Weights | None = None,
     detector: Detector | None = None,
 ) -> list[LossRecord]:
@@ -77,7 +77,7 @@ def trained(
     trial = Trial(detector, settings, 0, "some", folder, ALONE)
     given = batches or [batch()]
 
-    def batches_from(start: int) -> Iterator[Batch]:
+    def batches_from(start: int) -> Iterator[DetectionBatch]:
         endless = cycle(given)
         for _ in range(start):
             next(endless)
@@ -87,7 +87,7 @@ def trained(
     return trial.losses()
 
 
-def batch(seed: int = 0) -> Batch:
+def batch(seed: int = 0) -> DetectionBatch:
     generator = torch.Generator().manual_seed(seed)
     images = [
         torch.randint(0, 80, size, generator=generator, dtype=torch.uint8)
@@ -103,7 +103,7 @@ def batch(seed: int = 0) -> Batch:
         for channel, mask in zip(label.tolist(), masks, strict=True):
             image[channel][mask] += 170
         targets.append(Target(b, label, masks))
-    return Batch(images, targets)
+    return DetectionBatch(images, targets)
 
 
 def test_head_sizes_follow_backbone_and_recipe() -> None:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from dupr_cli.artifacts.shard_files import Sample, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
-from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
+from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.evaluate.leaks import find_leaks
 from dupr_cli.progress import SilentReporter
-from tests.evaluate.scenes import add_split, annotation_xml
+from tests.support.labelled_scenes import add_split, annotation_xml
 
 
 def picture(seed: int) -> Image.Image:

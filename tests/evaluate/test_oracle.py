@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 
-from dupr_cli.evaluate.batches import ImageLoading, Request, flip_boxes
-from dupr_cli.evaluate.detectors import Found, Target
+from dupr_cli.datasets.labelled import LabelledSet, open_labelled
+from dupr_cli.evaluate.detection_data import ImageLoading, ImageRequest, flip_boxes
+from dupr_cli.evaluate.detectors import HeadOutput, Target
 from dupr_cli.evaluate.detectors.roi_heads import BoxPredictor, RoIHeads
 from dupr_cli.evaluate.inference import in_source_pixels
-from dupr_cli.evaluate.labelled import LabelledSet, open_labelled
-from dupr_cli.evaluate.metrics import Detections, Metric, score
+from dupr_cli.metrics import Detections, Metric, score
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
-from tests.evaluate.scenes import COLOURS, KitObject, add_image, add_split
+from tests.support.labelled_scenes import COLOURS, KitObject, add_image, add_split
 
 CLASSES = sorted(COLOURS)
 
@@ -103,7 +103,7 @@ def moved(boxes: Tensor, width: int, share: float) -> Tensor:
 
 
 def detections(
-    images: LabelledSet, position: int, request: Request, max_size: int, share: float
+    images: LabelledSet, position: int, request: ImageRequest, max_size: int, share: float
 ) -> Detections:
     recipe = EvaluateRecipe.model_validate(
         {"data": {"train_sizes": [32], "test_size": 32, "max_size": max_size}}
@@ -116,7 +116,7 @@ def detections(
     (found,) = heads.detect([], [proposals], [(height, width)])
     if request.flip:
         turned = torch.from_numpy(flip_boxes(found.boxes.numpy(), width))
-        found = Found(turned, found.labels, found.scores)
+        found = HeadOutput(turned, found.labels, found.scores)
     return in_source_pixels(found, images.annotations[position], width, height)
 
 
@@ -132,7 +132,7 @@ def scored(
     with tempfile.TemporaryDirectory() as folder:
         images = labelled(scene, Path(folder))
         found = [
-            detections(images, i, Request(i, short_side, flip), max_size, share)
+            detections(images, i, ImageRequest(i, short_side, flip), max_size, share)
             for i in range(len(images))
         ]
         truths = [images.truth(i, CLASSES) for i in range(len(images))]
@@ -172,5 +172,5 @@ def test_sides_are_rounded_apart_and_undone_apart() -> None:
     scene = Scene([(33, 100)], [[("red", 1, 1, 33, 100)]])
     with tempfile.TemporaryDirectory() as folder:
         images = labelled(scene, Path(folder))
-        found = detections(images, 0, Request(0, 50), 1000, 0.0)
+        found = detections(images, 0, ImageRequest(0, 50), 1000, 0.0)
     np.testing.assert_allclose(found.boxes, [[0, 0, 33, 100]], atol=1e-4)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dupr_cli.datasets.labelled import Annotation, open_labelled
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.labelled import Annotation, open_labelled
 from dupr_cli.evaluate.subsets import choose_labels, stratified
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
-from tests.evaluate.scenes import make_tree
+from tests.support.labelled_scenes import make_tree
 
 
 def annotation(names: list[str]) -> Annotation:

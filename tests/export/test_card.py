@@ -14,11 +14,11 @@ from dupr_cli import export
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.weights import WeightsMetadata, read_weights, write_weights
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import UsageError
 from dupr_cli.export import PushOptions
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import ExportRecipe, PretrainRecipe, load_recipe
-from tests.cli.command_line import dupr, pretrain
+from tests.support.command_line import dupr, pretrain
 
 
 @pytest.fixture(scope="module")

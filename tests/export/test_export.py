@@ -14,8 +14,8 @@ from dupr_cli import export
 from dupr_cli.artifacts.files import sha256_file
 from dupr_cli.artifacts.run import CheckpointState, write_checkpoint
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata, read_weights, write_weights
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import UsageError
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import ExportRecipe, load_recipe
 
 RECIPE = load_recipe(ExportRecipe, "default")

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata, read_weights
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.candidates import open_candidates
 from dupr_cli.export.formats import make_format
 from dupr_cli.export.formats.detectron2_format import detectron2_arrays
 from dupr_cli.export.public_checkpoints import import_weights
-from tests.cli.command_line import dupr, pretrain
+from dupr_cli.models.compared import open_compared
+from dupr_cli.models.resnet import ResNetBackbone
+from tests.support.command_line import dupr, pretrain
 
 Tensors = dict[str, Tensor]
 
@@ -99,7 +99,7 @@ def test_public_checkpoints(form: str, tmp_path: Path) -> None:
     read = read_weights(str(tmp_path / "w.safetensors"))
     assert read.tensors.keys() == OWN.keys()
     assert all(torch.equal(read.tensors[name], tensor) for name, tensor in OWN.items())
-    (candidate,) = open_candidates([str(tmp_path / "w.safetensors")])
+    (candidate,) = open_compared([str(tmp_path / "w.safetensors")])
     assert candidate.loaded.startswith("120 of 120")
 
 

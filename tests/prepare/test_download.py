@@ -16,9 +16,9 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.prepare import download
 from dupr_cli.prepare.download import SETS, Archive, download_sets
 from dupr_cli.progress import SilentReporter
-from tests.cli.command_line import dupr
 from tests.conftest import encode, noise_image
-from tests.servers import serve
+from tests.support.command_line import dupr
+from tests.support.servers import serve
 
 ANNOTATION = (
     "<annotation><size><width>48</width><height>40</height></size><object><name>cat</name>"

@@ -31,12 +31,12 @@ from dupr_cli import prepare
 from dupr_cli.artifacts.labels import Box, Placement, decode_mask, encode_mask
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Manifest, open_shards
-from dupr_cli.artifacts.voc_tree import VocTree
+from dupr_cli.datasets.voc import VocTree
 from dupr_cli.errors import UsageError
 from dupr_cli.recipe import PrepareRecipe, load_recipe
-from tests.cli import command_line
 from tests.conftest import encode, noise_image, write_shards
-from tests.servers import serve
+from tests.support import command_line
+from tests.support.servers import serve
 
 
 def prepared(

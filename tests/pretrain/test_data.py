@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from dupr_cli.artifacts.shard_files import Sample, write_shard
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.errors import RunError
-from dupr_cli.parallel import World
 from dupr_cli.pretrain.data import BatchOrder, epoch_order, held_out, training_batches
 from dupr_cli.recipe import PretrainRecipe
+from dupr_cli.runtime.parallel import World
 from tests.conftest import encode, noise_image
 
 Load = Callable[..., PretrainRecipe]

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from dupr_cli.artifacts.shard_files import Sample, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
-from tests.cli import command_line
 from tests.conftest import TINY, encode
+from tests.support import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 # One thread each: the number of threads changes the order of sums, and so the rounding.
@@ -32,7 +32,7 @@ def test_what_travels_between_processes(processes: int) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), "-m", "tests.pretrain.ranks"),
+            *("--nproc-per-node", str(processes), "-m", "tests.support.ranks"),
         ],
         env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip

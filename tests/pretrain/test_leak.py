@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dupr_cli.parallel import World
-from dupr_cli.pretrain.augmentation import ORDER, PARAMETERS
-from dupr_cli.pretrain.encoders import Embeddings, KeyQueue, group_batch_norms, momentum_update
+from dupr_cli.models.batch_norm import group_batch_norms
+from dupr_cli.pretrain.encoders import Embeddings, KeyQueue, momentum_update
 from dupr_cli.pretrain.losses import info_nce
 from dupr_cli.pretrain.trainer import embed_keys, step_generator
-from dupr_cli.pretrain.views import View
+from dupr_cli.pretrain.view_batches import View
 from dupr_cli.recipe import PretrainRecipe
+from dupr_cli.runtime.parallel import World
+from dupr_cli.views.augmentation import ORDER, PARAMETERS
 
 ALONE = World(torch.device("cpu"))
 IMAGES, GROUPS, STEPS = 64, 8, 800

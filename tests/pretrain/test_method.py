@@ -9,26 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dupr_cli.backbones import ResNetBackbone
-from dupr_cli.parallel import World
-from dupr_cli.pretrain.augmentation import ORDER, PARAMETERS
-from dupr_cli.pretrain.encoders import (
-    Embeddings,
-    Encoder,
+from dupr_cli.models.batch_norm import (
     GroupedBatchNorm2d,
-    KeyQueue,
     commit_statistics,
     drop_statistics,
     group_batch_norms,
-    momentum_update,
     ungroup_batch_norms,
 )
+from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.pretrain.encoders import Embeddings, Encoder, KeyQueue, momentum_update
 from dupr_cli.pretrain.method import Dupr
-from dupr_cli.pretrain.probe import top1_retrieval
+from dupr_cli.pretrain.retrieval_check import top1_retrieval
 from dupr_cli.pretrain.trainer import embed_keys, learning_rate, push_keys, step_generator
-from dupr_cli.pretrain.views import View
+from dupr_cli.pretrain.view_batches import View
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.pretrain import OptimizerSection
+from dupr_cli.runtime.parallel import World
+from dupr_cli.views.augmentation import ORDER, PARAMETERS
 
 Load = Callable[..., PretrainRecipe]
 ALONE = World(torch.device("cpu"))

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from dupr_cli.artifacts.weights import Weights, load_backbone
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.evaluate.detectors.norms import replace_batch_norms
 from dupr_cli.evaluate.detectors.retinanet import RetinaNet
-from dupr_cli.evaluate.detectors.roi_heads import Found, Target
+from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.evaluate.detectors.two_stage import TwoStage
-from dupr_cli.parallel import World
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD
 from dupr_cli.recipe.evaluate import EvaluateRecipe
+from dupr_cli.runtime.parallel import World
 
-__all__ = ["Detector", "Found", "Target", "build_detector"]
+__all__ = ["Detector", "HeadOutput", "Target", "build_detector"]
 
 
 class Detector(nn.Module):
@@ -64,7 +64,7 @@ class Detector(nn.Module):
         with self._autocast():
             return self.network.losses(batch, on_device)
 
-    def detect(self, images: list[Tensor]) -> list[Found]:
+    def detect(self, images: list[Tensor]) -> list[HeadOutput]:
         """Detections per image, highest score first; call in evaluation mode.
 
         images: (3, H, W) uint8 each. Boxes are in pixels of the image, labels from 0.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dupr_cli.artifacts.layouts import detectron2_backbone_name
 from dupr_cli.evaluate.detectors import Detector
+from dupr_cli.models.naming import detectron2_backbone_name
 
 _PLAIN = {
     "rpn.head.conv.0.0.": "proposal_generator.rpn_head.conv.",

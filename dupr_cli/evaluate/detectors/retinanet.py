@@ -17,13 +17,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.evaluate.detectors.anchors import Anchors
 from dupr_cli.evaluate.detectors.norms import make_norm
-from dupr_cli.evaluate.detectors.roi_heads import Found, Target, select_detections
-from dupr_cli.parallel import World
+from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target, select_detections
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe
+from dupr_cli.runtime.parallel import World
 
 _LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
 _STRIDES = (8, 16, 32, 64, 128)
@@ -118,7 +118,7 @@ class RetinaNet(nn.Module):
         matched: Tensor = self._matcher(box_iou(target.boxes, anchors))
         return matched
 
-    def detect(self, images: ImageList) -> list[Found]:
+    def detect(self, images: ImageList) -> list[HeadOutput]:
         """Detections of a batch; call in evaluation mode."""
         levels = self._predict(images)
         found = []

@@ -30,7 +30,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Found:
+class HeadOutput:
     """Detections of one image, highest score first. masks: (d, M, M) probabilities in the boxes."""
 
     boxes: Tensor
@@ -160,7 +160,7 @@ class RoIHeads(nn.Module):
         features: Sequence[Tensor],
         proposals: list[Tensor],
         sizes: Sequence[tuple[int, int]],
-    ) -> list[Found]:
+    ) -> list[HeadOutput]:
         """sizes: height and width of each image, without padding."""
         vectors, _ = self._regions(features, proposals)
         scores, offsets = self.box_predictor(vectors)
@@ -180,7 +180,7 @@ class RoIHeads(nn.Module):
             found, torch.split(logits, [len(f.boxes) for f in found]), strict=True
         ):
             masks = of_image[torch.arange(len(f.labels), device=f.labels.device), f.labels]
-            with_masks.append(Found(f.boxes, f.labels, f.scores, masks.sigmoid()))
+            with_masks.append(HeadOutput(f.boxes, f.labels, f.scores, masks.sigmoid()))
         return with_masks
 
 
@@ -204,7 +204,7 @@ class _Sampled:
 
 def select_detections(
     boxes: Tensor, scores: Tensor, size: tuple[int, int], test: DetectionTestSection
-) -> Found:
+) -> HeadOutput:
     """Boxes (n, K, 4) and scores (n, K) of one image to detections: threshold, NMS, the best ones.
 
     Non-maximum suppression is among the boxes of a class. Values that are not finite are dropped.
@@ -214,4 +214,4 @@ def select_detections(
     region, label = torch.where(usable)
     boxes, scores = boxes[region, label], scores[region, label]
     kept = batched_nms(boxes, scores, label, test.nms_iou)[: test.detections_per_image]
-    return Found(boxes[kept], label[kept], scores[kept])
+    return HeadOutput(boxes[kept], label[kept], scores[kept])

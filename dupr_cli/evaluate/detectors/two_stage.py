@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.evaluate.detectors.anchors import Anchors
 from dupr_cli.evaluate.detectors.norms import make_norm
 from dupr_cli.evaluate.detectors.proposals import make_proposals
 from dupr_cli.evaluate.detectors.regions import RegionPooling
-from dupr_cli.evaluate.detectors.roi_heads import BoxPredictor, Found, RoIHeads, Target
+from dupr_cli.evaluate.detectors.roi_heads import BoxPredictor, HeadOutput, RoIHeads, Target
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 
@@ -151,7 +151,7 @@ class TwoStage(nn.Module):
         proposals, losses = self.rpn(images, features, [{"boxes": t.boxes} for t in targets])
         return {**losses, **self.roi_heads.losses(list(features.values()), proposals, targets)}
 
-    def detect(self, images: ImageList) -> list[Found]:
+    def detect(self, images: ImageList) -> list[HeadOutput]:
         """Detections of a batch; call in evaluation mode."""
         features = self._features(images.tensors)
         proposals, _ = self.rpn(images, features)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from dupr_cli.artifacts.files import write_bytes
-from dupr_cli.artifacts.layouts import detectron2_backbone_name
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import LibraryMissingError, Loaded
+from dupr_cli.models.naming import detectron2_backbone_name
 
 FILE = "backbone.pkl"
 _DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dupr_cli.artifacts.files import write_bytes
 from dupr_cli.artifacts.weights import Weights, load_backbone
-from dupr_cli.backbones import ResNetBackbone
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import Loaded
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import LEVELS
 
 FILE = "backbone.onnx"

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from dupr_cli.artifacts.files import write_json
-from dupr_cli.artifacts.layouts import block_count, transformers_name
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import LibraryMissingError, Loaded
 from dupr_cli.export.formats.safetensors_files import read_model, write_model
+from dupr_cli.models.naming import block_count, transformers_name
 from dupr_cli.recipe.base import LEVELS
 
 _STAGES = [f"stage{n}" for n in range(1, 5)]

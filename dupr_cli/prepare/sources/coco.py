@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dupr_cli.artifacts.coco_json import (
+from dupr_cli.artifacts.labels import Box
+from dupr_cli.datasets.coco import (
     CocoSet,
     coco_files,
     coco_root,
@@ -18,7 +19,6 @@ from dupr_cli.artifacts.coco_json import (
     read_coco,
     with_keypoints,
 )
-from dupr_cli.artifacts.labels import Box
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, key_of, plain_key
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dupr_cli.artifacts.voc_tree import VocTree, find_voc_trees
+from dupr_cli.datasets.voc import VocTree, find_voc_trees
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key
 

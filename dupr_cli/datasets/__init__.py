@@ -1,0 +1,1 @@
+"""Labelled sets: readers of each layout, and the one placement of pixels and boxes."""

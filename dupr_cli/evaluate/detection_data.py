@@ -1,0 +1,210 @@
+"""What the detector sees: images resized and flipped with their boxes, in batches.
+
+Every batch is a pure function of (seed, iteration): its images, their flips and short sides. So
+all compared weights train on the same batches, with any number of loader workers. Images are
+resized with Pillow's antialiased bilinear filter, as the protocol's loader does, and stay uint8
+until they are on the training device.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dupr_cli.datasets.labelled import LabelledSet
+from dupr_cli.evaluate.detectors import Target
+from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
+from dupr_cli.runtime.parallel import World
+
+# Streams of random numbers, told apart by the last word of their seed.
+_ORDER, _FLIP, _SIZE = range(3)
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """Images of one step, with their objects.
+
+    images: (3, H, W) uint8 each. targets: boxes in pixels of that image, class numbers from 0.
+    """
+
+    images: list[Tensor]
+    targets: list[Target]
+
+    def pin_memory(self) -> DetectionBatch:
+        """Called by the loader for a CUDA device."""
+        return DetectionBatch([image.pin_memory() for image in self.images], self.targets)
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image of a batch: its position in the set, and what is done to it."""
+
+    position: int
+    short_side: int
+    flip: bool = False
+
+
+def resized_size(width: int, height: int, short_side: int, max_size: int) -> tuple[int, int]:
+    """Width and height with the short side as asked for, unless the long one exceeds max_size."""
+    scale = min(short_side / min(width, height), max_size / max(width, height))
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+
+def flip_boxes(boxes: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """(n, 4) boxes of an image mirrored left to right; pixel edges, so width - x is exact."""
+    return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+
+
+class TrainingOrder:
+    """The requests of every iteration from `start` on, without end.
+
+    Images that do not fill a batch at the end of an epoch start the next one: nothing is dropped.
+    With `data.group_by_aspect` wide and tall images wait for others of their kind, as in
+    detectron2, and a batch is of one kind.
+    """
+
+    def __init__(
+        self, images: LabelledSet, recipe: EvaluateRecipe, seed: int, start: int = 0
+    ) -> None:
+        self._wide = [a.width >= a.height for a in images.annotations]
+        self._recipe, self._seed, self._start = recipe, seed, start
+
+    def __iter__(self) -> Iterator[list[ImageRequest]]:
+        return islice(self._batches(), self._start, None)
+
+    def _batches(self) -> Iterator[list[ImageRequest]]:
+        waiting: dict[bool, list[ImageRequest]] = {False: [], True: []}
+        for request in self._requests():
+            kind = self._wide[request.position] or not self._recipe.data.group_by_aspect
+            waiting[kind].append(request)
+            if len(waiting[kind]) == self._recipe.train.batch_size:
+                yield waiting[kind]
+                waiting[kind] = []
+
+    def _requests(self) -> Iterator[ImageRequest]:
+        data, images = self._recipe.data, len(self._wide)
+        for epoch in count():
+            order = self._random(epoch, _ORDER).permutation(images)
+            flips = (self._random(epoch, _FLIP).random(images) < 0.5) & data.flip
+            sizes = self._random(epoch, _SIZE).choice(data.train_sizes, images)
+            for position, side, flip in zip(order, sizes, flips, strict=True):
+                yield ImageRequest(int(position), int(side), bool(flip))
+
+    def _random(self, epoch: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, epoch, stream])
+
+
+class PartOfBatches:
+    """What one of several processes takes of every batch: an equal part, in rank order."""
+
+    def __init__(self, batches: Iterable[list[ImageRequest]], world: World) -> None:
+        self._batches, self._world = batches, world
+
+    def __iter__(self) -> Iterator[list[ImageRequest]]:
+        for batch in self._batches:
+            size = len(batch) // self._world.size
+            yield batch[self._world.rank * size : (self._world.rank + 1) * size]
+
+
+class ImageLoading(Dataset[DetectionBatch]):
+    """Decodes, resizes and flips the image of a request."""
+
+    def __init__(
+        self, images: LabelledSet, data: DetectionDataSection, classes: Sequence[str], masks: bool
+    ) -> None:
+        self._images, self._data, self._classes, self._masks = images, data, classes, masks
+
+    def __getitem__(self, request: ImageRequest) -> DetectionBatch:
+        """Crowds are no objects to learn. Raises RunError naming an image that cannot be read."""
+        image = self._images.image(request.position)
+        annotation = self._images.annotations[request.position]
+        width, height = resized_size(
+            image.width, image.height, request.short_side, self._data.max_size
+        )
+        scale = np.array([width / image.width, height / image.height] * 2, dtype=np.float32)
+        single = ~annotation.crowd
+        boxes = annotation.boxes[single] * scale
+        labels = np.array([self._classes.index(name) for name in annotation.names], dtype=np.int64)
+        # A copy: torch does not take the read-only memory of Pillow.
+        pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+        masks = None
+        if self._masks:
+            drawn = self._images.masks(request.position)[single]
+            masks = np.zeros((len(drawn), height, width), dtype=np.bool_)
+            for mask, one in zip(masks, drawn, strict=True):
+                mask[:] = Image.fromarray(one).resize((width, height), Image.Resampling.NEAREST)
+        if request.flip:
+            pixels, boxes = pixels[:, ::-1].copy(), flip_boxes(boxes, width)
+            masks = None if masks is None else masks[:, :, ::-1].copy()
+        target = Target(
+            torch.from_numpy(boxes),
+            torch.from_numpy(labels[single]),
+            None if masks is None else torch.from_numpy(masks),
+        )
+        return DetectionBatch([torch.from_numpy(pixels).permute(2, 0, 1)], [target])
+
+
+def _collate(samples: list[DetectionBatch]) -> DetectionBatch:
+    return DetectionBatch(
+        [image for sample in samples for image in sample.images],
+        [target for sample in samples for target in sample.targets],
+    )
+
+
+def _ignore_interrupt(_worker: int) -> None:
+    # Control-C reaches the whole process group, and is the main process's to handle. Not SIGTERM:
+    # with it Python ends workers that are left at exit, and waits for them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _loader(
+    images: LabelledSet,
+    recipe: EvaluateRecipe,
+    classes: Sequence[str],
+    requests: Iterable[list[ImageRequest]],
+    masks: bool,
+    world: World,
+) -> DataLoader[DetectionBatch]:
+    return DataLoader(
+        ImageLoading(images, recipe.data, classes, masks),
+        batch_sampler=cast(Sampler[list[int]], requests),  # the loader passes on what it yields
+        num_workers=recipe.train.workers,
+        collate_fn=_collate,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=_ignore_interrupt,
+    )
+
+
+def training_batches(
+    images: LabelledSet,
+    recipe: EvaluateRecipe,
+    classes: Sequence[str],
+    seed: int,
+    start: int,
+    world: World,
+) -> DataLoader[DetectionBatch]:
+    """This process's part of the batches of all iterations from `start` on, without end."""
+    order = PartOfBatches(TrainingOrder(images, recipe, seed, start), world)
+    return _loader(images, recipe, classes, order, recipe.has_masks, world)
+
+
+def test_batches(
+    images: LabelledSet,
+    recipe: EvaluateRecipe,
+    classes: Sequence[str],
+    positions: Sequence[int],
+    world: World,
+) -> DataLoader[DetectionBatch]:
+    """One image at a time, in order: in a batch the padding of its neighbours would change it."""
+    requests = [[ImageRequest(position, recipe.data.test_size)] for position in positions]
+    return _loader(images, recipe, classes, requests, False, world)

@@ -1,0 +1,173 @@
+"""What people read of an evaluation: table.txt in 80 columns, and detections.json row by row."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
+
+import numpy as np
+
+from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
+from dupr_cli.evaluate.statistics import compared_metrics
+from dupr_cli.metrics.types import Detections, Rle
+
+_WIDTH = 80
+_NAME_WIDTH = 24
+_COLUMNS = 7  # of the table per class, beside the class name
+
+
+class DetectionRow(TypedDict):
+    """One detection. box: x_min, y_min, x_max, y_max, pixel edges, 0-based and half-open.
+
+    mask: in COCO's compressed run lengths, of detectors that have them.
+    """
+
+    image_id: str
+    # A field named `class` needs the call syntax of TypedDict; `name` is what Box calls it, too.
+    name: str
+    score: float
+    box: list[float]
+    mask: NotRequired[Rle]
+
+
+def detection_rows(
+    detections: Sequence[Detections], image_ids: Sequence[str], classes: Sequence[str]
+) -> str:
+    """JSON: a list with one detection per line, in the order of the images and of the detector."""
+    lines = []
+    for image_id, found in zip(image_ids, detections, strict=True):
+        for i, (box, label) in enumerate(zip(found.boxes, found.labels, strict=True)):
+            row: DetectionRow = {
+                "image_id": image_id,
+                "name": classes[label],
+                "score": float(found.scores[i]),
+                "box": [float(edge) for edge in box],
+            }
+            if found.masks is not None:
+                row["mask"] = found.masks[i]
+            lines.append(json.dumps(row, ensure_ascii=False))
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def detections_from_rows(
+    rows: Sequence[DetectionRow], image_ids: Sequence[str], classes: Sequence[str]
+) -> list[Detections]:
+    """The inverse of `detection_rows`. Raises KeyError or ValueError for what it did not write."""
+    by_image: dict[str, list[DetectionRow]] = {image_id: [] for image_id in image_ids}
+    for row in rows:
+        by_image[row["image_id"]].append(row)
+    return [
+        Detections(
+            np.array([row["box"] for row in found], dtype=np.float64).reshape(-1, 4),
+            np.array([classes.index(row["name"]) for row in found], dtype=np.int64),
+            np.array([row["score"] for row in found], dtype=np.float64),
+            tuple(row["mask"] for row in found) if found and "mask" in found[0] else None,
+        )
+        for found in by_image.values()
+    ]
+
+
+def table(results: Results) -> str:
+    """Plain text of at most 80 columns."""
+    names = [str(entry.extra["folder"]) for entry in results.results]
+    lines = textwrap.wrap(f"{results.protocol}: {results.metric}", _WIDTH)
+    for verb, used in (("Trained", results.train), ("Tested", results.test)):
+        lines += textwrap.wrap(f"{verb} on {_describe(used)}", _WIDTH, subsequent_indent="  ")
+    for key, (shipped, now) in results.changes.items():
+        lines += _wrapped(f"Changed: {key} is {now}, in {results.protocol} {shipped}")
+    for note in results.notes:
+        lines += _wrapped(f"Note: {note}")
+    count = len(results.seeds)
+    lines += ["", _trials_line(count)]
+    compared = compared_metrics(results.results[0].metrics)
+    heads = "".join(f"{metric:>{8 if count == 1 else 11}}" for metric in compared)
+    lines.append(f"{'weights':<{_NAME_WIDTH}} {'backbone':<11}{heads}  train s")
+    for name, entry in zip(names, results.results, strict=True):
+        figures = "".join(_figure(entry, metric, count) for metric in compared)
+        lines.append(
+            f"{_short(name):<{_NAME_WIDTH}} {entry.architecture:<11}{figures}"
+            f"{entry.seconds['train']:9.0f}"
+        )
+    lines += _difference_lines(results, count)
+    rest = [m for m in results.results[0].metrics if m not in compared]
+    for first in range(0, len(names), _COLUMNS):
+        columns = range(first, len(names))[:_COLUMNS]
+        if rest:
+            lines += ["", *_metric_table(results, names, rest, columns)]
+        lines += ["", *_class_table(results, names, columns)]
+    lines.append("")
+    for name, entry in zip(names, results.results, strict=True):
+        lines += textwrap.wrap(f"{name}: {entry.weights}", _WIDTH, subsequent_indent="  ")
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
+
+
+def _trials_line(count: int) -> str:
+    if count == 1:
+        return "One seed: a difference may be chance. --seeds 5 tells."
+    return f"Means over {count} seeds, and standard deviations"
+
+
+def _figure(entry: WeightsResult, metric: str, count: int) -> str:
+    if count == 1:
+        return f"{entry.metrics[metric]:8.1f}"
+    return f"{entry.metrics[metric]:6.1f} ±{entry.deviations.get(metric, 0.0):3.1f}"
+
+
+def _difference_lines(results: Results, count: int) -> list[str]:
+    """Every pair of weights; what one can conclude is said in words."""
+    if not results.differences:
+        return []
+    confidence = round(100 * results.differences[0].confidence)
+    lines = ["", *_wrapped(f"Paired differences over {count} seeds, {confidence} % intervals")]
+    pair = ("", "")
+    for found in results.differences:
+        if (found.first, found.second) != pair:
+            pair = (found.first, found.second)
+            lines += _wrapped(f"{found.first} minus {found.second}")
+        interval = f"[{found.low:+.1f}, {found.high:+.1f}]"
+        verdict = "real" if found.is_real else "may be chance"
+        lines.append(f"  {found.metric:<8}{found.mean:+6.1f}  {interval:<16} {verdict}")
+    return lines
+
+
+def _metric_table(
+    results: Results, names: Sequence[str], metrics: Sequence[str], columns: range
+) -> list[str]:
+    """Further metrics, such as AP of small objects, one line each."""
+    lines = [f"{'metric':<{_NAME_WIDTH}}{_numbers(names, columns)}"]
+    for metric in metrics:
+        cells = [results.results[i].metrics.get(metric) for i in columns]
+        lines.append(f"{_short(metric):<{_NAME_WIDTH}}{_cells(cells)}")
+    return lines
+
+
+def _numbers(names: Sequence[str], columns: range) -> str:
+    return "".join(f"{names[i].partition('-')[0]:>7}" for i in columns)
+
+
+def _cells(values: Sequence[float | None]) -> str:
+    return "".join(f"{'-':>7}" if v is None else f"{v:7.1f}" for v in values)
+
+
+def _describe(used: DatasetIdentity) -> str:
+    return f"{used.images} images, {used.objects} objects: {used.address}, split {used.split}"
+
+
+def _class_table(results: Results, names: Sequence[str], columns: range) -> list[str]:
+    """AP of each class; a dash where the test images have no object of it to find."""
+    lines = [f"{'AP of class':<{_NAME_WIDTH}}{_numbers(names, columns)}"]
+    for name in results.classes:
+        found = [results.results[i].per_class.get(name) for i in columns]
+        cells = [None if of is None else of["AP"] for of in found]
+        lines.append(f"{_short(name):<{_NAME_WIDTH}}{_cells(cells)}")
+    return lines
+
+
+def _short(name: str, width: int = _NAME_WIDTH) -> str:
+    return name if len(name) <= width else name[: width - 3] + "..."

@@ -1,0 +1,293 @@
+"""What is behind an AP: curves, classes taken for another, kinds of errors, sizes of objects.
+
+All of it goes by VOC's matching and one IoU threshold, of whatever metric the detections were
+scored by. The kinds of errors and what each costs follow TIDE (Bolya et al., ECCV 2020, sections
+2.2 and 2.3): AP is computed again with all errors of one kind repaired, and the gain is the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dupr_cli.metrics.arrays import (
+    DetectionArrays,
+    ObjectArrays,
+    box_areas,
+    candidate_pairs,
+    flatten_detections,
+    flatten_truths,
+    pair_iou,
+)
+from dupr_cli.metrics.types import (
+    Detections,
+    Flags,
+    Floats,
+    Integers,
+    Points,
+    Truth,
+)
+from dupr_cli.metrics.voc import (
+    IOU_THRESHOLDS,
+    Matches,
+    Outcome,
+    average_precision,
+    curves,
+    match,
+    outcome,
+)
+
+# Overlap from which a detection is on an object, and below which it is on none.
+FOREGROUND, BACKGROUND = 0.5, 0.1
+# From this score on detections are in the confusion matrix.
+CONFUSION_SCORE = 0.5
+ERROR_KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
+# Areas in square pixels. Source: COCO's evaluation.
+SIZES = {
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Of one class, at its right detections, in order of falling score; as fractions."""
+
+    precision: list[float]
+    recall: list[float]
+    scores: list[float]
+    average_precision: float
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """count: of detections, or objects for `missed`. cost: AP50 in percent that it takes away."""
+
+    count: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class SizeScores:
+    """Objects of one range of sizes. AP, AP50: in percent, None where there is no object."""
+
+    objects: int
+    AP: float | None
+    AP50: float | None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """points: of the APs in it. curves: by class. confusion: [class of the object][class found],
+    numbers of objects and detections; the last row is background that was found, the last column
+    objects that were not. confusion_score: from which score on detections are in it."""
+
+    points: Points
+    iou: float
+    average_precision: float
+    classes: list[str]
+    curves: dict[str, Curve]
+    errors: dict[str, ErrorKind]
+    sizes: dict[str, SizeScores]
+    confusion: list[list[int]]
+    confusion_score: float
+
+
+def analyse(
+    truths: Sequence[Truth],
+    detections: Sequence[Detections],
+    classes: Sequence[str],
+    points: Points = "voc10",
+) -> Analysis:
+    """truths, detections: one entry per image, in the same order; their labels number `classes`.
+
+    Raises ValueError when no class has an object to find.
+    """
+    objects, found = flatten_truths(truths), flatten_detections(detections)
+    matches = match(objects, found, len(classes))
+    if not matches.positives.any():
+        raise ValueError("no class has an object to find")
+    result = outcome(matches, FOREGROUND)
+    return Analysis(
+        points=points,
+        iou=FOREGROUND,
+        average_precision=100 * _mean_ap(matches, result, points, matches.positives > 0),
+        classes=list(classes),
+        curves=_curves(matches, result, classes, points),
+        errors=_errors(objects, found, matches, result, len(classes), points),
+        sizes={
+            name: _of_size(objects, found, len(classes), span, points)
+            for name, span in SIZES.items()
+        },
+        confusion=_confusion(objects, found, len(classes), CONFUSION_SCORE),
+        confusion_score=CONFUSION_SCORE,
+    )
+
+
+def _mean_ap(matches: Matches, result: Outcome, points: Points, counted: Flags) -> float:
+    """counted: (classes,) those of the mean."""
+    found = zip(curves(matches, result), counted, strict=True)
+    return float(np.mean([average_precision(p, r, points) for (p, r), counts in found if counts]))
+
+
+def _curves(
+    matches: Matches, result: Outcome, classes: Sequence[str], points: Points
+) -> dict[str, Curve]:
+    right = np.flatnonzero(result.right)
+    bounds = np.searchsorted(right, matches.starts)
+    found = {}
+    for label, (precision, recall) in enumerate(curves(matches, result)):
+        if matches.positives[label]:
+            scores = matches.scores[right[bounds[label] : bounds[label + 1]]]
+            value = average_precision(precision, recall, points)
+            found[classes[label]] = Curve(
+                precision.tolist(), recall.tolist(), scores.tolist(), value
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class _Overlaps:
+    """The object that each detection overlaps most.
+
+    iou: (d,) 0 where there is none. object: (d,) -1 where there is none.
+    """
+
+    iou: Floats
+    object: Integers
+
+
+def _errors(
+    objects: ObjectArrays,
+    found: DetectionArrays,
+    matches: Matches,
+    result: Outcome,
+    classes: int,
+    points: Points,
+) -> dict[str, ErrorKind]:
+    counted = matches.positives > 0
+    before = _mean_ap(matches, result, points, counted)
+    # Back in the order of `found`.
+    right, ignored = np.zeros(len(found), dtype=np.bool_), np.zeros(len(found), dtype=np.bool_)
+    right[matches.place], ignored[matches.place] = result.right, result.ignored
+    taken = np.zeros(len(objects), dtype=np.bool_)
+    taken[matches.object[result.right]] = True
+    own, other = _overlaps(objects, found, same_class=True), _overlaps(objects, found, False)
+
+    left = ~right & ~ignored
+    kinds: dict[str, Flags] = {}
+    # In this order: what one kind claims is no other's.
+    for kind, applies in (
+        ("localisation", (own.iou >= BACKGROUND) & (own.iou <= FOREGROUND)),
+        ("classification", other.iou > FOREGROUND),
+        ("duplicate", own.iou > FOREGROUND),
+        ("background", np.maximum(own.iou, other.iou) < BACKGROUND),
+        ("both", np.ones(len(found), dtype=np.bool_)),
+    ):
+        kinds[kind] = left & applies
+        left = left & ~applies
+
+    def cost(repaired_objects: ObjectArrays, repaired: DetectionArrays) -> float:
+        again = match(repaired_objects, repaired, classes)
+        return 100 * (_mean_ap(again, outcome(again, FOREGROUND), points, counted) - before)
+
+    def moved(kind: str, targets: Integers, repaired: DetectionArrays) -> float:
+        """The detections of the kind become right, each object's best one; the others go."""
+        wrong = np.flatnonzero(kinds[kind])
+        wrong = wrong[np.argsort(-found.scores[wrong], kind="stable")]
+        wrong = wrong[~taken[targets[wrong]]]
+        _, first = np.unique(targets[wrong], return_index=True)
+        keep = ~kinds[kind]
+        keep[wrong[first]] = True
+        return cost(objects, repaired.take(keep))
+
+    label = np.where(kinds["classification"], objects.label[other.object], found.label)
+    boxes = np.where(kinds["localisation"][:, None], objects.boxes[own.object], found.boxes)
+    covered = taken.copy()
+    covered[other.object[kinds["classification"]]] = True
+    covered[own.object[kinds["localisation"]]] = True
+    missed = ~covered & ~objects.ignored
+    costs = {
+        "classification": moved("classification", other.object, replace(found, label=label)),
+        "localisation": moved("localisation", own.object, replace(found, boxes=boxes)),
+        **{k: cost(objects, found.take(~kinds[k])) for k in ("both", "duplicate", "background")},
+        # As ignored objects they are no longer looked for; a class without others stays at 0.
+        "missed": cost(replace(objects, ignored=objects.ignored | missed), found),
+    }
+    counts = {kind: int(flags.sum()) for kind, flags in {**kinds, "missed": missed}.items()}
+    return {kind: ErrorKind(counts[kind], costs[kind]) for kind in ERROR_KINDS}
+
+
+def _overlaps(objects: ObjectArrays, found: DetectionArrays, same_class: bool) -> _Overlaps:
+    """Among the objects of the image that are to be found, of the detection's class or not."""
+    iou, best = np.zeros(len(found)), np.full(len(found), -1)
+    usable = np.flatnonzero(~objects.ignored)
+    by_image = usable[np.argsort(objects.image[usable], kind="stable")]
+    for detection, candidate in candidate_pairs(objects.image[by_image], found.image, by_image):
+        fits = (found.label[detection] == objects.label[candidate]) == same_class
+        detection, candidate = detection[fits], candidate[fits]
+        overlaps = pair_iou(found.boxes[detection], objects.boxes[candidate])
+        # Written from the smallest overlap to the largest: the largest stays.
+        order = np.argsort(overlaps, kind="stable")
+        iou[detection[order]] = overlaps[order]
+        best[detection[order]] = candidate[order]
+    return _Overlaps(iou, best)
+
+
+def _of_size(
+    objects: ObjectArrays,
+    found: DetectionArrays,
+    classes: int,
+    span: tuple[float, float],
+    points: Points,
+) -> SizeScores:
+    """As COCO does it: others are ignored, and so are detections of another size that hit none."""
+    low, high = span
+    inside = (objects.size >= low) & (objects.size < high) & ~objects.ignored
+    matches = match(replace(objects, ignored=~inside), found, classes)
+    if not inside.any():
+        return SizeScores(0, None, None)
+    areas = box_areas(found.boxes)[matches.place]
+    elsewhere = (areas < low) | (areas >= high)
+    values = []
+    for threshold in IOU_THRESHOLDS:
+        result = outcome(matches, threshold)
+        lost = elsewhere & ~(matches.iou > threshold)
+        kept = Outcome(result.right, result.ignored | lost)
+        values.append(_mean_ap(matches, kept, points, matches.positives > 0))
+    return SizeScores(int(inside.sum()), 100 * float(np.mean(values)), 100 * values[0])
+
+
+def _confusion(
+    objects: ObjectArrays, found: DetectionArrays, classes: int, score: float
+) -> list[list[int]]:
+    """Each object goes to the best-scored detection over FOREGROUND IoU, of any class.
+
+    Of several free objects a detection takes the one it overlaps most. Those that hit only ignored
+    or taken objects of their own class are left out, as duplicates are no confusion.
+    """
+    counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
+    confident = found.take(found.scores >= score)
+    confident = confident.take(np.argsort(-confident.scores, kind="stable"))
+    by_image = np.argsort(objects.image, kind="stable")
+    pairs: dict[int, list[tuple[float, int]]] = {}
+    for detection, candidate in candidate_pairs(objects.image[by_image], confident.image, by_image):
+        overlaps = pair_iou(confident.boxes[detection], objects.boxes[candidate])
+        hit = overlaps > FOREGROUND
+        for d, o, iou in zip(detection[hit], candidate[hit], overlaps[hit], strict=True):
+            pairs.setdefault(int(d), []).append((-float(iou), int(o)))
+    free = ~objects.ignored
+    for d, label in enumerate(confident.label.tolist()):
+        hits = sorted(pairs.get(d, []))
+        choice = next((o for _, o in hits if free[o]), None)
+        if choice is not None:
+            free[choice] = False
+            counts[objects.label[choice], label] += 1
+        elif not any(objects.label[o] == label for _, o in hits):
+            counts[classes, label] += 1
+    counts[:classes, classes] = np.bincount(objects.label[free], minlength=classes)
+    rows: list[list[int]] = counts.tolist()
+    return rows

@@ -1,0 +1,90 @@
+"""An analysis on disk: analysis.json, and its pictures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dupr_cli.artifacts.files import atomic_file, write_json
+from dupr_cli.metrics.analysis import Analysis
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ANALYSIS = "analysis.json"
+# More lines in one plot cannot be told apart, larger matrices not read.
+_NAMED_CURVES, _WRITTEN_CELLS = 20, 12
+
+
+def write_analysis(folder: Path, analysis: Analysis) -> None:
+    """analysis.json, precision_recall.png, confusion.png, errors.png, in a folder that exists."""
+    _save(_curves(analysis), folder / "precision_recall.png")
+    _save(_confusion(analysis), folder / "confusion.png")
+    _save(_errors(analysis), folder / "errors.png")
+    write_json(folder / ANALYSIS, asdict(analysis))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+def _curves(analysis: Analysis) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axis = figure.add_subplot()
+    named = len(analysis.curves) <= _NAMED_CURVES
+    for name, curve in analysis.curves.items():
+        label = f"{name} {100 * curve.average_precision:.1f}" if named else None
+        axis.plot([0, *curve.recall], [1, *curve.precision], label=label)
+    axis.set(
+        xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision",
+        title=f"IoU {analysis.iou:g}, mean AP {analysis.average_precision:.1f}",
+    )  # fmt: skip
+    axis.grid(alpha=0.3)
+    if named and analysis.curves:
+        figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _confusion(analysis: Analysis) -> Figure:
+    """Colours are shares of a row: of the objects of a class, of what was found in background."""
+    from matplotlib.figure import Figure
+
+    counts = np.array(analysis.confusion)
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    names = [*analysis.classes, "background"]
+    side = 3 + 0.4 * len(names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.add_subplot()
+    axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set(xlabel="found", ylabel="object")
+    axis.set_title(
+        f"detections with score {analysis.confusion_score:g} or more, IoU over {analysis.iou:g}",
+        fontsize=9,
+    )
+    if len(names) <= _WRITTEN_CELLS:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+    return figure
+
+
+def _errors(analysis: Analysis) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axis = figure.add_subplot()
+    kinds = list(analysis.errors)
+    bars = axis.barh(kinds, [analysis.errors[kind].cost for kind in kinds])
+    axis.bar_label(bars, [f" {analysis.errors[kind].count}" for kind in kinds], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("AP50 that it costs, percent (and how many there are)")
+    axis.grid(axis="x", alpha=0.3)
+    return figure

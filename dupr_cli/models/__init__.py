@@ -1,0 +1,1 @@
+"""Networks: the backbone protocol and its families, batch norm, naming, weights to compare."""

@@ -1,0 +1,83 @@
+"""torchvision's ResNets as backbones: state-dict names are torchvision's own, without fc."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import get_args
+
+import torchvision
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dupr_cli.errors import UsageError
+from dupr_cli.recipe.base import LEVELS, Level
+from dupr_cli.recipe.base import Backbone as TorchvisionName
+
+_STAGES: dict[Level, str] = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+
+
+class ResNetBackbone(nn.Module):
+    """conv1 to layer4 of a torchvision ResNet, ResNeXt or wide ResNet.
+
+    Source: He et al. 2016, with the stride in the 3x3 convolution as torchvision has it.
+    """
+
+    def __init__(self, architecture: str) -> None:
+        """Raises UsageError for what is no ResNet of torchvision's."""
+        super().__init__()
+        if architecture not in get_args(TorchvisionName):
+            raise UsageError(
+                f"{architecture} is no ResNet of torchvision's. Pre-training takes timm's networks "
+                f"too; export and evaluation know {', '.join(get_args(TorchvisionName))}."
+            )
+        self.architecture = architecture
+        self.recompute = False
+        network = torchvision.models.get_model(architecture, weights=None)
+        self.conv1: nn.Module = network.conv1
+        self.bn1: nn.Module = network.bn1
+        self.relu: nn.Module = network.relu
+        self.maxpool: nn.Module = network.maxpool
+        for stage in _STAGES.values():
+            setattr(self, stage, getattr(network, stage))
+        self.channels: dict[Level, int] = {level: _channels(self.stage(level)) for level in LEVELS}
+
+    def stem(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 64, H/4, W/4)."""
+        x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return x
+
+    def stage(self, level: Level) -> nn.Module:
+        """The residual blocks that compute a level from the one before it."""
+        module = getattr(self, _STAGES[level])
+        assert isinstance(module, nn.Module)
+        return module
+
+    def after(self, last: Level) -> list[nn.Module]:
+        """The stages that are not computed when `last` is the last level wanted."""
+        return [self.stage(level) for level in LEVELS[LEVELS.index(last) + 1 :]]
+
+    def forward(
+        self, images: Tensor, levels: Collection[Level] = LEVELS, last: Level = "res5"
+    ) -> dict[Level, Tensor]:
+        """Feature maps (N, C, H/stride, W/stride) of the wanted levels.
+
+        images: (N, 3, H, W), normalised. last: levels after it are not computed.
+        """
+        features: dict[Level, Tensor] = {}
+        x = self.stem(images)
+        for level in LEVELS:
+            stage = self.stage(level)
+            if self.recompute and x.requires_grad:
+                x = checkpoint(stage, x, use_reentrant=False)
+            else:
+                x = stage(x)
+            if level in levels:
+                features[level] = x
+            if level == last:
+                break
+        return features
+
+
+def _channels(stage: nn.Module) -> int:
+    """Channels that a stage puts out: those of its last convolution."""
+    return [m for m in stage.modules() if isinstance(m, nn.Conv2d)][-1].out_channels

@@ -1,0 +1,118 @@
+"""Advice about a recipe that is valid but may not learn: each warning with what to do about it.
+
+These are rules of thumb of the field, not errors: a run starts all the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dupr_cli.recipe.base import LEVEL_STRIDES
+from dupr_cli.recipe.pretrain import PretrainRecipe
+from dupr_cli.views.geometry import as_crop, overlap_fraction, random_crop_pair
+
+# MoCo v2's 0.03 at 256 images. Below a third of the scaled rate somebody forgot to scale it; short
+# runs on a CPU take several times more, ten times is too much for any.
+_RATE_PER_IMAGE, _LOWEST_RATE, _HIGHEST_RATE = 0.03 / 256, 1 / 3, 10
+# A key encoder has forgotten its random start after so many times 1 / (1 - momentum) steps.
+_MEMORIES = 3
+# Bins smaller than this share of a feature cell mostly repeat their neighbours.
+_SMALLEST_BIN = 0.5
+
+
+def science_warnings(recipe: PretrainRecipe, images: int | None, steps: int | None) -> list[str]:
+    """What is questionable about a recipe, on a data set of `images` images for `steps` steps.
+
+    None: not known yet, and what depends on it is not judged.
+    """
+    return [
+        *_queue(recipe, images),
+        *_learning_rate(recipe),
+        *_momentum(recipe, steps),
+        *_bins(recipe),
+        *_batch_norm(recipe),
+    ]
+
+
+def _queue(recipe: PretrainRecipe, images: int | None) -> list[str]:
+    method, batch = recipe.method, recipe.data.batch_size
+    per_step = batch * (2 if method.symmetric else 1)
+    found = []
+    if method.queue_length % per_step:
+        nearest = max(per_step, method.queue_length // per_step * per_step)
+        found.append(
+            f"method.queue_length is {method.queue_length}, not a multiple of the {per_step} keys "
+            f"that enter in a step: keys leave at uneven ages. Use {nearest}."
+        )
+    if images is not None and method.queue_length > images:
+        found.append(
+            f"method.queue_length is {method.queue_length}, more than the {images} images: the "
+            f"queue holds older keys of every image, its own among the negatives. Use at most "
+            f"{max(per_step, images // 2 // per_step * per_step)}."
+        )
+    return found
+
+
+def _learning_rate(recipe: PretrainRecipe) -> list[str]:
+    lr, batch = recipe.optimizer.lr, recipe.data.batch_size
+    scaled = _RATE_PER_IMAGE * batch
+    if scaled * _LOWEST_RATE <= lr <= scaled * _HIGHEST_RATE:
+        return []
+    return [
+        f"optimizer.lr is {lr:g} for a batch of {batch}; the linear rule from 0.03 at 256 gives "
+        f"{scaled:.2g}. Set that, and look at the retrieval before you go far from it."
+    ]
+
+
+def _momentum(recipe: PretrainRecipe, steps: int | None) -> list[str]:
+    momentum = recipe.method.momentum
+    if steps is None or (momentum < 1 and steps * (1 - momentum) >= _MEMORIES):
+        return []
+    proposal = (
+        f"Use {1 - 2 * _MEMORIES / steps:.3g}, or train" if steps > 6 * _MEMORIES else "Train"
+    )
+    return [
+        f"method.momentum is {momentum:g}, but the run has {steps} steps: the key encoder hardly "
+        f"leaves its random start. {proposal} longer."
+    ]
+
+
+def _bins(recipe: PretrainRecipe) -> list[str]:
+    method = recipe.method
+    random = np.random.default_rng(0)
+    side = 2 * method.views.size
+    pairs = [random_crop_pair(side, side, method.views, random) for _ in range(200)]
+    shares = [overlap_fraction(as_crop(first), as_crop(second)) for first, second in pairs]
+    share = float(np.median(shares))
+    found = []
+    for level, weight in method.patch.weights.items():
+        bins = method.patch.bins[level]
+        cells = share * method.views.size / LEVEL_STRIDES[level]
+        if weight and cells / bins < _SMALLEST_BIN:
+            found.append(
+                f"method.patch.bins.{level} is {bins}, but the shared region of a typical pair is "
+                f"{cells:.1f} cells wide at {level}: neighbouring patches see the same cells. Use "
+                f"{max(1, round(cells))} to {max(1, int(cells / _SMALLEST_BIN))}, or raise "
+                f"method.views.size or method.views.min_overlap."
+            )
+    return found
+
+
+def _batch_norm(recipe: PretrainRecipe) -> list[str]:
+    norm, found = recipe.method.batch_norm, []
+    if norm.groups == 1 and not norm.permute_keys:
+        found.append(
+            "method.batch_norm.groups is 1 and keys are not permuted: a key shares its batch "
+            "statistics with its query, which gives the answer away. Use 8 groups."
+        )
+    elif norm.groups == 1:
+        found.append(
+            "method.batch_norm makes one group of the whole batch: permuting keys within it hides "
+            "nothing, and queries may find their keys by the statistics. Use 8 groups."
+        )
+    if norm.sync and recipe.train.accumulate > 1:
+        found.append(
+            f"train.accumulate is {recipe.train.accumulate} with method.batch_norm.sync: the "
+            f"statistics are those of a part of the batch, not of the whole."
+        )
+    return found

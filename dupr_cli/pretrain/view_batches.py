@@ -1,0 +1,74 @@
+"""The two views of a batch, from the loader's pixels to what an encoder takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dupr_cli.pretrain.data import ViewPairBatch
+from dupr_cli.recipe.pretrain import MethodSection
+from dupr_cli.runtime.parallel import World
+from dupr_cli.views.augmentation import FLIP, augment
+from dupr_cli.views.geometry import shared_region_boxes
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of each image of a batch, not yet augmented.
+
+    pixels: (N, 3, S, S) uint8 on the training device. parameters: (N, PARAMETERS) of the
+    augmentation. boxes: (N, 4) shared region in view pixels. flips: (N,) bool. All but the pixels
+    are on the CPU.
+    """
+
+    pixels: Tensor
+    parameters: Tensor
+    boxes: Tensor
+    flips: Tensor
+
+    def part(self, rows: slice) -> View:
+        return View(self.pixels[rows], self.parameters[rows], self.boxes[rows], self.flips[rows])
+
+    def exchange(self, order: Tensor, world: World) -> View:
+        """This process's part of all processes' views in another order, see `World.exchange`.
+
+        Pixels travel before they become floats: a quarter of the bytes.
+        """
+        return View(
+            *(
+                world.exchange(t, order)
+                for t in (self.pixels, self.parameters, self.boxes, self.flips)
+            )
+        )
+
+    def for_encoder(
+        self, method: MethodSection, memory_format: torch.memory_format
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What an encoder takes: images (N, 3, S, S) augmented and normalised, boxes, flips."""
+        images = augment(self.pixels, self.parameters, method.augmentation)
+        device = self.pixels.device
+        return (
+            images.contiguous(memory_format=memory_format),
+            self.boxes.to(device, non_blocking=True),
+            self.flips.to(device, non_blocking=True),
+        )
+
+
+def make_views(
+    batch: ViewPairBatch, method: MethodSection, device: torch.device
+) -> tuple[tuple[View, View], Tensor]:
+    """Both views of a batch, and valid (N,) bool, CPU: enough is shared for patches.
+
+    Source: docs/method.md, "Views" and "Shared region".
+    """
+    flips = batch.parameters[..., FLIP].bool()
+    boxes, valid = shared_region_boxes(
+        batch.crops, flips, method.views.size, method.views.min_overlap
+    )
+    pixels = batch.views.to(device, non_blocking=True)
+    first, second = (
+        View(pixels[:, i], batch.parameters[:, i], boxes[:, i], flips[:, i]) for i in range(2)
+    )
+    return (first, second), valid

@@ -1,0 +1,69 @@
+"""Frozen-feature probes: what a backbone's features tell without training any of its weights.
+
+Nearest neighbours, linear classifiers, VOC07 image classification, and retrieval of patches and
+objects. comparison.py carries a probe out; protocols.py says what each measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dupr_cli.progress import Reporter, SilentReporter
+from dupr_cli.recipe import ProbeRecipe
+
+if TYPE_CHECKING:
+    from dupr_cli.artifacts.results import Results
+    from dupr_cli.probe.comparison import ProbePlan
+
+# torch is imported when it is needed: the help of the command line does without.
+
+
+def plan(
+    recipe: ProbeRecipe,
+    weights: Sequence[str],
+    data: str,
+    out: Path,
+    *,
+    train_split: str = "train",
+    test_split: str | None = "val",
+    test_data: str | None = None,
+    device: str = "auto",
+) -> ProbePlan:
+    """Check everything that `run` needs and say what it would do. Raises as `run` does."""
+    from dupr_cli.probe.comparison import ProbeData, prepare_comparison
+
+    where = ProbeData(data, train_split, test_split, test_data)
+    return prepare_comparison(recipe, weights, where, out, device, SilentReporter()).plan()
+
+
+def run(
+    recipe: ProbeRecipe,
+    weights: Sequence[str],
+    data: str,
+    out: Path,
+    *,
+    train_split: str = "train",
+    test_split: str | None = "val",
+    test_data: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Results:
+    """Measure each of the weights by the recipe's protocol, and write what came of it into `out`.
+
+    weights: what `dupr_cli.models.compared` opens; `none` is a random backbone. data: labelled
+    shards, class folders, a VOC tree; for patch-retrieval any images. test_data: another set to
+    test on. device: auto, cpu, cuda or cuda:N.
+    `out` gets results.json, table.txt and a folder per weights with its result. Weights that were
+    finished there before, under the same recipe, data and device, are not measured again.
+    Raises UsageError for inputs that cannot be used or an `out` that holds another probe
+    (`overwrite` replaces it), RunError for damaged images.
+    """
+    from dupr_cli.probe.comparison import ProbeData, measure_all, prepare_comparison
+
+    reporter = reporter or SilentReporter()
+    where = ProbeData(data, train_split, test_split, test_data)
+    comparison = prepare_comparison(recipe, weights, where, out, device, reporter)
+    return measure_all(comparison, overwrite, reporter)

@@ -1,0 +1,272 @@
+"""A probe from what was asked for to results.json: open, check, measure each of the weights."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+
+from dupr_cli import __version__
+from dupr_cli.artifacts.files import write_text
+from dupr_cli.artifacts.results import Results, WeightsResult
+from dupr_cli.errors import UsageError
+from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared
+from dupr_cli.probe import finished
+from dupr_cli.probe.data import (
+    LIMIT_TEST,
+    LIMIT_TRAIN,
+    ImageSet,
+    check_classes,
+    open_pictured,
+    open_train_and_test,
+    open_voc,
+)
+from dupr_cli.probe.features import precision
+from dupr_cli.probe.protocols import PROTOCOLS, ProbeTask
+from dupr_cli.probe.results_table import table
+from dupr_cli.probe.voc_classification import require_scikit_learn
+from dupr_cli.progress import Reporter
+from dupr_cli.recipe import ProbeRecipe, recipe_digest, recipe_keys
+from dupr_cli.runtime.devices import choose_device
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Where the images are. test_data: another set to test on. A split that is None is the only
+    one there is."""
+
+    address: str
+    train_split: str = "train"
+    test_split: str | None = "val"
+    test_data: str | None = None
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """What a probe will do, before it does it."""
+
+    protocol: str
+    metric: str
+    weights: list[str]
+    architectures: list[str]
+    levels: list[str]
+    train_images: int
+    test_images: int
+    classes: list[str]
+    device: str
+    out: str
+
+
+@dataclass(frozen=True)
+class ProbeComparison:
+    """Everything that was checked before the first image is decoded."""
+
+    task: ProbeTask
+    candidates: list[ComparedWeights]
+    out: Path
+
+    def plan(self) -> ProbePlan:
+        task = self.task
+        return ProbePlan(
+            protocol=task.recipe.protocol,
+            metric=PROTOCOLS[task.recipe.protocol].metric(task.recipe),
+            weights=[candidate.address for candidate in self.candidates],
+            architectures=[candidate.architecture for candidate in self.candidates],
+            levels=list(task.recipe.levels),
+            train_images=0 if task.train is task.test else len(task.train),
+            test_images=len(task.test),
+            classes=task.classes,
+            device=str(task.device),
+            out=str(self.out),
+        )
+
+    def fingerprint(self) -> dict[str, object]:
+        """What must be the same for results to stand side by side, by recipe key or name."""
+        task = self.task
+        values = task.recipe.model_dump(mode="json")
+        section = PROTOCOLS[task.recipe.protocol].section
+        measured = ("protocol", "levels", "images", "data", section, "seed")
+        keys = recipe_keys({key: values[key] for key in measured})
+        del keys["images.workers"]  # changes nothing that is measured
+        return {
+            **keys,
+            "images.precision": str(precision(task.recipe.images, task.device)),
+            "training images": task.train.digest,
+            "test images": task.test.digest,
+            "device": task.device.type,
+        }
+
+
+def prepare_comparison(
+    recipe: ProbeRecipe,
+    weights: Sequence[str],
+    data: ProbeData,
+    out: Path,
+    device: str,
+    reporter: Reporter,
+) -> ProbeComparison:
+    """Open and check weights, data and device; nothing is written.
+
+    Raises UsageError for what cannot be used, RunError for damaged data.
+    """
+    chosen = choose_device(device)
+    if recipe.protocol == "voc07-cls":
+        require_scikit_learn()
+    candidates = _candidates(recipe, weights)
+    train, test = _open(recipe, data, reporter)
+    limit, seed = recipe.data.limit, recipe.seed
+    same = train is test
+    test = test.drawn(limit, seed, LIMIT_TEST)
+    train = test if same else train.drawn(limit, seed, LIMIT_TRAIN)
+    classes: list[str] = []
+    if recipe.protocol == "voc07-cls":
+        classes = _voc_classes(train, test, reporter)
+    elif not same:
+        classes = check_classes(train, test, reporter)
+    if recipe.protocol == "knn" and max(recipe.knn.neighbours) > len(train):
+        reporter.warning(
+            f"{data.address}: {len(train)} training images, fewer than the "
+            f"{max(recipe.knn.neighbours)} neighbours asked for: all of them vote."
+        )
+    return ProbeComparison(ProbeTask(recipe, train, test, classes, chosen), candidates, out)
+
+
+def _candidates(recipe: ProbeRecipe, weights: Sequence[str]) -> list[ComparedWeights]:
+    only_random = all(address == RANDOM_WEIGHTS for address in weights)
+    candidates = open_compared(weights, recipe.backbone if only_random else "auto")
+    for candidate in candidates:
+        if recipe.backbone not in ("auto", candidate.architecture):
+            raise UsageError(
+                f"{candidate.address}: the weights are of a {candidate.architecture}, but the "
+                f"recipe asks for {recipe.backbone}. Set backbone to auto. (recipe key: backbone)"
+            )
+    return candidates
+
+
+def _open(recipe: ProbeRecipe, data: ProbeData, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
+    """Training and test images, the same object where there is nothing to train."""
+    if recipe.protocol == "patch-retrieval":
+        images = open_pictured(data.address, data.test_split, reporter)
+        return images, images
+    assert data.test_split is not None
+    if recipe.protocol == "voc07-cls":
+        train = open_voc(data.address, data.train_split, reporter)
+        return train, open_voc(data.test_data or data.address, data.test_split, reporter)
+    return open_train_and_test(
+        data.address,
+        data.test_data,
+        data.train_split,
+        data.test_split,
+        recipe.data.test_fraction,
+        recipe.data.min_object,
+        reporter,
+    )
+
+
+def _voc_classes(train: ImageSet, test: ImageSet, reporter: Reporter) -> list[str]:
+    """Names of all classes, sorted; warns of those that cannot be learnt or measured.
+
+    Raises UsageError when there is nothing to measure.
+    """
+    classes = sorted({*train.classes, *test.classes})
+
+    def present(images: ImageSet, name: str) -> int:
+        return sum(verdict.get(name) == 1 for verdict in images.verdicts)
+
+    tested = [name for name in classes if present(test, name)]
+    if not tested:
+        raise UsageError(
+            f"{test.address}: the {len(test)} images of the split {test.split!r} have no class to "
+            f"find (difficult objects are not counted)."
+        )
+    left_out = sorted(set(classes) - set(tested))
+    if left_out:
+        reporter.warning(
+            f"{test.address}: {', '.join(left_out)}: in no test image of {test.split}, so left "
+            f"out of the mean."
+        )
+    unlearnt = [name for name in tested if not 2 <= present(train, name) <= len(train) - 2]
+    if unlearnt:
+        reporter.warning(
+            f"{train.address}: {', '.join(unlearnt)}: fewer than two training images with it, or "
+            f"without it, so it cannot be learnt; its AP of 0 counts in the mean."
+        )
+    shared = set(train.ids) & set(test.ids)
+    if shared and train.address == test.address:
+        reporter.warning(
+            f"{train.address}: {len(shared)} images, the first is {min(shared)}, are in both "
+            f"{train.split} and {test.split}: what is measured was learnt by heart."
+        )
+    return classes
+
+
+def measure_all(comparison: ProbeComparison, overwrite: bool, reporter: Reporter) -> Results:
+    """Measure every candidate that is not finished in OUT, and write the results."""
+    out, fingerprint = comparison.out, comparison.fingerprint()
+    finished.claim(out, fingerprint, overwrite)
+    entries = []
+    for candidate in comparison.candidates:
+        entry = finished.read_finished(out, candidate, fingerprint)
+        if entry is not None:
+            reporter.info(f"{candidate.address}: finished before, its result is used again.")
+        else:
+            entry = _measure(comparison, candidate, reporter)
+            finished.write_finished(out, candidate, fingerprint, entry)
+        entries.append(entry)
+    recipe = comparison.task.recipe
+    results = Results(
+        protocol=recipe.protocol,
+        metric=PROTOCOLS[recipe.protocol].metric(recipe),
+        train=comparison.task.train.identity,
+        test=comparison.task.test.identity,
+        classes=comparison.task.classes,
+        results=entries,
+        recipe=recipe.model_dump(mode="json"),
+        recipe_sha256=recipe_digest(recipe),
+        seeds=[recipe.seed],
+        dupr_version=__version__,
+        environment=_environment(comparison.task.device),
+    )
+    write_text(out / finished.TABLE_FILE, table(results))
+    results.write(out)
+    return results
+
+
+def _measure(
+    comparison: ProbeComparison, candidate: ComparedWeights, reporter: Reporter
+) -> WeightsResult:
+    recipe = comparison.task.recipe
+    protocol = PROTOCOLS[recipe.protocol]
+    measured = protocol.measure(comparison.task, candidate, reporter)
+    level = recipe.levels[0]
+    columns = [c for c in protocol.columns(recipe) if f"{level}/{c}" in measured.metrics]
+    return WeightsResult(
+        weights=candidate.address,
+        weights_sha256=candidate.sha256,
+        architecture=candidate.architecture,
+        metrics=measured.metrics,
+        per_class=measured.per_class,
+        seconds=measured.seconds,
+        extra={
+            "folder": candidate.folder,
+            "columns": columns,
+            "chance": measured.chance,
+            "chosen": measured.chosen,
+            "batch_norm": "measured on these images" if candidate.sha256 is None else "as given",
+        },
+    )
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": str(torch.get_num_threads()),
+    }

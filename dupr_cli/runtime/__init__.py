@@ -1,0 +1,1 @@
+"""What every long-running stage needs: outputs, loading, state, stopping, devices, processes."""

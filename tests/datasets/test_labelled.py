@@ -1,0 +1,169 @@
+"""Labelled sets: trees and shards alike, upright, with unusable boxes reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dupr_cli.artifacts.shard_files import Sample, write_shard
+from dupr_cli.artifacts.shards import Manifest, ShardEntry
+from dupr_cli.datasets.labelled import open_labelled
+from dupr_cli.errors import RunError, UsageError
+from dupr_cli.progress import SilentReporter, Task
+from tests.support.labelled_scenes import (
+    COLOURS,
+    add_image,
+    add_split,
+    annotation_xml,
+    make_tree,
+    shards_of,
+)
+
+
+class Listening(SilentReporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def info(self, message: str) -> None:
+        self.said.append(message)
+
+    def warning(self, message: str) -> None:
+        self.said.append(message)
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        self.said.append(description)
+        with super().task(description, total, unit, done) as task:
+            yield task
+
+
+def test_tree_and_its_shards_are_the_same_set(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    shards = shards_of(tree, tmp_path / "shards")
+    for split in ("train", "val"):
+        one = open_labelled(str(tree), [split], SilentReporter())
+        other = open_labelled(str(shards), [split], SilentReporter())
+        assert one.digest == other.digest
+        assert one.classes == other.classes == sorted(COLOURS)
+        assert np.array_equal(np.asarray(one.image(1)), np.asarray(other.image(1)))
+
+
+def test_boxes_are_pixel_edges(tmp_path: Path) -> None:
+    add_image(tmp_path, "a", [("red", 11, 21, 30, 50)])
+    add_split(tmp_path, "train", ["a"])
+    images = open_labelled(str(tmp_path), ["train"], SilentReporter())
+    assert images.annotations[0].boxes.tolist() == [[10, 20, 30, 50]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_with_the_image(tmp_path: Path, orientation: int) -> None:
+    add_image(tmp_path, "a", [("red", 11, 21, 30, 50)])
+    add_split(tmp_path, "train", ["a"])
+    path = tmp_path / "JPEGImages" / "a.png"
+    image = Image.open(path)
+    exif = image.getexif()
+    exif[274] = orientation
+    image.save(path, exif=exif)
+
+    images = open_labelled(str(tmp_path), ["train"], SilentReporter())
+    pixels = np.asarray(images.image(0))
+    rows, columns = np.nonzero((pixels == COLOURS["red"]).all(axis=2))
+    seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    annotation = images.annotations[0]
+    assert annotation.boxes.tolist() == [seen]
+    assert (annotation.height, annotation.width) == pixels.shape[:2]
+
+
+def test_several_years_keep_ids_apart_and_in_order(tmp_path: Path) -> None:
+    for year in ("VOC2012", "VOC2007"):
+        add_image(tmp_path / year, "000001", [("red", 1, 1, 20, 20)])
+        add_split(tmp_path / year, "train", ["000001"])
+    images = open_labelled(str(tmp_path), ["train"], SilentReporter())
+    assert images.ids == ["VOC2007_000001", "VOC2012_000001"]
+
+
+def test_boxes_without_area_are_dropped_and_reported(tmp_path: Path) -> None:
+    add_image(tmp_path, "good", [("red", 1, 1, 20, 20)])
+    add_image(tmp_path, "bad", [("red", 1, 1, 20, 20)])
+    objects = [("red", 10, 10, 9, 30), ("red", 200, 1, 220, 20), ("blue", 80, 60, 120, 90)]
+    (tmp_path / "Annotations" / "bad.xml").write_text(annotation_xml(objects))
+    add_split(tmp_path, "train", ["good", "bad"])
+    reporter = Listening()
+    images = open_labelled(str(tmp_path), ["train"], reporter)
+    assert images.annotations[1].boxes.tolist() == [[79, 59, 96, 72]]
+    _, cut, dropped = reporter.said
+    assert "1 boxes" in cut
+    assert "cut" in cut
+    assert "bad" in cut
+    assert "2 boxes" in dropped
+    assert "dropped" in dropped
+
+
+def test_missing_image_is_named(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    (tree / "JPEGImages" / "img003.png").unlink()
+    with pytest.raises(RunError, match=r"img003.*missing"):
+        open_labelled(str(tree), ["train"], SilentReporter())
+
+
+def test_missing_annotation_is_named(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    (tree / "Annotations" / "img003.xml").unlink()
+    with pytest.raises(RunError, match=r"img003.xml.*missing"):
+        open_labelled(str(tree), ["train"], SilentReporter())
+
+
+def test_object_without_a_class_is_named(tmp_path: Path) -> None:
+    add_image(tmp_path, "a", [])
+    (tmp_path / "Annotations" / "a.xml").write_text(annotation_xml([("", 1, 1, 9, 9)]))
+    add_split(tmp_path, "train", ["a"])
+    with pytest.raises(RunError, match="image a: an object has no class name"):
+        open_labelled(str(tmp_path), ["train"], SilentReporter())
+
+
+def test_image_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    path = tree / "JPEGImages" / "img003.png"
+    path.write_bytes(path.read_bytes()[:120])
+    with pytest.raises(RunError, match=r"img003.png.*decoded"):
+        open_labelled(str(tree), ["train"], SilentReporter()).image(3)
+
+
+def test_shards_without_boxes_are_refused(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    image = (tree / "JPEGImages" / "img000.png").read_bytes()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    index = write_shard(shards / "train-000000.tar", [Sample("img000", "png", image)])
+    entry = ShardEntry("train-000000.tar", 1, index.bytes, index.sha256)
+    Manifest({"train": [entry]}, [], 0, {}, "", {}, "", "").write(shards)
+    with pytest.raises(UsageError, match=r"img000 has no boxes"):
+        open_labelled(str(shards), ["train"], SilentReporter())
+
+
+def test_shards_without_splits_are_refused(tmp_path: Path) -> None:
+    shards = shards_of(make_tree(tmp_path / "tree"), tmp_path / "shards")
+    (shards / "manifest.json").unlink()
+    with pytest.raises(UsageError, match=r"manifest\.json"):
+        open_labelled(str(shards), ["train"], SilentReporter())
+
+
+@pytest.mark.parametrize(
+    ("split", "problem"), [("empty", "lists no images"), ("tset", "no split 'tset'.*train, val")]
+)
+def test_split_without_images_is_refused(tmp_path: Path, split: str, problem: str) -> None:
+    tree = make_tree(tmp_path)
+    (tree / "ImageSets" / "Main" / "empty.txt").write_text("\n")
+    with pytest.raises(UsageError, match=problem):
+        open_labelled(str(tree), [split], SilentReporter())
+
+
+def test_folder_of_images_is_no_labelled_set(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    with pytest.raises(UsageError, match="not a labelled set"):
+        open_labelled(str(tmp_path / "JPEGImages"), ["train"], SilentReporter())

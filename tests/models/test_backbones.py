@@ -1,0 +1,114 @@
+"""Backbones against the libraries that they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from dupr_cli.errors import UsageError
+from dupr_cli.models.backbone import as_backbone, make_backbone
+from dupr_cli.models.batch_norm import group_batch_norms, ungroup_batch_norms
+from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.recipe import PretrainRecipe, load_recipe
+from tests.conftest import TINY
+
+STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_features_equal_torchvisions(name: str) -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    reference = torchvision.models.get_model(name, weights=None).eval()
+    ours = make_backbone(name).eval()
+    state = reference.state_dict()
+    ours.load_state_dict({n: t for n, t in state.items() if not n.startswith("fc.")})
+    x = torch.randn(2, 3, 64, 64)
+    expected = create_feature_extractor(reference, {v: k for k, v in STAGES.items()})(x)
+    found = ours(x)
+    assert found.keys() == expected.keys()
+    for level, tensor in found.items():
+        assert torch.equal(tensor, expected[level])
+        assert as_backbone(ours).channels[level] == tensor.shape[1]
+
+
+@pytest.mark.parametrize("name", ["resnet18d", "convnext_atto", "efficientnet_b0"])
+def test_features_equal_timms(name: str) -> None:
+    import timm
+
+    reference = timm.create_model(name, features_only=True).eval()
+    ours = make_backbone(f"timm:{name}").eval()
+    ours.get_submodule("network").load_state_dict(reference.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    expected = {64 // f.shape[-1]: f for f in reference(x)}
+    found = ours(x, ("res3", "res5"))
+    assert list(found) == ["res3", "res5"]
+    assert torch.equal(found["res3"], expected[8])
+    assert torch.equal(found["res5"], expected[32])
+
+
+def test_timms_batch_norms_keep_their_activation_in_groups() -> None:
+    plain = make_backbone("timm:efficientnet_b0")
+    grouped = make_backbone("timm:efficientnet_b0")
+    grouped.load_state_dict(plain.state_dict())
+    group_batch_norms(grouped, 1)
+    x = torch.randn(4, 3, 64, 64)
+    for a, b in zip(plain(x).values(), grouped(x).values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    ungroup_batch_norms(grouped)
+    kinds = [[type(m) for m in network.modules()] for network in (plain, grouped)]
+    assert kinds[0] == kinds[1]
+    # Of two groups each sees its own statistics.
+    group_batch_norms(grouped, 2)
+    parts = [make_backbone("timm:efficientnet_b0") for _ in range(2)]
+    for part in parts:
+        part.load_state_dict(plain.state_dict())
+    reset = make_backbone("timm:efficientnet_b0")
+    reset.load_state_dict(plain.state_dict())
+    expected = [part(half)["res3"] for part, half in zip(parts, x.chunk(2), strict=True)]
+    assert torch.allclose(grouped(x)["res3"], torch.cat(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("timm:resnet18x", "has no resnet18x"), ("timm:vit_tiny_patch16_224", "are missing")],
+)
+def test_what_timm_cannot_give_is_said(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_backbone(name)
+
+
+def test_export_says_what_it_cannot_take() -> None:
+    with pytest.raises(UsageError, match="timm:resnet18d is no ResNet of torchvision's"):
+        ResNetBackbone("timm:resnet18d")
+
+
+def test_a_timm_backbone_trains(tmp_path: Path, tiny_shards: Path) -> None:
+    from dupr_cli import pretrain
+
+    recipe = load_recipe(
+        PretrainRecipe,
+        "dupr-r18-cpu-smoke",
+        [*TINY, "model.backbone=timm:resnet18d", "train.steps=2"],
+    )
+    result = pretrain.run(recipe, str(tiny_shards), tmp_path / "run")
+    assert result is not None
+    assert result.steps == 2
+
+
+def test_stages_after_the_last_level_are_not_trained() -> None:
+    from dupr_cli.pretrain.method import Dupr
+
+    recipe = load_recipe(
+        PretrainRecipe,
+        "dupr-r18-cpu-smoke",
+        [*TINY, "method.image.weights={}", "method.patch.weights={res4: 1.0}"],
+    )
+    backbone = Dupr(recipe).query.backbone
+    assert isinstance(backbone, nn.Module)
+    trained = {n.split(".")[0] for n, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {"conv1", "bn1", "layer1", "layer2", "layer3"}

@@ -1,0 +1,182 @@
+"""Geometry: the coordinate image, whose pixels say where they come from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from dupr_cli.pretrain.data import crop_and_resize
+from dupr_cli.recipe.base import LEVEL_STRIDES, Level
+from dupr_cli.recipe.pretrain import ViewsSection
+from dupr_cli.views.geometry import (
+    Crop,
+    as_crop,
+    overlap_fraction,
+    pool_patches,
+    random_crop,
+    random_crop_pair,
+    shared_region_boxes,
+)
+
+
+def coordinate_view(width: int, height: int, crop: Crop, size: int) -> Tensor:
+    """A view (2, S, S) of an image whose two channels are x and y of each pixel's centre."""
+    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    channels = [Image.fromarray(c.astype(np.float32), mode="F") for c in (x, y)]
+    return torch.stack(
+        [torch.from_numpy(np.array(crop_and_resize(c, crop, size))) for c in channels]
+    )
+
+
+@st.composite
+def crop_pairs(draw: st.DrawFn) -> tuple[int, int, list[Crop]]:
+    width, height = draw(st.integers(60, 401)), draw(st.integers(60, 401))
+    views = ViewsSection(size=64)
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    crops = random_crop_pair(width, height, views, random)
+    return width, height, [as_crop(crop) for crop in crops]
+
+
+@pytest.mark.parametrize("level", ["res2", "res3", "res4", "res5"])
+@pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True), (True, True)])
+@settings(max_examples=15)
+@given(pair=crop_pairs(), size=st.sampled_from([96, 127, 160, 193, 224]), bins=st.integers(1, 7))
+def test_both_views_patches_come_from_the_same_place(
+    level: Level,
+    flips: tuple[bool, bool],
+    pair: tuple[int, int, list[Crop]],
+    size: int,
+    bins: int,
+) -> None:
+    width, height, crops = pair
+    stride = LEVEL_STRIDES[level]
+    flip = torch.tensor([flips])
+    boxes, valid = shared_region_boxes(
+        torch.tensor([crops], dtype=torch.float32), flip, size, min_overlap=0.0
+    )
+    if not valid[0]:
+        return
+    places, inside = [], []
+    for view in range(2):
+        image = coordinate_view(width, height, crops[view], size)
+        image = image.flip(2) if flips[view] else image
+        features = F.avg_pool2d(image[None], stride)
+        box = boxes[:, view]
+        patches = pool_patches(features, box, flip[:, view], bins, stride)  # (1, bins^2, 2)
+        places.append(patches[0])
+        inside.append(samples_inside(box[0], bins, stride, features.shape[-1], flips[view]))
+    # Bins whose sampling points need cells beyond the map are clamped there: not comparable.
+    both = inside[0] & inside[1]
+    # In source pixels, per pixel of the coarser view: what a half-pixel shift would far exceed.
+    scale = max((c[2] - c[0]) / size for c in crops) + max((c[3] - c[1]) / size for c in crops)
+    difference = (places[0] - places[1]).abs().amax(1)
+    # Antialiasing is cut off at the crop's border: half a pixel of the view there.
+    assert (difference[both] < 0.25 * scale).all()
+    expected = expected_centres(crops, bins)
+    assert ((places[0] - expected).abs().amax(1)[inside[0]] < 0.25 * scale).all()
+
+
+def samples_inside(box: Tensor, bins: int, stride: int, cells: int, flipped: bool) -> Tensor:
+    """(bins^2,) bool: all four sampling points of the bin lie between centres of existing cells."""
+    centre = []
+    for low, high in ((box[0], box[2]), (box[1], box[3])):
+        points = low + (high - low) * (torch.arange(2 * bins) + 0.5) / (2 * bins)
+        fine = (points >= stride / 2 - 1e-3) & (points <= (cells - 0.5) * stride + 1e-3)
+        centre.append(fine.view(bins, 2).all(1))
+    columns = centre[0].flip(0) if flipped else centre[0]
+    return (centre[1][:, None] & columns[None]).flatten()
+
+
+def expected_centres(crops: list[Crop], bins: int) -> Tensor:
+    """(bins^2, 2) centres of the shared region's bins in the source image."""
+    low = [max(crops[0][i], crops[1][i]) for i in (0, 1)]
+    high = [min(crops[0][i], crops[1][i]) for i in (2, 3)]
+    steps = (torch.arange(bins) + 0.5) / bins
+    x, y = (lo + (hi - lo) * steps for lo, hi in zip(low, high, strict=True))
+    return torch.stack([x.repeat(bins), y.repeat_interleave(bins)], dim=1)
+
+
+def test_a_missed_unflip_would_be_seen() -> None:
+    crops: list[Crop] = [(10, 10, 110, 110), (40, 40, 140, 140)]
+    boxes, _ = shared_region_boxes(
+        torch.tensor([crops], dtype=torch.float32), torch.tensor([[True, False]]), 128, 0.0
+    )
+    image = coordinate_view(160, 160, crops[0], 128).flip(2)
+    features = F.avg_pool2d(image[None], 4)
+    right = pool_patches(features, boxes[:, 0], torch.tensor([True]), 4, 4)
+    wrong = pool_patches(features, boxes[:, 0], torch.tensor([False]), 4, 4)
+    expected = expected_centres(crops, 4)
+    assert (right[0] - expected).abs().max() < 0.3
+    assert (wrong[0] - expected).abs().max() > 10
+
+
+def test_boxes_by_hand() -> None:
+    crops = torch.tensor([[[0.0, 0, 100, 200], [50, 100, 150, 300]]])
+    boxes, valid = shared_region_boxes(crops, torch.tensor([[False, True]]), 64, 0.25)
+    assert valid.all()
+    assert boxes[0, 0].tolist() == [32, 32, 64, 64]
+    # In the second view the region is its upper left quarter; mirrored, its upper right one.
+    assert boxes[0, 1].tolist() == [32, 0, 64, 32]
+
+
+@pytest.mark.parametrize(
+    ("shift", "is_valid"), [(75, True), (76, False), (100, False), (300, False)]
+)
+def test_overlap_below_the_minimum_is_invalid_and_gets_the_whole_view(
+    shift: int, is_valid: bool
+) -> None:
+    crops = torch.tensor([[[0.0, 0, 100, 100], [shift, 0, shift + 100, 100]]])
+    boxes, valid = shared_region_boxes(crops, torch.zeros(1, 2, dtype=torch.bool), 64, 0.25)
+    assert bool(valid[0]) is is_valid
+    if not is_valid:
+        assert boxes.tolist() == [[[0, 0, 64, 64]] * 2]
+
+
+@given(
+    width=st.integers(1, 500),
+    height=st.integers(1, 500),
+    seed=st.integers(0, 2**32),
+)
+def test_crops_lie_inside_the_image(width: int, height: int, seed: int) -> None:
+    views = ViewsSection(size=64)
+    x0, y0, x1, y1 = random_crop(width, height, views, np.random.default_rng(seed))
+    assert 0 <= x0 < x1 <= width
+    assert 0 <= y0 < y1 <= height
+
+
+def test_crop_sizes_are_distributed_as_torchvisions() -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    views = ViewsSection(size=64)
+    random = np.random.default_rng(0)
+    ours = np.array([random_crop(333, 250, views, random) for _ in range(4000)])
+    torch.manual_seed(0)
+    image = torch.zeros(3, 250, 333)
+    theirs = np.array(
+        [
+            RandomResizedCrop.get_params(image, list(views.scale), list(views.ratio))
+            for _ in range(4000)
+        ]
+    )  # top, left, height, width
+    pairs = (
+        (ours[:, 2] - ours[:, 0], theirs[:, 3]),
+        (ours[:, 3] - ours[:, 1], theirs[:, 2]),
+        (ours[:, 0], theirs[:, 1]),
+        (ours[:, 1], theirs[:, 0]),
+    )
+    for mine, reference in pairs:
+        deciles = [np.quantile(v, np.linspace(0.1, 0.9, 9)) for v in (mine, reference)]
+        assert np.abs(deciles[0] - deciles[1]).max() < 8  # pixels; the sampling error is about 3
+
+
+@given(seed=st.integers(0, 2**32))
+def test_pairs_overlap_enough_unless_attempts_ran_out(seed: int) -> None:
+    views = ViewsSection(size=64, min_overlap=0.25, overlap_attempts=50)
+    crops = random_crop_pair(300, 200, views, np.random.default_rng(seed))
+    assert overlap_fraction(as_crop(crops[0]), as_crop(crops[1])) >= 0.25
