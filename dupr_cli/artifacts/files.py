@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def fsync_directory(folder: Path) -> None:
@@ -100,9 +103,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_temporary(name: str) -> bool:
+    """Whether `atomic_file` or `atomic_directory` of some process gave this name."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files and folders that a killed process left in `folder`."""
-    for path in folder.glob(".*.tmp"):
+    for path in named(folder, is_temporary):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -102,7 +102,7 @@ class Results:
     recipe_sha256: str
     seeds: list[int]
     dupr_version: str
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, object] = field(default_factory=dict)
     changes: dict[str, list[object]] = field(default_factory=dict)
     differences: list[PairedDifference] = field(default_factory=list)
     leaks: list[dict[str, object]] = field(default_factory=list)

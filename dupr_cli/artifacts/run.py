@@ -43,7 +43,7 @@ ENVIRONMENT_FILE = "environment.json"
 LATEST = "latest"
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointState:
     """state.json: everything about a checkpoint that is not a tensor.
 
@@ -59,7 +59,7 @@ class CheckpointState:
     input_std: list[float]
     input_size: int
     recipe_sha256: str
-    files: dict[str, dict[str, object]]
+    files: dict[str, dict[str, object]] = field(default_factory=dict)
     processes: int = 1
     loss_scaler: dict[str, float] = field(default_factory=dict)
     method: str = ""
@@ -94,6 +94,17 @@ class Checkpoint:
             if verify and sha256_file(file) != facts["sha256"]:
                 raise UsageError(f"{file}: the checkpoint is damaged: its sha256 has changed.")
         return cls(path, state)
+
+
+def training_files(folder: Path) -> list[Path]:
+    """What training writes into a run directory or a trial: log, events, checkpoints, `latest`."""
+    checkpoints = [
+        path / name
+        for path in (folder / CHECKPOINTS).glob("*step-*")
+        for name in (STATE_FILE, MODEL_FILE, OPTIMIZER_FILE)
+    ]
+    events = folder.glob("events.out.tfevents.*")
+    return [folder / METRICS_FILE, folder / LATEST, *events, *checkpoints]
 
 
 def is_checkpoint(path: Path) -> bool:

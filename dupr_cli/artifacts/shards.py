@@ -113,7 +113,10 @@ class Manifest:
 
 
 def _not_whole(place: Path | str, error: Exception) -> UsageError:
-    return UsageError(f"{place} is not a whole manifest ({error}). Run `dupr prepare` again.")
+    return UsageError(
+        f"{place} is not a whole manifest ({error}). Restore it, or run `dupr prepare` again with "
+        f"--overwrite."
+    )
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,12 @@ def prepare(
         str | None,
         typer.Option("--mirror", metavar="URL", help="Where --download finds the archives."),
     ] = None,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append", help="Add shards of the images that are new in SOURCE; the others stay."
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     *,
@@ -147,11 +153,11 @@ def prepare(
         if dry_run:
             return None
     if dry_run:
-        show_plan(resolved, stage.plan(resolved, source, out))
+        show_plan(resolved, stage.plan(resolved, source, out, overwrite=overwrite, append=append))
         return None
     return stage.run(
-        resolved, source, out, workers=workers or 0, overwrite=overwrite, engine=engine,
-        task=part, reporter=reporter,
+        resolved, source, out, workers=workers or 0, overwrite=overwrite, append=append,
+        engine=engine, task=part, reporter=reporter,
     )  # fmt: skip
 
 

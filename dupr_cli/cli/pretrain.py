@@ -136,11 +136,30 @@ def pretrain(
     resolved = load_recipe(PretrainRecipe, name, options)
     processes = (nproc or 1) * nnodes
     if dry_run:
-        show_plan(resolved, stage.plan(resolved, data, out, device, processes))
+        show_plan(
+            resolved,
+            stage.plan(
+                resolved,
+                data,
+                out,
+                device,
+                processes,
+                overwrite=overwrite,
+                allow_changed=allow_changed or (),
+            ),
+        )
         return None
     if processes > 1 and "RANK" not in os.environ:
         # What is wrong is said once, here, before any process is started.
-        stage.plan(resolved, data, out, device, processes)
+        stage.plan(
+            resolved,
+            data,
+            out,
+            device,
+            processes,
+            overwrite=overwrite,
+            allow_changed=allow_changed or (),
+        )
         launch(nproc or 1, nnodes, rendezvous, sys.argv[1:])
         return None
     return stage.run(

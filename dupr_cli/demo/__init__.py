@@ -6,31 +6,23 @@ scenes.py generates what a user would bring: unlabelled images and a small label
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dupr_cli.artifacts.files import write_text
+from dupr_cli.artifacts.shards import UNFINISHED
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
+from dupr_cli.runtime.output import holds, remove, writing
+from dupr_cli.runtime.stopping import stoppable
 
 UNLABELLED = 3000
 LABELLED = {"train": 100, "val": 200}
 PRETRAIN_RECIPE, EVALUATE_RECIPE = "demo-dupr-r18", "demo-voc"
 
 _MARKER, _SCENES_DONE = ".dupr-demo", ".scenes-done"
-_MADE = (
-    "images",
-    "VOC2026",
-    "shards",
-    "run",
-    "backbone.safetensors",
-    "evaluation",
-    "pictures",
-    "report.txt",
-    _SCENES_DONE,
-)
+_PICTURES = ("views", "curves", "detections")
 
 
 @dataclass(frozen=True)
@@ -69,6 +61,17 @@ def run(
 
     Raises UsageError when `out` holds something else, and what the stages raise.
     """
+    say = reporter or SilentReporter()
+    with (
+        stoppable("Finished steps are kept, and the same command continues."),
+        writing(out, "dupr demo"),
+    ):
+        return _run(out, seed, device, workers, overwrite, say)
+
+
+def _run(
+    out: Path, seed: int, device: str, workers: int | None, overwrite: bool, say: Reporter
+) -> DemoResult:
     from dupr_cli import evaluate, export, prepare, pretrain
     from dupr_cli.demo.scenes import write_unlabelled, write_voc_tree
     from dupr_cli.inspect.curves import draw_curves
@@ -81,7 +84,7 @@ def run(
         load_recipe,
     )
 
-    say, start = reporter or SilentReporter(), time.perf_counter()
+    start = time.perf_counter()
     _claim(out, seed, overwrite)
     images, tree, shards = out / "images", out / "VOC2026", out / "shards"
     run_dir, weights, results = out / "run", out / "backbone.safetensors", out / "evaluation"
@@ -120,7 +123,7 @@ def run(
         "DUPR": found.results[0].metrics["AP50"],
         "random": found.results[1].metrics["AP50"],
     }
-    files = {name: str(pictures / f"{name}.png") for name in ("views", "curves", "detections")}
+    files = {name: str(pictures / f"{name}.png") for name in _PICTURES}
     seconds = time.perf_counter() - start
     result = DemoResult(str(out), ap50, retrieval, files, seconds, "")
     report = _report(result, found.train.images, found.test.images)
@@ -131,23 +134,38 @@ def run(
 def _claim(out: Path, seed: int, overwrite: bool) -> None:
     """Make `out` the directory of this demo, or make sure that it is already."""
     marker = out / _MARKER
-    if marker.is_file():
+    if holds(out, [_MARKER], "demo"):
         there = marker.read_text().strip()
         if there != str(seed) and not overwrite:
             raise UsageError(
                 f"{out}: a demo with seed {there} is there. Give another --out, or --overwrite."
             )
         if overwrite:
-            for name in _MADE:
-                path = out / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-    elif out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out}: the directory is not empty and holds no demo.")
-    out.mkdir(parents=True, exist_ok=True)
+            _clear(out)
     write_text(marker, f"{seed}\n")
+
+
+def _clear(out: Path) -> None:
+    """Remove what a demo and its stages wrote, and nothing else."""
+    from dupr_cli.demo.scenes import scene_files, voc_tree_files
+    from dupr_cli.evaluate.comparison import output_files as evaluation_files
+    from dupr_cli.prepare.assembly import output_files as shard_files
+    from dupr_cli.prepare.unfinished import clear
+    from dupr_cli.pretrain import output_files as run_files
+
+    (out / _SCENES_DONE).unlink(missing_ok=True)
+    if (out / "shards" / UNFINISHED).is_dir():
+        clear(out / "shards" / UNFINISHED)
+    files = [
+        *shard_files(out / "shards"),
+        *run_files(out / "run"),
+        *evaluation_files(out / "evaluation"),
+        *scene_files(out / "images", UNLABELLED),
+        *voc_tree_files(out / "VOC2026", LABELLED),
+        *(out / "pictures" / f"{name}.png" for name in _PICTURES),
+        *(out / name for name in ("backbone.safetensors", "backbone.export.json", "report.txt")),
+    ]
+    remove(out, files)
 
 
 def _retrieval(run_dir: Path) -> dict[str, dict[str, float]]:

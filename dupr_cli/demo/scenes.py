@@ -173,6 +173,23 @@ def write_voc_tree(
         _write(lists / f"{split}.txt", "".join(f"{key}\n" for key in images).encode())
 
 
+def scene_files(folder: Path, count: int) -> list[Path]:
+    """What `write_unlabelled` writes."""
+    return [folder / f"scene-{number:06d}.jpg" for number in range(count)]
+
+
+def voc_tree_files(root: Path, counts: Mapping[str, int]) -> list[Path]:
+    """What `write_voc_tree` writes."""
+    lists = root / "ImageSets" / "Main"
+    files = []
+    for split, count in counts.items():
+        keys = [f"{split}_{number:06d}" for number in range(count)]
+        files += [root / "JPEGImages" / f"{key}.jpg" for key in keys]
+        files += [root / "Annotations" / f"{key}.xml" for key in keys]
+        files += [lists / f"{split}.txt", *(lists / f"{name}_{split}.txt" for name in CLASSES)]
+    return files
+
+
 @dataclass(frozen=True)
 class _Job:
     """Scenes for one process to render and write. annotations: None for no labels."""

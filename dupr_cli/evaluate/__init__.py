@@ -8,6 +8,7 @@ data, detectors, their training, metrics and statistics are modules of their own
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,10 @@ def plan(
     *,
     device: str = "auto",
     processes: int = 1,
+    overwrite: bool = False,
     notes: Sequence[str] = (),
 ) -> EvaluatePlan:
-    """Check everything that `run` needs and say what it would do.
+    """Check everything that `run` needs and say what it would do. Nothing is changed.
 
     Raises UsageError, or RunError for damaged data, as `run` does before it starts.
     """
@@ -39,7 +41,10 @@ def plan(
     from dupr_cli.runtime.devices import choose_device
 
     chosen = choose_device(device)
-    return prepare_comparison(recipe, weights, data, out, chosen, processes, notes).plan()
+    comparison = prepare_comparison(recipe, weights, data, out, chosen, processes, notes)
+    if not overwrite:
+        comparison.claim().check(out)
+    return comparison.plan()
 
 
 def run(
@@ -70,10 +75,15 @@ def run(
     StoppedRunError when a signal or a limit stops it.
     """
     from dupr_cli.evaluate.comparison import compare, prepare_comparison
+    from dupr_cli.runtime.output import writing
     from dupr_cli.runtime.parallel import join
-    from dupr_cli.runtime.stopping import Limits
+    from dupr_cli.runtime.stopping import Limits, stoppable
 
-    with join(device) as world:
+    with (
+        stoppable("Finished trials are kept, and the same command continues."),
+        join(device) as world,
+        writing(out, "dupr evaluate") if world.is_main else nullcontext(),
+    ):
         say: Reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()
         comparison = prepare_comparison(
             recipe, weights, data, out, world.device, world.size, notes, say

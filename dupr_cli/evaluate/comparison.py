@@ -13,19 +13,16 @@ that was killed goes on with what was not finished, and more weights or seeds ca
 
 from __future__ import annotations
 
-import json
-import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 
 from dupr_cli import __version__
-from dupr_cli.artifacts.files import remove_leftovers, write_json, write_text
+from dupr_cli.artifacts.files import write_json, write_text
 from dupr_cli.artifacts.results import RESULTS, Results
+from dupr_cli.artifacts.run import training_files
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.leaks import Leaks, find_leaks
@@ -34,7 +31,7 @@ from dupr_cli.evaluate.results_table import table
 from dupr_cli.evaluate.statistics import all_differences, summed_up
 from dupr_cli.evaluate.subsets import LABELS_FILE, choose_labels, with_objects
 from dupr_cli.evaluate.trials import (
-    RESULT_FILE,
+    DETECTIONS_FILE,
     Outcome,
     metric_of,
     read_outcome,
@@ -43,7 +40,7 @@ from dupr_cli.evaluate.trials import (
 )
 from dupr_cli.metrics import METRIC_NAMES, Points
 from dupr_cli.metrics.analysis import analyse
-from dupr_cli.metrics.drawing import write_analysis
+from dupr_cli.metrics.drawing import ANALYSIS_FILES, write_analysis
 from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
@@ -52,6 +49,12 @@ from dupr_cli.recipe import (
     recipe_digest,
     recipe_keys,
     shipped_recipes,
+)
+from dupr_cli.runtime.output import (
+    RESULT_FILE,
+    Claim,
+    environment,
+    read_claim,
 )
 from dupr_cli.runtime.parallel import World, world_size
 from dupr_cli.runtime.stopping import Limits
@@ -70,7 +73,7 @@ _OPERATIONAL_KEYS = frozenset(
         "train.checkpoint_every", "train.reference_devices", "test.every", "test.pictures",
     }
 )  # fmt: skip
-# DetectionBatch statistics of fewer images than this are said to be noisy.
+# Batch statistics of fewer images than this are said to be noisy.
 _SMALL_BATCH = 8
 
 
@@ -153,6 +156,11 @@ class Comparison:
             "device": self.device.type,
             "processes": self.processes,
         }
+
+    def claim(self) -> Claim:
+        folders = [weights.folder for weights in self.candidates]
+        defaults = recipe_keys(EvaluateRecipe().model_dump(mode="json"))
+        return Claim(CLAIM_FILE, "evaluation", self.fingerprint(), folders, defaults)
 
 
 def _measured_keys(recipe: EvaluateRecipe) -> dict[str, object]:
@@ -312,20 +320,8 @@ def _outcomes(
 
 def _claim(comparison: Comparison, overwrite: bool) -> None:
     """Make OUT the folder of this evaluation, or make sure that it is already."""
-    out, claim = comparison.out, comparison.out / CLAIM_FILE
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file is there; --out needs a directory.")
-    if claim.is_file():
-        if overwrite:
-            _clear(out)
-        else:
-            _require_same_evaluation(comparison, claim)
-    elif out.is_dir() and any(out.iterdir()):
-        raise UsageError(
-            f"{out}: the directory is not empty and holds no evaluation. Give another --out."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
+    out = comparison.out
+    comparison.claim().take(out, overwrite, output_files)
     if len(comparison.train) < comparison.all_labels:
         data = comparison.recipe.data
         write_json(
@@ -337,44 +333,27 @@ def _claim(comparison: Comparison, overwrite: bool) -> None:
                 "image_ids": comparison.train.ids,
             },
         )
-    write_json(claim, comparison.fingerprint())
 
 
-def _clear(out: Path) -> None:
-    """Delete what an evaluation wrote, and nothing else; the claim goes last."""
-    for trial in out.glob("[0-9]*-*/seed-*/"):
-        (trial / RESULT_FILE).unlink(missing_ok=True)
-    for folder in out.glob("[0-9]*-*/"):
-        shutil.rmtree(folder)
-    names = (RESULTS, TABLE_FILE, LABELS_FILE, DETECTIONS_PICTURE, CURVES_PICTURE, CLAIM_FILE)
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-
-
-def _require_same_evaluation(comparison: Comparison, claim: Path) -> None:
+def output_files(out: Path) -> Iterator[Path]:
+    """The files of an evaluation by its own record, which comes last; none without one."""
+    if not (out / CLAIM_FILE).exists():
+        return
     try:
-        before = json.loads(claim.read_bytes())
-    except ValueError as error:
-        raise UsageError(f"{claim} is damaged ({error}). Use --overwrite to start anew.") from error
-    now = comparison.fingerprint()
-    changed = [
-        f"  {key}: {_brief(before.get(key))} there, {_brief(value)} now"
-        for key, value in now.items()
-        if before.get(key) != value
-    ]
-    if changed:
-        raise UsageError(
-            f"{comparison.out}: an evaluation that would not compare is there:\n"
-            + "\n".join(changed)
-            + "\nGive the same recipe and data to continue it, another --out, or --overwrite to "
-            "replace it."
-        )
-
-
-def _brief(value: object) -> str:
-    """A value for a message; of a digest, enough to tell it from another."""
-    text = str(value)
-    return text if len(text) < 64 else text[:12] + "..."
+        _, folders = read_claim(out / CLAIM_FILE)
+    except UsageError:  # damaged: what it listed is found by what trials look like
+        folders = []
+    trials = [trial for name in folders for trial in (out / name).glob("seed-*")]
+    # An older dupr listed no folders.
+    trials = trials or list(out.glob("[0-9][0-9]-*/seed-*"))
+    for trial in trials:
+        yield trial / RESULT_FILE
+        yield trial / DETECTIONS_FILE
+        yield from training_files(trial)
+    for folder in {trial.parent / ANALYSIS_FOLDER for trial in trials}:
+        yield from (folder / name for name in ANALYSIS_FILES)
+    names = (RESULTS, TABLE_FILE, LABELS_FILE, DETECTIONS_PICTURE, CURVES_PICTURE, CLAIM_FILE)
+    yield from (out / name for name in names)
 
 
 def _write_results(
@@ -397,7 +376,7 @@ def _write_results(
         recipe_sha256=recipe_digest(recipe),
         seeds=comparison.seeds,
         dupr_version=__version__,
-        environment=_environment(comparison),
+        environment=environment(comparison.device, comparison.processes),
         changes=changes_to_protocol(recipe),
         differences=all_differences(rows, names),
         leaks=[found.to_json() for found in leaks],
@@ -427,16 +406,3 @@ def _write_analyses(comparison: Comparison, outcomes: Mapping[str, Outcome]) -> 
         folder = comparison.out / name / ANALYSIS_FOLDER
         folder.mkdir(exist_ok=True)
         write_analysis(folder, analyse(truths, outcome.detections, classes, points))
-
-
-def _environment(comparison: Comparison) -> dict[str, str]:
-    device = comparison.device
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "processes": str(comparison.processes),
-        "threads": str(torch.get_num_threads()),
-    }

@@ -8,22 +8,20 @@ until they are on the training device.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.evaluate.detectors import Target
 from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
+from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World
 
 # Streams of random numbers, told apart by the last word of their seed.
@@ -116,7 +114,7 @@ class PartOfBatches:
             yield batch[self._world.rank * size : (self._world.rank + 1) * size]
 
 
-class ImageLoading(Dataset[DetectionBatch]):
+class ImageLoading:
     """Decodes, resizes and flips the image of a request."""
 
     def __init__(
@@ -124,7 +122,7 @@ class ImageLoading(Dataset[DetectionBatch]):
     ) -> None:
         self._images, self._data, self._classes, self._masks = images, data, classes, masks
 
-    def __getitem__(self, request: ImageRequest) -> DetectionBatch:
+    def __call__(self, request: ImageRequest) -> DetectionBatch:
         """Crowds are no objects to learn. Raises RunError naming an image that cannot be read."""
         image = self._images.image(request.position)
         annotation = self._images.annotations[request.position]
@@ -161,30 +159,6 @@ def _collate(samples: list[DetectionBatch]) -> DetectionBatch:
     )
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    # Control-C reaches the whole process group, and is the main process's to handle. Not SIGTERM:
-    # with it Python ends workers that are left at exit, and waits for them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _loader(
-    images: LabelledSet,
-    recipe: EvaluateRecipe,
-    classes: Sequence[str],
-    requests: Iterable[list[ImageRequest]],
-    masks: bool,
-    world: World,
-) -> DataLoader[DetectionBatch]:
-    return DataLoader(
-        ImageLoading(images, recipe.data, classes, masks),
-        batch_sampler=cast(Sampler[list[int]], requests),  # the loader passes on what it yields
-        num_workers=recipe.train.workers,
-        collate_fn=_collate,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=_ignore_interrupt,
-    )
-
-
 def training_batches(
     images: LabelledSet,
     recipe: EvaluateRecipe,
@@ -192,10 +166,11 @@ def training_batches(
     seed: int,
     start: int,
     world: World,
-) -> DataLoader[DetectionBatch]:
+) -> Generator[DetectionBatch, None, None]:
     """This process's part of the batches of all iterations from `start` on, without end."""
     order = PartOfBatches(TrainingOrder(images, recipe, seed, start), world)
-    return _loader(images, recipe, classes, order, recipe.has_masks, world)
+    read = ImageLoading(images, recipe.data, classes, recipe.has_masks)
+    return load(read, _collate, order, recipe.train.workers, world.device)
 
 
 def test_batches(
@@ -204,7 +179,8 @@ def test_batches(
     classes: Sequence[str],
     positions: Sequence[int],
     world: World,
-) -> DataLoader[DetectionBatch]:
+) -> Generator[DetectionBatch, None, None]:
     """One image at a time, in order: in a batch the padding of its neighbours would change it."""
     requests = [[ImageRequest(position, recipe.data.test_size)] for position in positions]
-    return _loader(images, recipe, classes, requests, False, world)
+    read = ImageLoading(images, recipe.data, classes, masks=False)
+    return load(read, _collate, requests, recipe.train.workers, world.device)

@@ -9,20 +9,22 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from dupr_cli.artifacts.hashes import count_bits, perceptual_hash
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.progress import Reporter
+from dupr_cli.runtime.loader import in_batches, load
 
 # Bits of 64 that may differ: a photograph and its copies of other sizes and qualities stay within.
 DISTANCE = 6
+_AT_A_TIME = 16  # images that a worker hashes for one message to the main process
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,14 @@ class _Print:
     look: int | None
 
 
-class _Prints(Dataset[_Print]):
-    def __init__(self, images: ShardSet | LabelledSet) -> None:
-        self._images = images
+@dataclass(frozen=True)
+class _Printing:
+    """Reads what an image of the set is known by."""
 
-    def __len__(self) -> int:
-        return len(self._images)
+    images: ShardSet | LabelledSet
 
-    def __getitem__(self, number: int) -> _Print:
-        images = self._images
+    def __call__(self, number: int) -> _Print:
+        images = self.images
         data = images[number].image if isinstance(images, ShardSet) else images.read(number)
         digest = hashlib.sha256(data).digest()
         try:
@@ -87,12 +88,15 @@ class _Prints(Dataset[_Print]):
 def _prints(
     images: ShardSet | LabelledSet, name: str, workers: int, reporter: Reporter
 ) -> list[_Print]:
-    loader = DataLoader(_Prints(images), batch_size=None, num_workers=workers)
-    found = []
-    with reporter.task(f"hash {name}", len(images), "images") as task:
-        for known in loader:
-            found.append(known)
-            task.advance()
+    found: list[_Print] = []
+    requests = in_batches(len(images), _AT_A_TIME)
+    with (
+        reporter.task(f"hash {name}", len(images), "images") as task,
+        closing(load(_Printing(images), list, requests, workers)) as batches,
+    ):
+        for prints in batches:
+            found += prints
+            task.advance(len(prints))
     return found
 
 

@@ -9,27 +9,16 @@ Source: docs/method.md, "R50-C4, shared" and "VOC".
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dupr_cli.artifacts.files import remove_leftovers
-from dupr_cli.artifacts.run import (
-    CHECKPOINTS,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    Checkpoint,
-    CheckpointState,
-    MetricsLog,
-    list_checkpoints,
-    write_checkpoint,
-)
-from dupr_cli.artifacts.weights import read_safetensors
-from dupr_cli.errors import RunError, UsageError
+from dupr_cli.artifacts.run import CheckpointState, MetricsLog
+from dupr_cli.errors import RunError
 from dupr_cli.evaluate.detection_data import DetectionBatch
 from dupr_cli.evaluate.detectors import Detector
 from dupr_cli.evaluate.detectors.norms import batch_norms
@@ -37,6 +26,7 @@ from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.evaluate import DetectionTrainSection, EvaluateRecipe
 from dupr_cli.runtime.parallel import World, average_gradients
+from dupr_cli.runtime.state import TrainingState
 from dupr_cli.runtime.stopping import Limits, Stop, stopped
 
 _LOSS = "loss/"
@@ -111,7 +101,7 @@ def make_optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.o
 
 def train_detector(
     trial: Trial,
-    batches_from: Callable[[int], Iterator[DetectionBatch]],
+    batches_from: Callable[[int], Generator[DetectionBatch, None, None]],
     reporter: Reporter,
     limits: Limits | None = None,
     test: Callable[[], Mapping[str, float]] | None = None,
@@ -128,16 +118,18 @@ def train_detector(
     optimizer = make_optimizer(detector, train)
     half = train.precision == "float16"
     scaler = torch.amp.GradScaler(world.device.type, enabled=half)
-    state = _State(trial, optimizer, scaler)
-    done, sums = state.load(reporter)
+    state = TrainingState(trial.name, trial.folder, detector, optimizer, scaler, world)
+    found = state.load(reporter)
+    done = found.step if found else 0
+    sums = _Sums.from_extra(found.extra if found else {})
     if done >= train.iterations:
         return
     parameters = list(detector.parameters())
-    batches = batches_from(done)
     detector.train()
     shown = _newest_score(trial)
     with (
         Stop(limits, launched=world.size > 1) as stop,
+        closing(batches_from(done)) as batches,
         reporter.task(f"train {trial.name}", train.iterations, "iterations", done) as progress,
     ):
         for iteration in range(done, train.iterations):
@@ -164,7 +156,7 @@ def train_detector(
                 progress.advance(0, f"loss {record.total:.3f}, lr {lr:.2g}{shown}")
             progress.advance()
             if last or stopping or count % train.checkpoint_every == 0:
-                state.save(count, sums)
+                state.save(_checkpoint_facts(trial, count, sums), keep=1)
             every = trial.recipe.test.every
             if test is not None and every and not last and count % every == 0:
                 scores = test()
@@ -219,87 +211,16 @@ class _Sums:
         return cls(sums, int(extra.get("since", 0)))
 
 
-class _State:
-    """A trial's state to and from its checkpoints; only the newest is kept."""
-
-    def __init__(
-        self, trial: Trial, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> None:
-        self._trial, self._optimizer, self._scaler = trial, optimizer, scaler
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers, each once: res5 of C4 has two names."""
-        detector = self._trial.detector
-        kept = detector.state_dict().keys()
-        buffers = {k: v for k, v in detector.named_buffers() if k in kept}
-        return {**dict(detector.named_parameters()), **buffers}
-
-    def save(self, iteration: int, sums: _Sums) -> None:
-        trial, world = self._trial, self._trial.world
-        world.require_same(dict(trial.detector.named_parameters()), "parameters")
-        if world.is_main:
-            momentum = {
-                name: self._optimizer.state[parameter]["momentum_buffer"]
-                for name, parameter in trial.detector.named_parameters()
-                if self._optimizer.state[parameter].get("momentum_buffer") is not None
-            }
-            state = CheckpointState(
-                step=iteration,
-                architecture=trial.detector.backbone.architecture,
-                input_mean=trial.detector.mean.flatten().tolist(),
-                input_std=trial.detector.std.flatten().tolist(),
-                input_size=trial.recipe.data.test_size,
-                recipe_sha256=recipe_digest(trial.recipe),
-                files={},
-                processes=world.size,
-                loss_scaler=self._scaler.state_dict(),
-                extra=sums.to_extra(),
-            )
-            write_checkpoint(trial.folder, state, self._tensors(), momentum, keep=1)
-        world.wait()
-
-    def load(self, reporter: Reporter) -> tuple[int, _Sums]:
-        """The iterations that the newest whole checkpoint has done; 0 without one."""
-        trial, world = self._trial, self._trial.world
-        if world.is_main:
-            _leave_whole_checkpoints(trial.folder, reporter)
-        world.wait()
-        paths = list_checkpoints(trial.folder)
-        if not paths:
-            if world.is_main:
-                trial.log.rewind(-1)
-            return 0, _Sums({}, 0)
-        checkpoint = Checkpoint.read(paths[-1])
-        tensors, _ = read_safetensors(checkpoint.path / MODEL_FILE)
-        momentum, _ = read_safetensors(checkpoint.path / OPTIMIZER_FILE)
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(tensors[name])
-        for name, parameter in trial.detector.named_parameters():
-            if name in momentum:
-                # In the parameter's own memory layout, or the next step is rounded differently.
-                buffer = torch.empty_like(parameter).copy_(momentum[name])
-                self._optimizer.state[parameter]["momentum_buffer"] = buffer
-        if self._scaler.is_enabled():
-            self._scaler.load_state_dict(dict(checkpoint.state.loss_scaler))
-        step = checkpoint.state.step
-        if world.is_main:
-            trial.log.rewind(step)
-        reporter.info(f"{trial.name}: iteration {step} is saved; going on from there.")
-        return step, _Sums.from_extra(checkpoint.state.extra)
-
-
-def _leave_whole_checkpoints(folder: Path, reporter: Reporter) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    if (folder / CHECKPOINTS).is_dir():
-        remove_leftovers(folder / CHECKPOINTS)
-    for path in list_checkpoints(folder):
-        try:
-            Checkpoint.read(path, verify=True)
-        except UsageError as error:
-            reporter.warning(f"{error} It is deleted; the trial goes on from before.")
-            shutil.rmtree(path)
+def _checkpoint_facts(trial: Trial, iteration: int, sums: _Sums) -> CheckpointState:
+    return CheckpointState(
+        step=iteration,
+        architecture=trial.detector.backbone.architecture,
+        input_mean=trial.detector.mean.flatten().tolist(),
+        input_std=trial.detector.std.flatten().tolist(),
+        input_size=trial.recipe.data.test_size,
+        recipe_sha256=recipe_digest(trial.recipe),
+        extra=sums.to_extra(),
+    )
 
 
 def measure_batch_norm(trial: Trial, batches: Iterator[DetectionBatch], reporter: Reporter) -> None:

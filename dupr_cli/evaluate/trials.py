@@ -6,18 +6,16 @@ Its result is kept in its folder and read again where it is whole and of the sam
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dupr_cli.artifacts.files import remove_leftovers, write_json, write_text
+from dupr_cli.artifacts.files import remove_leftovers, write_text
 from dupr_cli.artifacts.results import TrialResult
-from dupr_cli.artifacts.run import CHECKPOINTS, LATEST
+from dupr_cli.artifacts.run import METRICS_FILE, training_files
 from dupr_cli.datasets.labelled import LabelledSet
-from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.detection_data import DetectionBatch, test_batches, training_batches
 from dupr_cli.evaluate.detectors import build_detector
 from dupr_cli.evaluate.inference import detect_all, positions_of
@@ -27,10 +25,10 @@ from dupr_cli.metrics import Detections, Metric, Scores, score
 from dupr_cli.models.compared import ComparedWeights
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
+from dupr_cli.runtime.output import damaged_result, read_result, remove, write_result
 from dupr_cli.runtime.parallel import World
 from dupr_cli.runtime.stopping import Limits
 
-RESULT_FILE = "result.json"
 DETECTIONS_FILE = "detections.json"
 
 
@@ -67,19 +65,20 @@ def run_trial(
     trial = Trial(detector, recipe, seed, name, folder, world)
     test_positions = positions_of(world, len(test))
 
-    def batches_from(start: int) -> Iterator[DetectionBatch]:
-        return iter(training_batches(train, recipe, classes, seed, start, world))
+    def batches_from(start: int) -> Generator[DetectionBatch, None, None]:
+        return training_batches(train, recipe, classes, seed, start, world)
 
     def tested(say: Reporter) -> tuple[list[Detections], Scores]:
-        loader = test_batches(test, recipe, classes, test_positions, world)
-        found = detect_all(detector, loader, test, name, world, say)
+        with closing(test_batches(test, recipe, classes, test_positions, world)) as batches:
+            found = detect_all(detector, batches, test, name, world, say)
         return found, scores_of(recipe, test, classes, found)
 
     started = time.perf_counter()
     train_detector(trial, batches_from, say, limits, lambda: tested(SilentReporter())[1].metrics)
     trained = time.perf_counter()
     if recipe.test.precise_bn_batches:
-        measure_batch_norm(trial, batches_from(recipe.train.iterations), say)
+        with closing(batches_from(recipe.train.iterations)) as batches:
+            measure_batch_norm(trial, batches, say)
     measured = time.perf_counter()
     detections, scores = tested(say)
     ended = time.perf_counter()
@@ -128,25 +127,16 @@ def read_outcome(
 
     Raises UsageError when the folder holds the result of other weights, or a damaged one.
     """
-    if not (folder / RESULT_FILE).is_file():
+    values = read_result(folder, fingerprint, address)
+    if values is None:
         return None
     try:
-        values = json.loads((folder / RESULT_FILE).read_bytes())
-        same = values["fingerprint"] == fingerprint
         result = TrialResult(**values["result"])
         losses = [LossRecord(**record) for record in values["losses"]]
         rows = json.loads((folder / DETECTIONS_FILE).read_bytes())
         detections = detections_from_rows(rows, test.ids, classes)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"{folder}: the result there is damaged ({error}). Delete the folder, or use "
-            f"--overwrite."
-        ) from error
-    if not same:
-        raise UsageError(
-            f"{folder}: the result there is of other weights than {address} has now. Give another "
-            f"--out, or --overwrite to replace it."
-        )
+        raise damaged_result(folder, error) from error
     return Outcome(result, losses, detections)
 
 
@@ -161,15 +151,13 @@ def write_outcome(
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     write_text(folder / DETECTIONS_FILE, detection_rows(outcome.detections, test.ids, classes))
-    # Last: from here on the trial counts as finished.
-    write_json(
-        folder / RESULT_FILE,
+    write_result(
+        folder,
+        fingerprint,
         {
-            "fingerprint": dict(fingerprint),
             "result": asdict(outcome.result),
             "losses": [asdict(record) for record in outcome.losses],
         },
     )
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    with suppress(FileNotFoundError):
-        (folder / LATEST).unlink()
+    kept = (folder / METRICS_FILE,)
+    remove(folder, [path for path in training_files(folder) if path not in kept])

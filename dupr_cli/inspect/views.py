@@ -48,7 +48,7 @@ def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) ->
     bins = _bins(method, level)
     rows, keys = [], []
     for number, image in _images(shards, recipe.data.holdout, count):
-        sample = pairs.load((0, number))
+        sample = pairs((0, number))
         flips = sample.parameters[None, :, FLIP].bool()
         boxes, valid = shared_region_boxes(
             sample.crops[None], flips, size, method.views.min_overlap

@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ANALYSIS = "analysis.json"
+ANALYSIS_FILES = (ANALYSIS, "precision_recall.png", "confusion.png", "errors.png")
 # More lines in one plot cannot be told apart, larger matrices not read.
 _NAMED_CURVES, _WRITTEN_CELLS = 20, 12
 
 
 def write_analysis(folder: Path, analysis: Analysis) -> None:
-    """analysis.json, precision_recall.png, confusion.png, errors.png, in a folder that exists."""
-    _save(_curves(analysis), folder / "precision_recall.png")
-    _save(_confusion(analysis), folder / "confusion.png")
-    _save(_errors(analysis), folder / "errors.png")
+    """`ANALYSIS_FILES`, in a folder that exists."""
+    for name, draw in (
+        ("precision_recall.png", _curves), ("confusion.png", _confusion), ("errors.png", _errors)
+    ):  # fmt: skip
+        _save(draw(analysis), folder / name)
     write_json(folder / ANALYSIS, asdict(analysis))
 
 

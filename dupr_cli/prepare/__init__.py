@@ -9,38 +9,42 @@ output depend on source, recipe and seed alone, and whatever is finished stays f
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dupr_cli import __version__
-from dupr_cli.artifacts.files import write_json
-from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.shards import MANIFEST, SKIPPED, UNFINISHED, Manifest
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.assembly import assemble, is_planned
 from dupr_cli.prepare.blocks import Work, blocks_folder, read_report
 from dupr_cli.prepare.engines import check_engine, write_blocks
 from dupr_cli.prepare.listing import Listing, read_listing, survey, write_listing
+from dupr_cli.prepare.source_record import SOURCE, KnownSource
 from dupr_cli.prepare.sources import ImageSource, make_source, nothing_found, recognise
+from dupr_cli.prepare.standing import look, require_other_folder
+from dupr_cli.prepare.unfinished import State, clear
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import PrepareRecipe, recipe_digest
-
-_STATE = "state.json"
+from dupr_cli.recipe import PrepareRecipe
+from dupr_cli.runtime.output import writing
+from dupr_cli.runtime.stopping import stoppable
 
 
 @dataclass(frozen=True)
 class PreparePlan:
-    """What a preparation will do, before it does it."""
+    """What a preparation will do, before it does it.
+
+    action: begin, continue, append, replace, or nothing where the set is complete. items: images to
+    read, by split.
+    """
 
     source: str
     kind: str
+    action: str
     items: dict[str, int]
     shards: int
     out: str
@@ -62,18 +66,28 @@ class PrepareResult:
     task: str | None = None
 
 
-def plan(recipe: PrepareRecipe, source: str, out: Path) -> PreparePlan:
-    """List the source and say what `run` would do. Raises UsageError."""
+def plan(
+    recipe: PrepareRecipe,
+    source: Path | str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    append: bool = False,
+) -> PreparePlan:
+    """List the source and say what `run` would do. Nothing is changed. Raises UsageError."""
+    source = str(source)
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, near=False)
     made = make_source(kind, source, recipe.source, out)
-    entries, _ = survey(made, recipe)
-    if not entries:
+    standing = look(work, made, overwrite=overwrite, append=append)
+    entries = standing.to_read
+    if entries is None:
+        entries = survey(made, recipe).entries
+    if not entries and standing.action == "begin":
         raise nothing_found(source)
-    _is_complete(work, made, overwrite=True, is_task=False)
     size = recipe.shard.max_samples
     shards = sum(-(-count // size) for count in entries.values())
-    return PreparePlan(source, kind, entries, shards, str(out))
+    return PreparePlan(source, kind, standing.action, entries, shards, str(out))
 
 
 def run(
@@ -83,36 +97,53 @@ def run(
     *,
     workers: int = 0,
     overwrite: bool = False,
+    append: bool = False,
     engine: str = "processes",
     task: tuple[int, int] | None = None,
     reporter: Reporter | None = None,
 ) -> PrepareResult:
     """Write the shards of `source` into `out`, or finish what an interrupted call began.
 
-    workers: processes that decode; 0 means one per core. engine: processes or ray. task: (i, n),
-    write only every n-th block from the i-th on, i from 1; `merge` makes a set of them.
+    workers: processes that decode; 0 means one per core. append: where the source has grown, add
+    shards of what is new to the set in `out`, whose shards stay as they are. engine: processes or
+    ray. task: (i, n), write only every n-th block from the i-th on, i from 1; `merge` makes a set
+    of them.
     Raises UsageError when the source has no images, `out` holds something else or the engine is not
-    installed, RunError when no image could be used, OSError when the output cannot be written.
+    installed, RunError when no image could be used, OSError when the output cannot be written,
+    StoppedRunError after a signal.
     """
     check_engine(engine)
+    if append and (overwrite or task is not None):
+        raise UsageError("--append works without --overwrite and without --task.")
     source, reporter = str(source), reporter or SilentReporter()
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, recipe.filter.duplicates == "near")
     made = make_source(kind, source, recipe.source, out)
-    name = "run" if task is None else f"task-{task[0]}-of-{task[1]}"
-    if _is_complete(work, made, overwrite, task is not None):
-        reporter.info(f"{out} is complete already; nothing to do")
-        return _result(out, Manifest.read(out))
-    with _begun(out, task is None), _alone(work.folder, name):
-        listing = _listing(work, made, reporter)
-        blocks = listing.blocks()
-        if task is not None:
-            blocks = blocks[task[0] - 1 :: task[1]]
-        if not is_planned(work.folder):
-            _write(work, made, listing, blocks, engine, workers, reporter)
-        if task is not None:
-            return _task_result(work, blocks, f"{task[0]}/{task[1]}")
-        return _assemble(work, listing, made.labelled, reporter)
+    require_other_folder(work)
+    with (
+        stoppable("Finished shards are kept, and the same command continues from there."),
+        writing(out, "dupr prepare", shared=task is not None),
+    ):
+        standing = look(work, made, overwrite=overwrite, append=append, is_task=task is not None)
+        if standing.warning:
+            reporter.warning(standing.warning)
+        if standing.clears:
+            clear(work.folder)
+        if standing.action == "nothing":
+            reporter.info(f"{out} is complete already; nothing to do")
+            return _result(out, Manifest.read(out))
+        if standing.action == "append":
+            reporter.info(f"{out}: {standing.changes.describe('new')}; their shards are added")
+        with _without_traces(work.folder, task), _alone(work.folder, task):
+            listing = _listing(work, made, standing.action == "append", reporter)
+            blocks = listing.blocks()
+            if task is not None:
+                blocks = blocks[task[0] - 1 :: task[1]]
+            if not is_planned(work.folder):
+                _write(work, made, listing, blocks, engine, workers, reporter)
+            if task is not None:
+                return _task_result(work, blocks, f"{task[0]}/{task[1]}")
+            return _assemble(work, listing, reporter)
 
 
 def merge(out: Path, *, reporter: Reporter | None = None) -> PrepareResult:
@@ -120,155 +151,71 @@ def merge(out: Path, *, reporter: Reporter | None = None) -> PrepareResult:
 
     Raises UsageError when there is no preparation in `out`, or when blocks are missing.
     """
-    state = _read_state(out / UNFINISHED)
+    state = State.read(out / UNFINISHED)
     if state is None:
         if (out / MANIFEST).is_file():
             return _result(out, Manifest.read(out))
         raise UsageError(f"{out}: no tasks of `dupr prepare --task I/N` have written here.")
-    recipe = PrepareRecipe.model_validate(state["recipe"])
-    work = Work(
-        state["kind"], state["source"], str(out), recipe, recipe.filter.duplicates == "near"
-    )
-    with _alone(work.folder, "run"):
+    recipe = PrepareRecipe.model_validate(state.recipe)
+    work = Work(state.kind, state.source, str(out), recipe, recipe.filter.duplicates == "near")
+    with (
+        stoppable("Finished shards are kept, and the same command continues from there."),
+        writing(out, "dupr prepare merge"),
+    ):
         listing = read_listing(work.folder)
         if listing is None:
             raise UsageError(f"{out}: the listing is damaged. Begin again with --overwrite.")
-        return _assemble(work, listing, state["labelled"], reporter or SilentReporter())
+        return _assemble(work, listing, reporter or SilentReporter())
 
 
 def _kind(recipe: PrepareRecipe, source: str) -> str:
     return recognise(source) if recipe.source.kind == "auto" else recipe.source.kind
 
 
-def _is_complete(work: Work, source: ImageSource, overwrite: bool, is_task: bool) -> bool:
-    """Whether the set is there already.
-
-    Raises UsageError when something else is there, unless it may be overwritten.
-    """
-    out = Path(work.out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file is there; OUT is a directory.")
-    if not is_remote(work.address) and out.resolve() == Path(work.address).resolve():
-        raise UsageError(f"{out}: OUT is the source itself; give another directory.")
-    state = _read_state(work.folder)
-    finished = (out / MANIFEST).is_file()
-    if not finished and state is None:
-        if out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
-            raise UsageError(f"{out}: the directory is not empty and holds no shards of dupr.")
-        return False
-    asked = (recipe_digest(work.recipe), work.address)
-    if is_task and state is not None and (state["recipe_digest"], state["source"]) == asked:
-        return False  # the first task has listed the source for all
-    mine = _fingerprint(work.recipe, survey(source, work.recipe)[1])
-    if finished and _fingerprint_of(out) == mine and not (wrong := _damaged(out)):
-        if state is not None and state["fingerprint"] == mine:
-            shutil.rmtree(work.folder)  # an interruption between the last two steps
-        return True
-    if state is not None and state["fingerprint"] == mine:
-        return False
-    if not overwrite:
-        if finished and _fingerprint_of(out) == mine:
-            raise UsageError(
-                f"{wrong} is missing or has another size, although the set is complete. Put it "
-                f"back, or make the set anew with --overwrite."
-            )
-        what, advice = "shards", "Give another OUT, or --overwrite to replace them."
-        if state is not None:
-            what = "unfinished shards"
-            advice = (
-                "Give that command again to finish them, on the source as it was, or --overwrite "
-                "to replace them."
-            )
-        raise UsageError(f"{out}: {what} of another source or recipe are there. {advice}")
-    if state is not None:
-        shutil.rmtree(work.folder)
-    return False
-
-
-def _fingerprint(recipe: PrepareRecipe, digest: str) -> str:
-    """What decides the content of the shards: the recipe and the listing of the source."""
-    return f"{recipe_digest(recipe)}-{digest}"
-
-
-def _fingerprint_of(out: Path) -> str:
-    try:
-        return Manifest.read(out).fingerprint
-    except UsageError:
-        return "damaged"
-
-
-def _damaged(out: Path) -> Path | None:
-    """The first shard that is not as long as the manifest says."""
-    for entries in Manifest.read(out).splits.values():
-        for entry in entries:
-            tar = out / entry.file
-            if not tar.is_file() or tar.stat().st_size != entry.bytes:
-                return tar
-    return None
-
-
-def _read_state(folder: Path) -> dict[str, Any] | None:
-    """What is being prepared in `folder`; None where nothing is."""
-    try:
-        return dict(json.loads((folder / _STATE).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 @contextmanager
-def _begun(out: Path, alone: bool) -> Iterator[None]:
-    """Take away what was made for the output when it fails before anything is worth keeping.
-
-    alone: whether no other task can be at work there.
-    """
-    made_out = not out.exists()
-    (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
+def _without_traces(folder: Path, task: tuple[int, int] | None) -> Iterator[None]:
+    """Take away what was made for the output when it fails before anything is worth keeping."""
     try:
         yield
     except BaseException:
-        if not alone:
-            raise
-        if (out / UNFINISHED).is_dir() and _read_state(out / UNFINISHED) is None:
-            shutil.rmtree(out / UNFINISHED)
-        if made_out and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+        if task is None and State.read(folder) is None:  # else another task may be at work there
+            clear(folder)
         raise
 
 
 @contextmanager
-def _alone(folder: Path, name: str) -> Iterator[None]:
-    """No second process does the same in `folder`."""
+def _alone(folder: Path, task: tuple[int, int] | None) -> Iterator[None]:
+    """No second process does the same task; without one, `writing` sees to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if task is None:
+        yield
+        return
     try:
-        with FileLock(folder / f"{name}.lock", timeout=0):
+        with FileLock(folder / f"task-{task[0]}-of-{task[1]}.lock", timeout=0):
             yield
     except Timeout:
         raise UsageError(
-            f"{folder.parent}: another `dupr prepare` is writing here. Wait for its end, "
+            f"{folder.parent}: another process does task {task[0]}/{task[1]}. Wait until it ends, "
             f"or stop it."
         ) from None
 
 
-def _listing(work: Work, source: ImageSource, reporter: Reporter) -> Listing:
+def _listing(work: Work, source: ImageSource, appends: bool, reporter: Reporter) -> Listing:
     """The listing of the source: that of an earlier call or another task, or a new one."""
     folder = work.folder
     with FileLock(folder / "listing.lock"):  # tasks begin together
         listing = read_listing(folder)
-        if listing is None or _read_state(folder) is None:
+        if listing is None or State.read(folder) is None:
             reporter.detail(f"listing {work.address}")
-            listing = write_listing(source, work.recipe, folder)
+            known = KnownSource(Path(work.out) / SOURCE) if appends else None
+            listing = write_listing(source, work.recipe, folder, known)
             if not listing.total:
                 raise nothing_found(work.address)
             blocks_folder(folder).mkdir(exist_ok=True)
-            state = {
-                "fingerprint": _fingerprint(work.recipe, listing.digest),
-                "recipe_digest": recipe_digest(work.recipe),
-                "recipe": work.recipe.model_dump(mode="json"),
-                "kind": work.kind,
-                "source": work.address,
-                "labelled": source.labelled,
-                "dupr_version": __version__,
-            }
-            write_json(folder / _STATE, state)
+            recipe = work.recipe.model_dump(mode="json")
+            State(recipe, work.kind, work.address, listing.digest, source.labelled, appends).write(
+                folder
+            )
     return listing
 
 
@@ -288,24 +235,27 @@ def _write(
         for split, number in blocks
     )
     if done:
-        reporter.info(f"{work.out}: {done} of {total} images are in finished shards; going on")
+        reporter.info(f"{work.out}: continues, {done} of {total} images are in finished shards")
     with reporter.task("prepare", total, "images", done) as progress:
         missing = [block for block in blocks if block not in finished]
         write_blocks(work, missing, engine, workers, source.remote, progress)
 
 
-def _assemble(work: Work, listing: Listing, labelled: bool, reporter: Reporter) -> PrepareResult:
+def _assemble(work: Work, listing: Listing, reporter: Reporter) -> PrepareResult:
+    state = State.read(work.folder)
+    assert state is not None, "the state is written with the listing"
     duplicates = work.recipe.filter.duplicates
     if duplicates == "auto":
-        duplicates = "keep" if labelled else "exact"
-    fingerprint = _fingerprint(work.recipe, listing.digest)
+        duplicates = "keep" if state.labelled else "exact"
     out = Path(work.out)
-    manifest = assemble(work, listing, fingerprint, duplicates, reporter)
-    if manifest.skipped:
+    base = Manifest.read(out) if state.appends and not is_planned(work.folder) else None
+    before = base.skipped if base else 0
+    manifest = assemble(work, listing, duplicates, base, reporter)
+    if manifest.skipped > before:
         with (out / SKIPPED).open(encoding="utf-8") as lines:
-            first = json.loads(lines.readline())
+            first = json.loads(next(islice(lines, before, None)))
         reporter.warning(
-            f"{manifest.skipped} of {listing.total} images were left out, for example "
+            f"{manifest.skipped - before} of {listing.total} images were left out, for example "
             f"{first['path']}: {first['reason']}; {out / SKIPPED} lists them"
         )
     return _result(out, manifest)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dupr_cli import __version__
-from dupr_cli.artifacts.files import write_json, write_text
+from dupr_cli.artifacts.files import atomic_file, write_json, write_text
 from dupr_cli.artifacts.shard_files import ShardIndex, ShardWriter, index_path, shard_name
 from dupr_cli.artifacts.shards import (
     MANIFEST,
@@ -29,7 +30,7 @@ from dupr_cli.artifacts.shards import (
     ShardSet,
     Skipped,
 )
-from dupr_cli.errors import RunError, UsageError
+from dupr_cli.errors import DuprError, RunError, UsageError
 from dupr_cli.prepare.blocks import (
     BlockReport,
     Work,
@@ -38,12 +39,19 @@ from dupr_cli.prepare.blocks import (
     read_records,
     read_report,
 )
-from dupr_cli.prepare.duplicates import Array, equal_rows, similar_rows
+from dupr_cli.prepare.duplicates import RECORD, Array, equal_rows, similar_rows
 from dupr_cli.prepare.listing import Listing
+from dupr_cli.prepare.source_record import SOURCE
+from dupr_cli.prepare.unfinished import clear
 from dupr_cli.progress import Reporter
+from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.prepare import FilterSection
+from dupr_cli.runtime.output import remove
 
 _PLAN = "plan.json"
+# Records of all samples, for finding duplicates among images that are added later.
+RECORDS = "records.bin"
+_BESIDE = (SKIPPED, SOURCE, RECORDS)  # files of a set beside its shards and manifest
 
 
 @dataclass(frozen=True)
@@ -61,33 +69,38 @@ def is_planned(folder: Path) -> bool:
 
 
 def assemble(
-    work: Work, listing: Listing, fingerprint: str, duplicates: str, reporter: Reporter
+    work: Work, listing: Listing, duplicates: str, base: Manifest | None, reporter: Reporter
 ) -> Manifest:
     """Make a set of all blocks of `listing` and write its manifest.
 
-    duplicates: keep, exact or near. Raises UsageError when blocks are missing, RunError when not a
-    single image could be used.
+    duplicates: keep, exact or near. base: the set that is there, when shards are added to it; its
+    files stay as they are. Raises UsageError when blocks are missing, RunError when not a single
+    image could be used.
     """
     out, folder = Path(work.out), work.folder
     if not is_planned(folder):
-        _plan(work, listing, fingerprint, duplicates, reporter)
+        _plan(work, listing, duplicates, base, reporter)
     plan = json.loads((folder / _PLAN).read_bytes())
     if not plan["cleared"]:
-        for name in plan["remove"]:
-            (out / name).unlink(missing_ok=True)
+        remove(out, [out / name for name in plan["remove"]])
         write_json(folder / _PLAN, {**plan, "cleared": True})
-    splits: dict[str, list[ShardEntry]] = {split: [] for split in plan["shards"]}
+    splits = {
+        split: [ShardEntry(**entry) for entry in plan.get("kept", {}).get(split, [])]
+        for split in [*plan.get("kept", {}), *plan["shards"]]
+    }
     total = sum(len(shards) for shards in plan["shards"].values())
     with reporter.task("name shards", total, "shards") as progress:
         for split, shards in plan["shards"].items():
-            for number, shard in enumerate(shards):
-                splits[split].append(_place(out, folder, shard, shard_name(split, number)))
+            for shard in shards:
+                name = shard_name(split, len(splits[split]))
+                splits[split].append(_place(out, folder, shard, name))
                 progress.advance(1)
     manifest = Manifest(splits=splits, **plan["manifest"])
-    if (folder / SKIPPED).exists():
-        (folder / SKIPPED).replace(out / SKIPPED)
+    for name in _BESIDE:
+        if (folder / name).exists():
+            (folder / name).replace(out / name)
     manifest.write(out)
-    shutil.rmtree(folder)
+    clear(folder)
     return manifest
 
 
@@ -123,23 +136,25 @@ def _rewrite(part: Path, final: Path, drop: set[int], rename: dict[str, str]) ->
 
 
 def _plan(
-    work: Work, listing: Listing, fingerprint: str, duplicates: str, reporter: Reporter
+    work: Work, listing: Listing, duplicates: str, base: Manifest | None, reporter: Reporter
 ) -> None:
     """Decide what the set will be, and write it down. Nothing else is changed."""
     out, folder = Path(work.out), work.folder
     reports = _reports(folder, listing, out)
-    parts = _parts(reports)
+    kept = _kept_parts(base) if base else []
+    parts = _parts(reports, sum(part.entry.samples for part in kept))
     total = sum(part.entry.samples for part in parts)
     skipped = [entry for report in reports.values() for entry in report.skipped]
-    if not total:
+    if not total and base is None:
         first = skipped[0]
-        shutil.rmtree(folder)
+        clear(folder)
         raise RunError(
             f"{work.address}: none of {listing.total} images could be used; the first, "
             f"{first.path}: {first.reason}."
         )
-    changes = _changes(folder, reports, total, duplicates, work.recipe.filter, reporter)
-    names = _Names(blocks_folder(folder), parts)
+    records = _Records(folder, out / RECORDS, kept, list(reports))
+    changes = _changes(records, records.before + total, duplicates, work.recipe.filter, reporter)
+    names = _Names(out, kept, blocks_folder(folder), parts)
     for position, (first_one, reason) in changes.drop.items():
         skipped.append(Skipped(names.source(position), f"{reason}: {names.key(first_one)}"))
     shards: dict[str, list[dict[str, object]]] = {split: [] for split in listing.entries}
@@ -160,21 +175,49 @@ def _plan(
             }
         )  # fmt: skip
     reasons = Counter(entry.reason.partition(":")[0] for entry in skipped)
-    lines = (json.dumps({"path": e.path, "reason": e.reason}, ensure_ascii=False) for e in skipped)
-    write_text(folder / SKIPPED, "".join(line + "\n" for line in lines))
+    lines = [json.dumps({"path": e.path, "reason": e.reason}, ensure_ascii=False) for e in skipped]
+    classes = {name for report in reports.values() for name in report.classes}
+    earlier = ""
+    if base is not None:
+        reasons.update(base.skip_reasons)
+        classes |= set(base.classes)
+        earlier = (out / SKIPPED).read_text() if (out / SKIPPED).exists() else ""
+        _join_records(folder, out)
+    write_text(folder / SKIPPED, earlier + "".join(line + "\n" for line in lines))
+    records.write(folder / RECORDS, np.array(dropped, np.int64))
     manifest = {
-        "classes": sorted({name for report in reports.values() for name in report.classes}),
-        "skipped": len(skipped),
+        "classes": sorted(classes),
+        "skipped": len(skipped) + (base.skipped if base else 0),
         "skip_reasons": dict(reasons.most_common()),
         "source": work.address,
         "recipe": work.recipe.model_dump(mode="json"),
-        "fingerprint": fingerprint,
+        "fingerprint": f"{recipe_digest(work.recipe)}-{listing.digest}",
         "dupr_version": __version__,
     }
     write_json(
         folder / _PLAN,
-        {"remove": _files_of(out), "cleared": False, "shards": shards, "manifest": manifest},
+        {
+            "remove": []
+            if base
+            else [path.relative_to(out).as_posix() for path in output_files(out)],
+            "cleared": False,
+            "kept": asdict(base)["splits"] if base else {},
+            "shards": shards,
+            "manifest": manifest,
+        },
     )
+
+
+def _join_records(folder: Path, out: Path) -> None:
+    """The record of the source as of all images: gzip files one after the other are one."""
+    joined, new = folder / f".{SOURCE}.joined.tmp", folder / SOURCE
+    with joined.open("wb") as file:
+        for path in (out / SOURCE, new):
+            with path.open("rb") as part:
+                shutil.copyfileobj(part, file)
+        file.flush()
+        os.fsync(file.fileno())
+    joined.replace(new)
 
 
 def _reports(folder: Path, listing: Listing, out: Path) -> dict[tuple[str, int], BlockReport]:
@@ -193,8 +236,19 @@ def _reports(folder: Path, listing: Listing, out: Path) -> dict[tuple[str, int],
     return reports
 
 
-def _parts(reports: dict[tuple[str, int], BlockReport]) -> list[_Part]:
+def _kept_parts(base: Manifest) -> list[_Part]:
+    """The shards that are there already."""
     parts, start = [], 0
+    for split, entries in base.splits.items():
+        for entry in entries:
+            parts.append(_Part(split, entry, start))
+            start += entry.samples
+    return parts
+
+
+def _parts(reports: dict[tuple[str, int], BlockReport], start: int) -> list[_Part]:
+    """The tars of the blocks. start: samples before them."""
+    parts = []
     for (split, _), report in reports.items():
         for entry in report.parts:
             parts.append(_Part(split, entry, start))
@@ -208,19 +262,28 @@ def _inside(part: _Part, positions: list[int]) -> list[int]:
     return positions[bisect_left(positions, part.start) : bisect_left(positions, end)]
 
 
-def _files_of(out: Path) -> list[str]:
-    """Names of the files of the set that is there already, its manifest first."""
+def output_files(out: Path) -> list[Path]:
+    """Files of the set in `out`, the manifest first, by the manifest alone.
+
+    Where it is damaged, a tar counts that has an index of dupr beside it and is as long as it says.
+    """
     if not (out / MANIFEST).exists():
         return []
     try:
         splits = Manifest.read(out).splits
         # By its last part: a manifest that leads elsewhere must not cost files there.
         tars = [out / Path(entry.file).name for listed in splits.values() for entry in listed]
-        shards = [path for tar in tars for path in (tar, index_path(tar))]
-    except UsageError:  # damaged: by the names that shards have
-        numbered = "*-[0-9][0-9][0-9][0-9][0-9][0-9]"
-        shards = [*out.glob(f"{numbered}.tar"), *out.glob(f"{numbered}.index.json")]
-    return [path.relative_to(out).as_posix() for path in (out / MANIFEST, out / SKIPPED, *shards)]
+    except UsageError:
+        tars = [tar for tar in out.glob("*.tar") if _is_indexed(tar)]
+    shards = [path for tar in tars for path in (tar, index_path(tar))]
+    return [out / MANIFEST, *(out / name for name in _BESIDE), *shards]
+
+
+def _is_indexed(tar: Path) -> bool:
+    try:
+        return ShardIndex.read(index_path(tar)).bytes == tar.stat().st_size
+    except (OSError, DuprError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -231,21 +294,54 @@ class _Changes:
     rename: list[int]
 
 
-def _changes(
-    folder: Path,
-    reports: dict[tuple[str, int], BlockReport],
-    total: int,
-    duplicates: str,
-    recipe: FilterSection,
-    reporter: Reporter,
-) -> _Changes:
-    def records() -> Iterator[tuple[int, Array]]:
-        start = 0
-        for block in reports:
-            found = read_records(folder, *block)
+class _Records:
+    """`RECORD`s of all samples, in their order: of the set that is there, then of each block."""
+
+    def __init__(
+        self, folder: Path, file: Path, kept: list[_Part], blocks: list[tuple[str, int]]
+    ) -> None:
+        """file: records of the samples of `kept`, in their order.
+
+        Raises UsageError when those are not there.
+        """
+        self._folder, self._file, self._kept, self._blocks = folder, file, kept, blocks
+        self.before = before = sum(part.entry.samples for part in kept)
+        if before and (not file.is_file() or file.stat().st_size != before * RECORD.itemsize):
+            raise UsageError(
+                f"{file}: the records of the {before} samples that are there are missing or of "
+                f"another set, so duplicates of them cannot be found. Restore the file, or make "
+                f"the set again with --overwrite."
+            )
+
+    def __call__(self) -> Iterator[tuple[int, Array]]:
+        for _, start, found in self._by_split():
             yield start, found
+
+    def _by_split(self) -> Iterator[tuple[str, int, Array]]:
+        if self._kept:
+            found = np.fromfile(self._file, RECORD)
+            for part in self._kept:
+                yield part.split, part.start, found[part.start :][: part.entry.samples]
+        start = self.before
+        for block in self._blocks:
+            found = read_records(self._folder, *block)
+            yield block[0], start, found
             start += len(found)
 
+    def write(self, path: Path, dropped: Array) -> None:
+        """All records but those of dropped samples, in the order of the set that comes of it."""
+        splits = dict.fromkeys(split for split, _, _ in self._by_split())
+        with atomic_file(path) as file:
+            for wanted in splits:
+                for split, start, found in self._by_split():
+                    if split == wanted:
+                        positions = np.arange(start, start + len(found))
+                        file.write(found[~np.isin(positions, dropped)].tobytes())
+
+
+def _changes(
+    records: _Records, total: int, duplicates: str, recipe: FilterSection, reporter: Reporter
+) -> _Changes:
     twice = equal_rows(records, total, ("key", "low", "high"))
     drop = {int(p): (int(first), "listed twice") for p, first in twice}
     if duplicates in ("exact", "near"):
@@ -263,10 +359,13 @@ def _changes(
 class _Names:
     """What samples are called, read as it is asked for."""
 
-    def __init__(self, blocks: Path, parts: list[_Part]) -> None:
+    def __init__(self, out: Path, kept: list[_Part], blocks: Path, parts: list[_Part]) -> None:
         self._samples = ShardSet(
-            [blocks / part.entry.file for part in parts],
-            [part.entry.samples for part in parts],
+            [
+                *(out / part.entry.file for part in kept),
+                *(blocks / part.entry.file for part in parts),
+            ],
+            [part.entry.samples for part in [*kept, *parts]],
             str(blocks),
         )
         self._samples.cached_indexes = 64

@@ -9,19 +9,19 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from threading import Thread
-from types import FrameType
 from typing import Any
 
-from dupr_cli.errors import RunError, StoppedRunError, UsageError
+from dupr_cli.errors import RunError, UsageError
 from dupr_cli.prepare.blocks import BlockReport, Work, write_block
 from dupr_cli.progress import Task
+from dupr_cli.runtime.stopping import deferred, raise_if_stopped
 
 Block = tuple[str, int]
 ENGINES = ("processes", "ray")
@@ -45,43 +45,27 @@ def write_blocks(
     """Write all of `blocks`; `progress` counts their images.
 
     engine: processes or ray. workers: processes, 0 for one per core. remote: images come from a
-    server. Raises OSError when the output cannot be written, StoppedRunError on SIGTERM.
+    server. Raises OSError when the output cannot be written.
     """
     if not blocks:
         return
-    with _sigterm():
-        if engine == "ray":
-            _on_ray(work, blocks, remote, progress)
-            return
-        workers = workers or os.cpu_count() or 1
-        processes = min(workers, len(blocks))
-        # Where blocks are few, the threads of a process share one.
-        threads = -(-workers // processes) * (_REMOTE_THREADS if remote else 1)
-        if processes == 1:
-            for block in blocks:
-                write_block(work, block, threads, progress.advance)
-        else:
-            _in_processes(work, blocks, processes, threads, progress)
-
-
-@contextmanager
-def _sigterm() -> Iterator[None]:
-    """SIGTERM ends the work as Control-C does."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise StoppedRunError(
-            "stopped by SIGTERM; finished shards are kept. The same command continues from there."
-        )
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread of a Python caller: signals are the caller's
-        yield
+    if engine == "ray":
+        _on_ray(work, blocks, remote, progress)
         return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    workers = workers or os.cpu_count() or 1
+    processes = min(workers, len(blocks))
+    # Where blocks are few, the threads of a process share one.
+    threads = -(-workers // processes) * (_REMOTE_THREADS if remote else 1)
+    if processes > 1:
+        _in_processes(work, blocks, processes, threads, progress)
+        return
+
+    def advance() -> None:
+        raise_if_stopped()
+        progress.advance()
+
+    for block in blocks:
+        write_block(work, block, threads, advance)
 
 
 def _in_processes(
@@ -90,9 +74,10 @@ def _in_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once for all workers
     images, stop = context.Value("Q", 0), context.Event()
-    with ProcessPoolExecutor(
-        processes, context, _start_worker, (os.getpid(), images, stop)
-    ) as pool:
+    with (
+        deferred(),
+        ProcessPoolExecutor(processes, context, _start_worker, (os.getpid(), images, stop)) as pool,
+    ):
         waiting: set[Future[BlockReport]] = set()
         counted, remaining = 0, iter(blocks)
         try:
@@ -103,6 +88,7 @@ def _in_processes(
                 if not waiting:
                     break
                 done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
+                raise_if_stopped()
                 for future in done:
                     future.result()
                 if (now := images.value) > counted:

@@ -3,6 +3,7 @@
     OUT/.prepare/listing/<split>.jsonl    one entry per line, in the order of the shards
     OUT/.prepare/listing/<split>.starts   where each block begins: uint64
     OUT/.prepare/listing.json             how many, and the digest of the source
+    OUT/.prepare/source.jsonl.gz          the record that stays with the set (`source_record`)
 
 A block is `shard.max_samples` entries. Writing a listing takes the memory of a folder, or,
 shuffled, of a 64th of the entries.
@@ -13,15 +14,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from dupr_cli.artifacts.files import write_json
+from dupr_cli.prepare.source_record import (
+    SOURCE,
+    KnownSource,
+    SourceDigest,
+    SourceRecordWriter,
+    stamp_of_content,
+)
 from dupr_cli.prepare.sources import Entry, ImageSource
+from dupr_cli.prepare.unfinished import clear
 from dupr_cli.recipe import PrepareRecipe
 
 _BUCKETS = 64
@@ -31,7 +39,7 @@ _FOLDER = "listing"
 
 @dataclass(frozen=True)
 class Listing:
-    """A finished listing. entries: number of images by split. digest: sha256 of their names."""
+    """A finished listing. entries: number of images by split. digest: of the whole source."""
 
     folder: Path
     entries: dict[str, int]
@@ -77,59 +85,57 @@ def _parse(line: bytes, split: str) -> Entry:
 
 
 def split_entries(source: ImageSource, recipe: PrepareRecipe) -> Iterator[Entry]:
-    """The entries of a source, those held out in a split of their own."""
+    """The entries of a source, those held out in a split of their own, with their stamps."""
     share, name = recipe.split.held_out, recipe.split.name
     for entry in source.entries():
         if share and entry.split == "train" and _fraction(entry.sample_key) < share:
-            yield Entry(entry.name, entry.place, name, entry.key)
-        else:
-            yield entry
+            entry = replace(entry, split=name)
+        if recipe.source.identity == "content":
+            entry = replace(entry, stamp=stamp_of_content(source, entry))
+        yield entry
 
 
 def _fraction(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-class _Digest:
-    """Identity of a listing: its names and splits, in order."""
-
-    def __init__(self) -> None:
-        self._hash, self.entries = hashlib.sha256(), dict[str, int]()
-
-    def add(self, entry: Entry) -> None:
-        self._hash.update(os.fsencode(f"{entry.split}\0{entry.name}\n"))
-        self.entries[entry.split] = self.entries.get(entry.split, 0) + 1
-
-    def __str__(self) -> str:
-        return self._hash.hexdigest()
-
-
-def survey(source: ImageSource, recipe: PrepareRecipe) -> tuple[dict[str, int], str]:
+def survey(source: ImageSource, recipe: PrepareRecipe) -> SourceDigest:
     """Number of images by split and the digest, without writing anything."""
-    digest = _Digest()
+    digest = SourceDigest()
     for entry in split_entries(source, recipe):
         digest.add(entry)
-    return digest.entries, str(digest)
+    return digest
 
 
-def write_listing(source: ImageSource, recipe: PrepareRecipe, folder: Path) -> Listing:
-    """List a source into `folder`. Raises what listing the source raises."""
+def write_listing(
+    source: ImageSource, recipe: PrepareRecipe, folder: Path, known: KnownSource | None = None
+) -> Listing:
+    """List a source into `folder`. Raises what listing the source raises.
+
+    known: list only images that are new to this record; the digest is that of the whole source.
+    """
     place = folder / _FOLDER
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    digest, files = _Digest(), dict[str, _SplitFile]()
+    clear(folder, only=_FOLDER)
+    place.mkdir(parents=True, exist_ok=True)
+    digest, entries, files = SourceDigest(), dict[str, int](), dict[str, _SplitFile]()
+    record = SourceRecordWriter(folder / SOURCE)
     try:
         for entry in split_entries(source, recipe):
             digest.add(entry)
+            if known is not None and known.kind(entry) != "new":
+                continue
+            record.add(entry)
+            entries[entry.split] = entries.get(entry.split, 0) + 1
             if entry.split not in files:
                 files[entry.split] = _SplitFile(place / entry.split, recipe)
             files[entry.split].add(entry)
         for file in files.values():
             file.finish()
     finally:
+        record.close()
         for file in files.values():
             file.close()
-    listing = Listing(folder, digest.entries, str(digest), recipe.shard.max_samples)
+    listing = Listing(folder, entries, str(digest), recipe.shard.max_samples)
     values = asdict(listing)
     del values["folder"]
     write_json(listing_path(folder), values)

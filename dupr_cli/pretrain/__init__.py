@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import platform
-import shutil
 from collections.abc import Collection
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from dupr_cli import __version__
 from dupr_cli.artifacts.files import write_json, write_text
-from dupr_cli.artifacts.run import CHECKPOINTS, ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE
+from dupr_cli.artifacts.run import ENVIRONMENT_FILE, FORMAT_VERSION, RECIPE_FILE
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
@@ -77,9 +74,19 @@ class PretrainResult:
 
 
 def plan(
-    recipe: PretrainRecipe, data: str, out: Path, device: str = "auto", processes: int = 1
+    recipe: PretrainRecipe,
+    data: str,
+    out: Path,
+    device: str = "auto",
+    processes: int = 1,
+    *,
+    overwrite: bool = False,
+    allow_changed: Collection[str] = (),
 ) -> PretrainPlan:
-    """Check everything that `run` needs and say what it would do. Raises UsageError."""
+    """Check everything that `run` needs and say what it would do. Nothing is changed.
+
+    Raises UsageError as `run` does.
+    """
     from dupr_cli.pretrain.data import BatchOrder
     from dupr_cli.pretrain.recipe_checks import science_warnings
     from dupr_cli.pretrain.trainer import count_steps
@@ -89,6 +96,8 @@ def plan(
     _require_parts(recipe)
     _require_init(recipe)
     shards = open_shards(data, recipe.data.split)
+    if not overwrite:
+        _check_claim(recipe, shards, out, allow_changed, SilentReporter())
     order = BatchOrder(shards, recipe)
     steps = count_steps(recipe, order.images)
     return PretrainPlan(
@@ -130,14 +139,19 @@ def run(
     from dupr_cli.artifacts.run import newest_checkpoint
     from dupr_cli.pretrain.recipe_checks import science_warnings
     from dupr_cli.pretrain.trainer import count_steps, train
+    from dupr_cli.runtime.output import writing
     from dupr_cli.runtime.parallel import join, world_size
-    from dupr_cli.runtime.stopping import Limits
+    from dupr_cli.runtime.stopping import Limits, stoppable
 
     _require_fit(recipe, world_size())
     _require_parts(recipe)
     if overwrite or not (out / RECIPE_FILE).is_file():
         _require_init(recipe)
-    with join(device) as world:
+    with (
+        stoppable("The same command continues."),
+        join(device) as world,
+        writing(out, "dupr pretrain") if world.is_main else nullcontext(),
+    ):
         reporter = reporter if reporter and world.is_main else SilentReporter()
         shards = open_shards(data, recipe.data.split)
         if world.is_main:
@@ -191,62 +205,36 @@ def _require_init(recipe: PretrainRecipe) -> None:
         load_backbone(make_backbone(recipe.model.backbone), read_weights(recipe.model.init))
 
 
-def _claim(
-    recipe: PretrainRecipe,
-    shards: ShardSet,
-    out: Path,
-    overwrite: bool,
-    allow_changed: Collection[str],
-    reporter: Reporter,
-) -> None:
-    """Make `out` the directory of this run, or make sure that it is already."""
-    recorded = out / RECIPE_FILE
-    changes: list[dict[str, object]] = []
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file is there; --out needs a directory.")
-    if recorded.is_file() and overwrite:
-        for name in (RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE, "latest"):
-            (out / name).unlink(missing_ok=True)
-        for events in out.glob("events.out.tfevents.*"):
-            events.unlink()
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    elif recorded.is_file():
-        changes = _require_same_run(recipe, shards, out, allow_changed, reporter)
-    elif out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out}: the directory is not empty and holds no run. Give another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / ENVIRONMENT_FILE, {**_environment(shards), "changes": changes})
-    # Last: from here on the directory is a run that can be continued.
-    write_text(recorded, recipe_yaml(recipe))
-
-
-def _require_same_run(
+def _check_claim(
     recipe: PretrainRecipe,
     shards: ShardSet,
     out: Path,
     allow_changed: Collection[str],
     reporter: Reporter,
 ) -> list[dict[str, object]]:
-    """The changes of recipe so far, those of this call included.
+    """The changes of recipe that the run in `out` has seen, those of this call included.
 
-    Raises UsageError when something that alters the science differs and is not allowed to.
+    Raises UsageError when `out` holds anything but a run of this recipe and data, or something that
+    alters the science differs and is not allowed to. Changes nothing.
     """
+    from dupr_cli.runtime.output import differences, holds
+
+    if not holds(out, [RECIPE_FILE], "run"):
+        return []
     environment = json.loads(_read_or(out / ENVIRONMENT_FILE, "{}"))
     changes: list[dict[str, object]] = environment.get("changes", [])
-    before = recipe_keys(yaml.safe_load((out / RECIPE_FILE).read_text()))
-    now = recipe_keys(recipe.model_dump(mode="json"))
+    before, now = _recorded_keys(out), recipe_keys(recipe.model_dump(mode="json"))
     unknown = sorted(set(allow_changed) - now.keys() - before.keys() - {"data"})
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(now), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"--allow-changed {unknown[0]}: there is no such recipe key.{hint}")
+        raise UsageError(f"--allow-changed {unknown[0]}: this is no recipe key.{hint}")
     refused = []
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key in OPERATIONAL_KEYS:
+    for key, difference in differences(before, now).items():
+        if key in OPERATIONAL_KEYS:
             continue
-        difference = f"{key}: {before.get(key)} there, {now.get(key)} now"
         if key in ROUNDING_KEYS:
-            reporter.info(f"{difference}: the run goes on equal to rounding, not bit for bit")
+            reporter.info(f"{difference}: the run continues equal to rounding, not bit for bit")
         elif key in allow_changed:
             reporter.warning(f"{difference} (allowed): the run is no longer that of one recipe")
             changes.append({"key": key, "before": before.get(key), "after": now.get(key)})
@@ -265,26 +253,52 @@ def _require_same_run(
             f"{out}: a run with another recipe or other data is there:\n"
             + "\n".join(f"  {difference}" for _, difference in refused)
             + f"\nGive the same recipe to continue it, another --out for a new run, --overwrite to "
-            f"replace it, or go on with the change: {allow}"
+            f"replace it, or continue with the change: {allow}"
         )
     return changes
 
 
+def _recorded_keys(out: Path) -> dict[str, object]:
+    """Recipe keys of the run in `out`; those that its dupr did not have yet, as by default."""
+    values = yaml.safe_load((out / RECIPE_FILE).read_text())
+    with suppress(ValueError):  # of a dupr with other keys: the differences say which
+        values = PretrainRecipe.model_validate(values).model_dump(mode="json")
+    return recipe_keys(values)
+
+
+def output_files(out: Path) -> list[Path]:
+    """The files of the run in `out`; none where it holds no run."""
+    from dupr_cli.artifacts.run import training_files
+
+    if not (out / RECIPE_FILE).is_file():
+        return []
+    return [*training_files(out), out / ENVIRONMENT_FILE, out / RECIPE_FILE]
+
+
+def _claim(
+    recipe: PretrainRecipe,
+    shards: ShardSet,
+    out: Path,
+    overwrite: bool,
+    allow_changed: Collection[str],
+    reporter: Reporter,
+) -> None:
+    """Make `out` the directory of this run, or make sure that it is already."""
+    from dupr_cli.runtime.output import environment, holds, remove
+
+    changes: list[dict[str, object]] = []
+    if overwrite and holds(out, [RECIPE_FILE], "run"):
+        remove(out, output_files(out))
+    else:
+        changes = _check_claim(recipe, shards, out, allow_changed, reporter)
+    data = {"name": shards.name, "images": len(shards), "sha256": shards.identity()}
+    write_json(
+        out / ENVIRONMENT_FILE,
+        {"format_version": FORMAT_VERSION, **environment(), "data": data, "changes": changes},
+    )
+    # Last: from here on the directory is a run that can be continued.
+    write_text(out / RECIPE_FILE, recipe_yaml(recipe))
+
+
 def _read_or(path: Path, default: str) -> str:
     return path.read_text() if path.is_file() else default
-
-
-def _environment(shards: ShardSet) -> dict[str, object]:
-    import torch
-    import torchvision
-
-    return {
-        "dupr": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "platform": platform.platform(),
-        "cpu_cores": os.cpu_count(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "data": {"name": shards.name, "images": len(shards), "sha256": shards.identity()},
-    }

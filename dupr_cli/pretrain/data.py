@@ -8,7 +8,6 @@ a run continues at any step by asking for that step's samples.
 from __future__ import annotations
 
 import io
-import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,19 +16,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dupr_cli.artifacts.shards import ShardSet
-from dupr_cli.errors import DuprError, RunError
+from dupr_cli.errors import RunError
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
+from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World
 from dupr_cli.views.augmentation import draw_parameters
 from dupr_cli.views.geometry import Crop, random_crop_pair
 
 # An unreadable image is replaced by the next number; so many in a row are no accident.
 _MAX_REPLACEMENTS = 20
-# Longer than a step and a checkpoint take; after it a worker ends by SIGALRM.
-_GRACE_SECONDS = 60
 # The probe's views come from an epoch that training never reaches.
 _PROBE_EPOCH = 2**31
 
@@ -142,23 +139,13 @@ class BatchOrder:
             yield batch[self._part]
 
 
-class ViewPairs(Dataset[ViewPairBatch | DuprError]):
-    """Decodes a sample and cuts its two views.
-
-    As a data set it returns an error instead of raising it, so that it comes out of a loader
-    process in its own words and not in those of a traceback.
-    """
+class ViewPairs:
+    """Decodes a sample and cuts its two views."""
 
     def __init__(self, shards: ShardSet, method: MethodSection, seed: int) -> None:
         self._shards, self._method, self._seed = shards, method, seed
 
-    def __getitem__(self, request: SampleRequest) -> ViewPairBatch | DuprError:
-        try:
-            return self.load(request)
-        except DuprError as error:
-            return error
-
-    def load(self, request: SampleRequest) -> ViewPairBatch:
+    def __call__(self, request: SampleRequest) -> ViewPairBatch:
         """One image's views. Raises RunError when the shard cannot be read, or too many images in a
         row cannot be decoded."""
         epoch, number = request
@@ -192,14 +179,6 @@ class ViewPairs(Dataset[ViewPairBatch | DuprError]):
         )
 
 
-def collate(samples: Sequence[ViewPairBatch | DuprError]) -> ViewPairBatch | DuprError:
-    """A batch of single images, or the first error among them."""
-    for sample in samples:
-        if isinstance(sample, DuprError):
-            return sample
-    return join_batches([s for s in samples if isinstance(s, ViewPairBatch)])
-
-
 def join_batches(samples: Sequence[ViewPairBatch]) -> ViewPairBatch:
     return ViewPairBatch(
         torch.stack([s.views for s in samples]),
@@ -210,49 +189,23 @@ def join_batches(samples: Sequence[ViewPairBatch]) -> ViewPairBatch:
     )
 
 
-def _outlive_signals(_worker: int) -> None:
-    """A signal to the process group is the main process's to handle: it still needs its workers.
-
-    SIGTERM is also how Python ends workers that are left over, so it may only be put off.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
-
-
 def training_batches(
     shards: ShardSet, recipe: PretrainRecipe, first_step: int, world: World
 ) -> tuple[Generator[ViewPairBatch, None, None], BatchOrder]:
     """This process's part of all batches from `first_step` on, and their order.
 
-    The iterator raises RunError as `ViewPairs.load`.
+    The iterator raises RunError as `ViewPairs` does.
     """
     order = BatchOrder(shards, recipe, world.rank, world.size)
     order.first_step = first_step
-    loader: DataLoader[ViewPairBatch | DuprError] = DataLoader(
-        ViewPairs(shards, recipe.method, recipe.seed),
-        batch_sampler=order,
-        num_workers=recipe.data.workers,
-        collate_fn=collate,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=_outlive_signals,
-        prefetch_factor=4 if recipe.data.workers else None,
-    )
-    return _raising(loader), order
-
-
-def _raising(loader: DataLoader[ViewPairBatch | DuprError]) -> Generator[ViewPairBatch, None, None]:
-    for batch in loader:
-        if not isinstance(batch, ViewPairBatch):
-            raise batch
-        yield batch
+    read = ViewPairs(shards, recipe.method, recipe.seed)
+    loader = load(read, join_batches, order, recipe.data.workers, world.device, prefetch=4)
+    return loader, order
 
 
 def probe_batches(shards: ShardSet, recipe: PretrainRecipe) -> list[ViewPairBatch]:
     """Fixed view pairs of the held-out images, in batches of the training size."""
     pairs = ViewPairs(shards, recipe.method, seed=0)
-    samples = [
-        pairs.load((_PROBE_EPOCH, int(n))) for n in held_out(len(shards), recipe.data.holdout)
-    ]
+    samples = [pairs((_PROBE_EPOCH, int(n))) for n in held_out(len(shards), recipe.data.holdout)]
     size = recipe.data.batch_size
     return [join_batches(samples[i : i + size]) for i in range(0, len(samples), size)]

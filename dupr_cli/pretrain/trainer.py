@@ -14,17 +14,17 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dupr_cli.artifacts.run import MetricsLog
+from dupr_cli.artifacts.run import CheckpointState, MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.artifacts.weights import load_backbone, read_weights
 from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.batch_norm import commit_statistics, drop_statistics, group_batch_norms
-from dupr_cli.pretrain.checkpoint import Trained, continue_run, save_run
 from dupr_cli.pretrain.data import BatchOrder, ViewPairBatch, probe_batches, training_batches
 from dupr_cli.pretrain.encoders import Embeddings, join, momentum_update
 from dupr_cli.pretrain.method import Dupr, method_class
@@ -32,8 +32,10 @@ from dupr_cli.pretrain.monitor import Monitor
 from dupr_cli.pretrain.retrieval_check import patch_retrieval
 from dupr_cli.pretrain.view_batches import View, make_views
 from dupr_cli.progress import Reporter
+from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.pretrain import OptimizerSection, PretrainRecipe
 from dupr_cli.runtime.parallel import World, average_gradients
+from dupr_cli.runtime.state import TrainingState
 from dupr_cli.runtime.stopping import Limits, Stop, stopped
 
 
@@ -90,6 +92,49 @@ def embed_keys(
             embedded.append(key(*images))
     back = order.argsort()
     return join(embedded).map(lambda values: world.exchange(values, back))
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Losses of one step, over all its parts. last_pair: queries and keys of the last part."""
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    last_pair: tuple[Embeddings, Embeddings]
+
+
+def forward_backward(
+    model: Dupr,
+    views: Sequence[View],
+    keys: Sequence[Embeddings],
+    valid: Tensor,
+    valid_images: float,
+    recipe: PretrainRecipe,
+    world: World,
+    scaler: torch.amp.GradScaler,
+) -> StepLosses:
+    """Embed the query views, contrast them with their keys and queues, and add up gradients.
+
+    views: of the queries, one for each direction; keys: the embeddings that answer them. valid:
+    (N,) bool, whether an image's views share enough for patches; valid_images: how many do, on
+    average over the processes. The batch is cut into `train.accumulate` parts.
+    """
+    losses: dict[str, Tensor] = {}
+    total = torch.zeros((), device=world.device)
+    for part in parts(len(valid), recipe.train.accumulate):
+        loss = torch.zeros((), device=world.device)
+        for view, of_view in zip(views, keys, strict=True):
+            images = view.part(part).for_encoder(recipe.method, memory_format(recipe))
+            with autocast(recipe, world):
+                queries = model.query(*images)
+            answers = of_view.part(part)
+            found = model.losses(queries, answers, valid[part], len(valid), valid_images)
+            loss = loss + model.weighted(found) / len(views)
+            for name, value in found.items():
+                losses[name] = losses.get(name, 0) + value.detach() / len(views)
+        torch.autograd.backward(scaler.scale(loss))
+        total += loss.detach()
+    return StepLosses(total, losses, (queries, answers))
 
 
 def memory_format(recipe: PretrainRecipe) -> torch.memory_format:
@@ -149,6 +194,19 @@ def count_steps(recipe: PretrainRecipe, images: int) -> int:
     return max(1, math.ceil(recipe.train.epochs * images / recipe.data.batch_size))
 
 
+def checkpoint_facts(recipe: PretrainRecipe, step: int) -> CheckpointState:
+    """What a checkpoint says besides its tensors."""
+    return CheckpointState(
+        step=step,
+        architecture=recipe.model.backbone,
+        input_mean=list(recipe.method.augmentation.mean),
+        input_std=list(recipe.method.augmentation.std),
+        input_size=recipe.method.views.size,
+        recipe_sha256=recipe_digest(recipe),
+        method=recipe.method.title,
+    )
+
+
 def train(
     recipe: PretrainRecipe,
     shards: ShardSet,
@@ -174,8 +232,9 @@ def train(
     )
     half = recipe.train.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    trained = Trained(model, optimizer, scaler)
-    done = continue_run(out, trained, world, reporter)
+    state = TrainingState(str(out), out, model, optimizer, scaler, world)
+    saved = state.load(reporter)
+    done = saved.step if saved else 0
     steps = count_steps(recipe, BatchOrder(shards, recipe).images)
     if done >= steps:
         reporter.info(f"{out} is complete: {done} steps")
@@ -210,28 +269,17 @@ def train(
                 embed_keys(model.key, views[k], recipe, world, generator) for _, k in directions
             ]
 
-            losses: dict[str, Tensor] = {}
-            total = torch.zeros((), device=device)
-            for part in parts(len(valid), recipe.train.accumulate):
-                loss = torch.zeros((), device=device)
-                for (q, _), of_view in zip(directions, keys, strict=True):
-                    images = views[q].part(part).for_encoder(method, memory_format(recipe))
-                    with autocast(recipe, world):
-                        queries = model.query(*images)
-                    answers = of_view.part(part)
-                    found = model.losses(queries, answers, valid[part], len(valid), valid_images)
-                    loss = loss + model.weighted(found) / len(directions)
-                    for name, value in found.items():
-                        losses[name] = losses.get(name, 0) + value.detach() / len(directions)
-                torch.autograd.backward(scaler.scale(loss))
-                total += loss.detach()
+            found = forward_backward(
+                model, [views[q] for q, _ in directions], keys, valid, valid_images, recipe,
+                world, scaler,
+            )  # fmt: skip
             average_gradients(parameters, world)
             scaler.unscale_(optimizer)
             gradients = [p.grad for p in parameters if p.grad is not None]
             gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
             # float16 gradients may overflow: the scaler skips such a step by itself.
-            finite = torch.isfinite(total) & (half | torch.isfinite(gradient_norm))
+            finite = torch.isfinite(found.total) & (half | torch.isfinite(gradient_norm))
             flags = world.max(torch.tensor([float(not finite), float(stop.code)])).tolist()
             if flags[0]:
                 drop_statistics([model])
@@ -241,11 +289,11 @@ def train(
                 commit_statistics([model], world)
                 push_keys(model, keys, world, generator)
                 monitor.good_step()
-                values = {"loss": total, "gradient_norm": gradient_norm}
-                values |= {f"loss/{name}": value for name, value in losses.items()}
+                values = {"loss": found.total, "gradient_norm": gradient_norm}
+                values |= {f"loss/{name}": value for name, value in found.losses.items()}
                 values["overlap"] = valid.float().mean()
                 facts = {"lr": lr} | ({"loss_scale": scaler.get_scale()} if half else {})
-                monitor.step(step + 1, values, (queries, answers), model, batch, waited, facts)
+                monitor.step(step + 1, values, found.last_pair, model, batch, waited, facts)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
@@ -253,7 +301,11 @@ def train(
             last, code = step + 1 == steps, int(flags[1])
             stopping = not last and (code or stop.steps_are_done(step + 1 - done))
             if last or stopping or (step + 1) % recipe.train.checkpoint_every == 0:
-                save_run(out, trained, recipe, step + 1, world)
+                state.save(
+                    checkpoint_facts(recipe, step + 1),
+                    recipe.train.keep_checkpoints,
+                    recipe.train.keep_every,
+                )
             if last or (step + 1) % recipe.train.probe_every == 0:
                 retrieval = patch_retrieval(model.query.backbone, held_out, method, device)
                 monitor.probe(step + 1, retrieval)

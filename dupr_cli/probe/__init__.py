@@ -30,12 +30,19 @@ def plan(
     test_split: str | None = "val",
     test_data: str | None = None,
     device: str = "auto",
+    overwrite: bool = False,
 ) -> ProbePlan:
-    """Check everything that `run` needs and say what it would do. Raises as `run` does."""
+    """Check everything that `run` needs and say what it would do. Nothing is changed.
+
+    Raises as `run` does.
+    """
     from dupr_cli.probe.comparison import ProbeData, prepare_comparison
 
     where = ProbeData(data, train_split, test_split, test_data)
-    return prepare_comparison(recipe, weights, where, out, device, SilentReporter()).plan()
+    comparison = prepare_comparison(recipe, weights, where, out, device, SilentReporter())
+    if not overwrite:
+        comparison.claim().check(out)
+    return comparison.plan()
 
 
 def run(
@@ -62,8 +69,14 @@ def run(
     (`overwrite` replaces it), RunError for damaged images.
     """
     from dupr_cli.probe.comparison import ProbeData, measure_all, prepare_comparison
+    from dupr_cli.runtime.output import writing
+    from dupr_cli.runtime.stopping import stoppable
 
     reporter = reporter or SilentReporter()
     where = ProbeData(data, train_split, test_split, test_data)
-    comparison = prepare_comparison(recipe, weights, where, out, device, reporter)
-    return measure_all(comparison, overwrite, reporter)
+    with (
+        stoppable("Finished weights are kept, and the same command continues."),
+        writing(out, f"dupr evaluate {recipe.protocol}"),
+    ):
+        comparison = prepare_comparison(recipe, weights, where, out, device, reporter)
+        return measure_all(comparison, overwrite, reporter)

@@ -1,21 +1,23 @@
-"""A probe from what was asked for to results.json: open, check, measure each of the weights."""
+"""A probe from what was asked for to results.json: open, check, measure each of the weights.
+
+    OUT/probe.json             what all results in OUT have in common: recipe, data, device
+    OUT/01-NAME/result.json    one of the weights, with its fingerprint
+    OUT/results.json  table.txt
+
+Results are recorded as they finish, so that the same command continues after an interruption.
+"""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-import torchvision
-
 from dupr_cli import __version__
-from dupr_cli.artifacts.files import write_text
-from dupr_cli.artifacts.results import Results, WeightsResult
+from dupr_cli.artifacts.files import remove_leftovers, write_text
+from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
 from dupr_cli.errors import UsageError
 from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared
-from dupr_cli.probe import finished
 from dupr_cli.probe.data import (
     LIMIT_TEST,
     LIMIT_TRAIN,
@@ -32,6 +34,18 @@ from dupr_cli.probe.voc_classification import require_scikit_learn
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import ProbeRecipe, recipe_digest, recipe_keys
 from dupr_cli.runtime.devices import choose_device
+from dupr_cli.runtime.output import (
+    RESULT_FILE,
+    Claim,
+    damaged_result,
+    environment,
+    read_claim,
+    read_result,
+    write_result,
+)
+
+CLAIM_FILE = "probe.json"
+TABLE_FILE = "table.txt"
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,11 @@ class ProbeComparison:
             "test images": task.test.digest,
             "device": task.device.type,
         }
+
+    def claim(self) -> Claim:
+        folders = [weights.folder for weights in self.candidates]
+        defaults = recipe_keys(ProbeRecipe().model_dump(mode="json"))
+        return Claim(CLAIM_FILE, "probe", self.fingerprint(), folders, defaults)
 
 
 def prepare_comparison(
@@ -205,17 +224,25 @@ def _voc_classes(train: ImageSet, test: ImageSet, reporter: Reporter) -> list[st
 
 
 def measure_all(comparison: ProbeComparison, overwrite: bool, reporter: Reporter) -> Results:
-    """Measure every candidate that is not finished in OUT, and write the results."""
-    out, fingerprint = comparison.out, comparison.fingerprint()
-    finished.claim(out, fingerprint, overwrite)
+    """Measure all weights that are not finished in OUT, and write the results."""
+    out, claim = comparison.out, comparison.claim()
+    claim.take(out, overwrite, _files_of)
     entries = []
-    for candidate in comparison.candidates:
-        entry = finished.read_finished(out, candidate, fingerprint)
+    for weights in comparison.candidates:
+        folder = out / weights.folder
+        fingerprint = {
+            **claim.fingerprint,
+            "architecture": weights.architecture,
+            "weights": weights.sha256 or RANDOM_WEIGHTS,
+        }
+        entry = _finished(folder, fingerprint, weights.address)
         if entry is not None:
-            reporter.info(f"{candidate.address}: finished before, its result is used again.")
+            reporter.info(f"{weights.address}: finished before, its result is used again.")
         else:
-            entry = _measure(comparison, candidate, reporter)
-            finished.write_finished(out, candidate, fingerprint, entry)
+            entry = _measure(comparison, weights, reporter)
+            folder.mkdir(exist_ok=True)
+            remove_leftovers(folder)
+            write_result(folder, fingerprint, {"result": asdict(entry)})
         entries.append(entry)
     recipe = comparison.task.recipe
     results = Results(
@@ -229,11 +256,34 @@ def measure_all(comparison: ProbeComparison, overwrite: bool, reporter: Reporter
         recipe_sha256=recipe_digest(recipe),
         seeds=[recipe.seed],
         dupr_version=__version__,
-        environment=_environment(comparison.task.device),
+        environment=environment(comparison.task.device),
     )
-    write_text(out / finished.TABLE_FILE, table(results))
+    write_text(out / TABLE_FILE, table(results))
     results.write(out)
     return results
+
+
+def _files_of(out: Path) -> Iterator[Path]:
+    """The files of a probe by its own record, which comes last."""
+    try:
+        _, folders = read_claim(out / CLAIM_FILE)
+    except UsageError:  # damaged: what it listed is found by what results look like
+        folders = []
+    # An older dupr listed no folders.
+    folders = folders or [path.parent.name for path in out.glob(f"[0-9][0-9]-*/{RESULT_FILE}")]
+    yield from (out / name / RESULT_FILE for name in folders)
+    yield from (out / name for name in (RESULTS, TABLE_FILE, CLAIM_FILE))
+
+
+def _finished(folder: Path, fingerprint: dict[str, object], address: str) -> WeightsResult | None:
+    """A result that an earlier call wrote, or None."""
+    values = read_result(folder, fingerprint, address)
+    if values is None:
+        return None
+    try:
+        return replace(WeightsResult(**values["result"]), weights=address)
+    except (TypeError, KeyError) as error:
+        raise damaged_result(folder, error) from error
 
 
 def _measure(
@@ -259,14 +309,3 @@ def _measure(
             "batch_norm": "measured on these images" if candidate.sha256 is None else "as given",
         },
     )
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": str(torch.get_num_threads()),
-    }

@@ -18,11 +18,12 @@ from dupr_cli.artifacts.weights import load_backbone
 from dupr_cli.models.compared import ComparedWeights
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.probe.data import LIMIT_TRAIN, ImageSet
-from dupr_cli.probe.loading import CentreCrops, in_batches, load
+from dupr_cli.probe.loading import CentreCrops
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import Level, ProbeRecipe
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD
 from dupr_cli.recipe.probe import ProbeImageSection
+from dupr_cli.runtime.loader import in_batches, load
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from dupr_cli.errors import RunError
 from dupr_cli.probe.data import ImageSet
 from dupr_cli.probe.features import FrozenBackbone
-from dupr_cli.probe.loading import cut_view, load, pixels
+from dupr_cli.probe.loading import cut_view, pixels
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import Level, ProbeRecipe
 from dupr_cli.recipe.probe import LinearSgdSection, LogisticSection
+from dupr_cli.runtime.loader import load
 from dupr_cli.views.geometry import random_crop
 
 # Streams of random numbers, told apart by the last word of their seed.

@@ -1,91 +1,16 @@
-"""Images on their way to the backbone: read, cut to a square and batched by worker processes.
-
-What a worker reads hangs on the request alone, so batches are the same for any number of workers.
-An image that cannot be read comes back as a value: an exception raised in a worker would reach the
-user with the worker's traceback in its message.
-"""
+"""Images on their way to the frozen backbone: cut to a square, as tensors."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from dupr_cli.errors import RunError
 from dupr_cli.probe.data import ImageSet
 from dupr_cli.views.geometry import Crop
-
-Request = TypeVar("Request")
-Item = TypeVar("Item")
-Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    message: str
-
-
-class _Reading(Dataset[Item | _Unreadable], Generic[Request, Item]):
-    def __init__(self, read: Callable[[Request], Item]) -> None:
-        self._read = read
-
-    def __getitem__(self, request: Request) -> Item | _Unreadable:
-        try:
-            return self._read(request)
-        except RunError as error:
-            return _Unreadable(str(error))
-
-
-@dataclass(frozen=True)
-class _Collating(Generic[Item, Batch]):
-    collate: Callable[[list[Item]], Batch]
-
-    def __call__(self, items: list[Item | _Unreadable]) -> Batch | _Unreadable:
-        read: list[Item] = []
-        for item in items:
-            if isinstance(item, _Unreadable):
-                return item
-            read.append(item)
-        return self.collate(read)
-
-
-def _ignore_interrupt(_worker: int) -> None:
-    # Control-C reaches the whole process group, and is the main process's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def load(
-    read: Callable[[Request], Item],
-    collate: Callable[[list[Item]], Batch],
-    requests: Sequence[Sequence[Request]],
-    workers: int,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Batches, one for each of `requests`, in order. Raises RunError for an unreadable image."""
-    loader: DataLoader[Any] = DataLoader(
-        _Reading(read),
-        batch_sampler=[list(batch) for batch in requests],
-        num_workers=min(workers, len(requests)),
-        collate_fn=_Collating(collate),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_interrupt,
-    )
-    for batch in loader:
-        if isinstance(batch, _Unreadable):
-            raise RunError(batch.message)
-        yield batch
-
-
-def in_batches(count: int, size: int) -> list[list[int]]:
-    """0 to count - 1, `size` at a time."""
-    return [list(range(first, min(count, first + size))) for first in range(0, count, size)]
 
 
 def pixels(image: Image.Image) -> Tensor:

@@ -28,11 +28,11 @@ from dupr_cli.probe.features import (
 )
 from dupr_cli.probe.knn import knn_rankings
 from dupr_cli.probe.linear import choose_penalty, fit_logistic, train_linear
-from dupr_cli.probe.loading import in_batches, load
 from dupr_cli.probe.voc_classification import classify, targets
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import Level, ProbeRecipe
 from dupr_cli.recipe.probe import ProbeProtocol
+from dupr_cli.runtime.loader import in_batches, load
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class SourceSection(Section):
     default the one that is named so."""
     images: str | None = None
     """Folder of the images of a COCO file, where they are not beside it."""
+    identity: Literal["times", "content"] = "times"
+    """What decides whether an image is still the one that was prepared: times is its name, size and
+    modification time, and those of its labels; content is the sha256 of its bytes and labels, for
+    files whose times change when they are copied. It reads the whole source at every call."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -13,7 +13,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +182,9 @@ def our_seconds(images: LabelledSet, settings: EvaluateRecipe) -> float:
     detector, _ = build_detector(settings, "resnet18", len(classes), None, 0, alone)
     clocks: list[Clock] = []
 
-    def batches_from(start: int) -> Iterator[DetectionBatch]:
-        batches = iter(training_batches(images, settings, classes, 0, start, alone))
-        clocks.append(Clock(batches))
-        return iter(clocks[0])
+    def batches_from(start: int) -> Generator[DetectionBatch, None, None]:
+        clocks.append(Clock(training_batches(images, settings, classes, 0, start, alone)))
+        yield from clocks[0]
 
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(detector, settings, 0, "ours", Path(folder), alone)

@@ -20,16 +20,21 @@ def test_foreign_directory_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_demo_of_another_seed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
     demo._claim(tmp_path / "d", 0, overwrite=False)
     (tmp_path / "d" / "images").mkdir()
+    (tmp_path / "d" / "images" / "scene-000000.jpg").touch()
     demo._claim(tmp_path / "d", 0, overwrite=False)
     with pytest.raises(UsageError, match="a demo with seed 0 is there"):
         demo._claim(tmp_path / "d", 1, overwrite=False)
     assert (tmp_path / "d" / "images").is_dir()
     (tmp_path / "d" / "notes").write_text("kept")
+    (tmp_path / "d" / "run").mkdir()
+    (tmp_path / "d" / "run" / "mine").write_text("kept")
     demo._claim(tmp_path / "d", 1, overwrite=True)
     assert not (tmp_path / "d" / "images").exists()
     assert (tmp_path / "d" / "notes").exists()
+    assert (tmp_path / "d" / "run" / "mine").exists()
 
 
 def test_description_names_the_recipes_it_will_use(tmp_path: Path) -> None:

@@ -157,11 +157,14 @@ def test_overwrite_replaces_an_evaluation_but_nothing_else(tree: Path, tmp_path:
     small = recipe(1, detector={**recipe().detector.model_dump(), "backbone": "resnet18"})
     evaluate.run(small, ["none"], str(tree), out, device="cpu")
     (out / "notes.txt").write_text("mine")
-    (out / "02-other").mkdir()
+    for name in ("2024-notes", "01-none/seed-0"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+        (out / name / "notes.txt").write_text("mine")
     reseeded = small.model_copy(update={"seed": 1})
     results = evaluate.run(reseeded, ["none"], str(tree), out, device="cpu", overwrite=True)
     assert results.seeds == [1]
-    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "01-none" / "seed-0" / "result.json").exists()
+    assert len(list(out.rglob("notes.txt"))) == 3
 
 
 def test_folder_with_other_things_is_refused(tree: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_boxes_are_exact_where_the_size_stays(tmp_path: Path, flip: bool) -> Non
     images = opened(make_tree(tmp_path))
     loading = ImageLoading(images, recipe().data, CLASSES, False)
     for position in range(len(images)):
-        batch = loading[ImageRequest(position, short_side=72, flip=flip)]
+        batch = loading(ImageRequest(position, short_side=72, flip=flip))
         names = [CLASSES[label] for label in batch.targets[0].labels]
         found = rectangles(batch.images[0])
         assert batch.targets[0].boxes.tolist() == [found[name] for name in names]
@@ -104,7 +104,7 @@ def test_boxes_are_exact_where_the_size_stays(tmp_path: Path, flip: bool) -> Non
 def test_boxes_follow_the_image_when_resized_and_flipped(tmp_path: Path) -> None:
     images = opened(make_tree(tmp_path))
     loading = ImageLoading(images, recipe().data, CLASSES, False)
-    batch = loading[ImageRequest(0, short_side=101, flip=True)]
+    batch = loading(ImageRequest(0, short_side=101, flip=True))
     found = rectangles(batch.images[0])[images.annotations[0].names[0]]
     assert batch.targets[0].boxes[0].tolist() == pytest.approx(found, abs=1.0)
 

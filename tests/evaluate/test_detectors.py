@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import cycle
+from collections.abc import Generator
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -77,11 +77,8 @@ def trained(
     trial = Trial(detector, settings, 0, "some", folder, ALONE)
     given = batches or [batch()]
 
-    def batches_from(start: int) -> Iterator[DetectionBatch]:
-        endless = cycle(given)
-        for _ in range(start):
-            next(endless)
-        return endless
+    def batches_from(start: int) -> Generator[DetectionBatch, None, None]:
+        yield from islice(cycle(given), start, None)
 
     train_detector(trial, batches_from, SilentReporter())
     return trial.losses()

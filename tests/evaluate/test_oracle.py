@@ -110,7 +110,7 @@ def detections(
     )
     predictor = ToldPredictor()
     heads = RoIHeads(BlindHead(), predictor, len(CLASSES), False, recipe.detector, recipe.test)
-    batch = ImageLoading(images, recipe.data, CLASSES, False)[request]
+    batch = ImageLoading(images, recipe.data, CLASSES, False)(request)
     (target,), (height, width) = batch.targets, batch.images[0].shape[1:]
     predictor.tell(proposals := near(target), moved(target.boxes, width, share), target.labels)
     (found,) = heads.detect([], [proposals], [(height, width)])

@@ -127,7 +127,7 @@ def test_finished_output_is_left_alone_and_another_recipe_is_refused(
     prepare.run(SMALL, image_folder, out, workers=1)
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
     other = load_recipe(PrepareRecipe, None, ["shard.max_samples=7"])
-    with pytest.raises(UsageError, match="another source or recipe"):
+    with pytest.raises(UsageError, match="another recipe or source"):
         prepare.run(other, image_folder, out, workers=1)
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
     result = prepare.run(other, image_folder, out, workers=1, overwrite=True)
@@ -140,7 +140,7 @@ def test_damaged_manifest_can_be_overwritten(image_folder: Path, tmp_path: Path)
     prepare.run(SMALL, image_folder, out, workers=1)
     before = digests(out)
     (out / "manifest.json").write_text("{")
-    with pytest.raises(UsageError, match="another source or recipe"):
+    with pytest.raises(UsageError, match="not a whole manifest"):
         prepare.run(SMALL, image_folder, out, workers=1)
     prepare.run(SMALL, image_folder, out, workers=1, overwrite=True)
     assert digests(out) == before
@@ -334,15 +334,11 @@ def test_shards_stay_below_a_number_of_bytes(image_folder: Path, tmp_path: Path)
     assert all(entry.bytes <= limit + 10_240 for entry in entries)
 
 
-def test_a_source_that_changed_is_refused_and_a_second_process_too(
+def test_unfinished_work_of_a_source_that_changed_is_refused(
     image_folder: Path, tmp_path: Path
 ) -> None:
-    from filelock import FileLock
-
     out = tmp_path / "out"
     prepare.run(SMALL, image_folder, out, workers=1, task=(1, 2))
-    with FileLock(out / ".prepare" / "run.lock"), pytest.raises(UsageError, match="is writing"):
-        prepare.run(SMALL, image_folder, out, workers=1)
     noise_image(1).save(image_folder / "new.png")
     with pytest.raises(UsageError, match="on the source as it was"):
         prepare.run(SMALL, image_folder, out, workers=1)

@@ -19,7 +19,7 @@ _GROUPS = 32
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """DetectionBatch norm over the inputs of all processes, on any device.
+    """Batch norm over the inputs of all processes, on any device.
 
     torch's SyncBatchNorm is for GPUs only; this one serves processes on CPUs. Inputs of the
     processes may differ in size: every value counts the same.

@@ -65,7 +65,7 @@ class BoxPredictor(nn.Module):
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D) to (n, K + 1) and (n, K, 4), float32."""
         offsets: Tensor = self.bbox_pred(vectors)
-        return self.cls_score(vectors).float(), offsets.float().view(len(vectors), -1, 4)
+        return self.cls_score(vectors).float(), torch.unflatten(offsets.float(), 1, (-1, 4))
 
 
 class RoIHeads(nn.Module):

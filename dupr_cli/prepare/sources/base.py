@@ -30,17 +30,31 @@ class Entry:
     """One image of a source, not read.
 
     name: its path or address within the source, for people. place: what `read` needs, as JSON has
-    it. key: of the sample; by default made of the name.
+    it. key: of the sample; by default made of the name. stamp: what tells another version of the
+    image or its labels from this one without reading them, see `stamp_of`.
     """
 
     name: str
     place: Any = None
     split: str = "train"
     key: str = ""
+    stamp: str = ""
 
     @property
     def sample_key(self) -> str:
         return self.key or key_of(self.name)
+
+
+def stamp_of(*files: Path) -> str:
+    """Size and modification time of the files that an image and its labels are read from."""
+    stamps = []
+    for path in files:
+        try:
+            found = path.stat()
+            stamps.append(f"{found.st_size}:{found.st_mtime_ns}")
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            stamps.append("-")
+    return ",".join(stamps)
 
 
 def key_of(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from dupr_cli.errors import UsageError
-from dupr_cli.prepare.sources.base import IMAGE_SUFFIXES, BuiltIn, Entry, RawImage
+from dupr_cli.prepare.sources.base import IMAGE_SUFFIXES, BuiltIn, Entry, RawImage, stamp_of
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -56,7 +56,7 @@ class FolderSource(BuiltIn):
 
     def entries(self) -> Iterator[Entry]:
         for name in walk(self.path, self.out):
-            yield Entry(name)
+            yield Entry(name, stamp=stamp_of(self.path / name))
 
     def read(self, entry: Entry) -> RawImage:
         return RawImage((self.path / entry.name).read_bytes())
@@ -84,7 +84,8 @@ class ClassFolderSource(FolderSource):
             elif split not in _SPLITS and wanted is None:
                 continue
             if "/" in rest and (wanted is None or split in wanted):
-                yield Entry(name, PurePosixPath(rest).parts[0], split)
+                stamp = stamp_of(self.path / name)
+                yield Entry(name, PurePosixPath(rest).parts[0], split, stamp=stamp)
 
     def read(self, entry: Entry) -> RawImage:
         return RawImage((self.path / entry.name).read_bytes(), label=entry.place)

@@ -1,0 +1,170 @@
+"""What is in OUT already, and what a call has to do there. Looking changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dupr_cli.artifacts.remote import is_remote
+from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, Manifest
+from dupr_cli.errors import UsageError
+from dupr_cli.prepare.blocks import Work
+from dupr_cli.prepare.listing import split_entries, survey
+from dupr_cli.prepare.source_record import SOURCE, KnownSource, SourceChanges, SourceDigest
+from dupr_cli.prepare.sources import ImageSource
+from dupr_cli.prepare.unfinished import State
+from dupr_cli.recipe import PrepareRecipe, recipe_keys
+from dupr_cli.runtime.output import differences, holds_anything
+
+Action = Literal["begin", "continue", "append", "replace", "nothing"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a call has to do. clears: unfinished work is in the way and is to be taken away.
+
+    to_read: images by split, where they are known without listing the source once more.
+    """
+
+    action: Action
+    clears: bool = False
+    to_read: dict[str, int] | None = None
+    changes: SourceChanges = field(default_factory=SourceChanges)
+    warning: str = ""
+
+
+def require_other_folder(work: Work) -> None:
+    """Raises UsageError when the shards would be written into the source itself."""
+    if not is_remote(work.address) and Path(work.out).resolve() == Path(work.address).resolve():
+        raise UsageError(f"{work.out}: the output is the source itself; give another folder.")
+
+
+def look(
+    work: Work, source: ImageSource, *, overwrite: bool, append: bool, is_task: bool = False
+) -> Standing:
+    """What is there, and what is to be done about it.
+
+    Raises UsageError when something else is there, unless it may be overwritten, or the source is
+    not the one that was prepared.
+    """
+    out = Path(work.out)
+    require_other_folder(work)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file has this name, but the output is a folder.")
+    state, finished = State.read(work.folder), (out / MANIFEST).is_file()
+    if not finished and state is None:
+        if holds_anything(out, besides=[UNFINISHED]):
+            raise UsageError(f"{out}: the folder is not empty and holds no shards of dupr.")
+        return Standing("begin")
+    if is_task and state is not None and not _other_recipe(state.recipe, state.source, work):
+        return Standing("continue")  # the first task has listed the source for all
+    digest = survey(source, work.recipe)
+    if state is not None and not finished:
+        return _of_unfinished(work, state, digest, overwrite)
+    manifest = _read_manifest(out, overwrite)
+    if manifest is None:
+        return Standing("replace", clears=state is not None)
+    other = _other_recipe(manifest.recipe, manifest.source, work)
+    known_digest = manifest.fingerprint.rpartition("-")[2]
+    old = not (out / SOURCE).is_file()  # of a dupr that recorded names alone
+    same_source = known_digest == (digest.names_alone if old else str(digest))
+    if not other and same_source:
+        rest = state is not None and not _other_recipe(state.recipe, state.source, work)
+        return _of_same_set(work, manifest, rest, overwrite)
+    if state is not None:
+        return _of_unfinished(work, state, digest, overwrite)
+    if overwrite:
+        return Standing("replace")
+    if other or old:
+        raise UsageError(
+            f"{out}: shards of another recipe or source are there:\n"
+            + "\n".join(other.values() or ["  the names of the images are others"])
+            + "\nGive another OUT, or --overwrite to replace them."
+        )
+    return _of_changed_source(work, source, append)
+
+
+def _of_unfinished(work: Work, state: State, digest: SourceDigest, overwrite: bool) -> Standing:
+    other = _other_recipe(state.recipe, state.source, work)
+    if not other and state.digest in (str(digest), digest.names_alone):
+        return Standing("continue")
+    if overwrite:
+        return Standing("replace", clears=True)
+    raise UsageError(
+        f"{work.out}: unfinished shards of another source or recipe are there:\n"
+        + "\n".join(other.values() or ["  images of the source are new, changed or gone"])
+        + "\nGive that command again to finish them, on the source as it was, or --overwrite to "
+        "replace them."
+    )
+
+
+def _of_same_set(work: Work, manifest: Manifest, rest: bool, overwrite: bool) -> Standing:
+    """rest: unfinished work of the same set is left by an interruption of the last two steps."""
+    wrong = _damaged(Path(work.out), manifest)
+    if wrong is None:
+        return Standing("nothing", clears=rest)
+    if overwrite:
+        return Standing("replace", clears=rest)
+    raise UsageError(
+        f"{wrong} is missing or has another size, although the set is complete. Put it back, or "
+        f"make the set again with --overwrite."
+    )
+
+
+def _of_changed_source(work: Work, source: ImageSource, append: bool) -> Standing:
+    """A complete set of this recipe, whose source has other images now."""
+    new: dict[str, int] = {}
+    known, changes = KnownSource(Path(work.out) / SOURCE), SourceChanges()
+    for entry in split_entries(source, work.recipe):
+        kind = known.kind(entry)
+        if kind == "new":
+            new[entry.split] = new.get(entry.split, 0) + 1
+        if kind is not None:
+            changes.add(kind, entry.name)
+    known.add_missing(changes)
+    if not any(changes.counts.values()):
+        return Standing("nothing")  # images that were gone came back
+    changed, count = changes.counts["changed"], changes.counts["new"]
+    if changed or not append:
+        way = "--overwrite to make all shards again"
+        if not changed:
+            way = "--append to add shards of the new images, " * (count > 0) + way
+        raise UsageError(
+            f"{work.out}: the source is not as it was when its shards were made: of its images "
+            f"{changes.describe()}. Give another OUT, {way}."
+        )
+    warning = ""
+    if changes.counts["missing"]:
+        gone = changes.describe("missing")
+        warning = f"{work.address}: {gone} since the shards were made; they stay in the shards"
+    return Standing("append" if count else "nothing", False, new, changes, warning)
+
+
+def _other_recipe(recipe: dict[str, Any], source: str, work: Work) -> dict[str, str]:
+    """What differs from the recipe and the source's address, in words, by key."""
+    # Validated: keys that an older dupr did not have yet are as by default.
+    before = recipe_keys(PrepareRecipe.model_validate(recipe).model_dump(mode="json"))
+    now = recipe_keys(work.recipe.model_dump(mode="json"))
+    found = differences({**before, "SOURCE": source}, {**now, "SOURCE": work.address})
+    return {key: f"  {line}" for key, line in found.items() if key != "description"}
+
+
+def _read_manifest(out: Path, overwrite: bool) -> Manifest | None:
+    """The manifest, None where it is damaged and may be replaced."""
+    try:
+        return Manifest.read(out)
+    except UsageError:
+        if overwrite:
+            return None
+        raise
+
+
+def _damaged(out: Path, manifest: Manifest) -> Path | None:
+    """The first shard that is not as long as the manifest says."""
+    for entries in manifest.splits.values():
+        for entry in entries:
+            tar = out / entry.file
+            if not tar.is_file() or tar.stat().st_size != entry.bytes:
+                return tar
+    return None

@@ -1,0 +1,294 @@
+"""Output folders: who may write, what is in them already, and what may be removed.
+
+Every command that writes a folder does it inside `writing`, which takes a lock first and keeps it
+until the end, so that one output has one writer. Looking (`holds`, `differences`) never changes a
+byte, which is all that a dry run does; claiming and clearing are functions of their own. Only files
+that a command wrote by its own record are ever removed, one by one (`remove`): whatever else lies
+in the folder stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import socket
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dupr_cli import __version__
+from dupr_cli.artifacts.files import is_temporary, remove_leftovers, write_json
+from dupr_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+LOCK = ".dupr.lock"
+RESULT_FILE = "result.json"
+FORMAT_VERSION = 1
+
+# Folders that this process writes to: the kernel's lock does not keep its own threads apart.
+_held: set[str] = set()
+
+
+@contextmanager
+def writing(out: Path, command: str, *, shared: bool = False) -> Iterator[None]:
+    """Be the only writer of the folder `out`, which is made where it is missing.
+
+    command: what the message names to a second process. shared: others that share may write too,
+    as the tasks of one preparation do. A folder that was made here and stayed empty is removed.
+    The lock is the kernel's and ends with this process, however it ends; workers that it forks do
+    not hold it. Raises UsageError when `out` is a file or another process writes there.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file has this name, but the output is a folder.")
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    place = os.path.realpath(out)
+    if place in _held:
+        raise UsageError(f"{out}: this process writes there already.")
+    descriptor = _lock(out, command, shared)
+    _held.add(place)
+    try:
+        yield
+    finally:
+        _held.discard(place)
+        if not shared:
+            (out / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)  # gives the lock back
+        if made and not holds_anything(out):
+            with suppress(OSError):
+                (out / LOCK).unlink(missing_ok=True)
+                out.rmdir()
+
+
+def _lock(out: Path, command: str, shared: bool) -> int:
+    path = out / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return descriptor  # some file systems of clusters have no locks at all
+            holder = os.pread(descriptor, 4096, 0)
+            os.close(descriptor)
+            raise UsageError(
+                f"{out}: {_describe(holder)} is writing there. Wait until it ends, stop it, or "
+                f"give another output."
+            ) from None
+        # Whoever held the lock before may have removed the file after it was opened here.
+        with suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                break
+        os.close(descriptor)
+    record = {"pid": os.getpid(), "host": socket.gethostname(), "command": command}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(record).encode(), 0)
+    return descriptor
+
+
+def _describe(record: bytes) -> str:
+    try:
+        holder = json.loads(record)
+        return f"process {holder['pid']} on {holder['host']} (`{holder['command']}`)"
+    except (ValueError, TypeError, KeyError):  # it is just being written
+        return "another process of dupr"
+
+
+def holds_anything(out: Path, besides: Collection[str] = ()) -> bool:
+    """Whether a folder holds anything but the lock, temporary files of dupr, and `besides`."""
+    if not out.is_dir():
+        return False
+    return any(
+        path.name != LOCK and path.name not in besides and not is_temporary(path.name)
+        for path in out.iterdir()
+    )
+
+
+def holds(out: Path, markers: Iterable[str], what: str) -> bool:
+    """Whether the folder `out` is an output of this kind, by the files that mark one.
+
+    Raises UsageError when `out` is a file, or a folder with anything else in it. Changes nothing.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file has this name, but the output is a folder.")
+    if any((out / name).exists() for name in markers):
+        return True
+    if holds_anything(out):
+        raise UsageError(f"{out}: the folder is not empty and holds no {what}. Give another --out.")
+    return False
+
+
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
+    """What differs between two records of the same keys, in words, by key."""
+    plain = json.loads(json.dumps(dict(now)))
+    return {
+        key: f"{key}: {_brief(before.get(key))} there, {_brief(plain.get(key))} now"
+        for key in sorted(before.keys() | plain.keys())
+        if before.get(key) != plain.get(key)
+    }
+
+
+def _brief(value: object) -> str:
+    """A value for a message; of a digest, enough to tell it from another."""
+    text = str(value)
+    return text if len(text) < 64 else text[:12] + "..."
+
+
+def remove(out: Path, files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
+    """Delete `files` below `out`, in this order, then the folders that this leaves empty.
+
+    folders: further ones of dupr's own, which go where they are empty.
+    """
+    folders = set(folders)
+    for path in files:
+        path.unlink(missing_ok=True)
+        folders |= {parent for parent in path.parents if out in parent.parents}
+    for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+        with suppress(OSError):  # something that is not dupr's is in it, or it is not there
+            folder.rmdir()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an output of several weights says of itself, as its record file holds it.
+
+    file: the record's name. what: the kind of output, in messages. fingerprint: what must be the
+    same for results to stand side by side, by recipe key or name. folders: of the weights.
+    defaults: of keys that the record of an older dupr may lack.
+    """
+
+    file: str
+    what: str
+    fingerprint: Mapping[str, object]
+    folders: Collection[str]
+    defaults: Mapping[str, object] = field(default_factory=dict)
+
+    def check(self, out: Path) -> list[str] | None:
+        """The folders recorded in `out` where it is the same output, None where it is none yet.
+
+        Raises UsageError when something else is there. Changes nothing.
+        """
+        if not holds(out, [self.file], self.what):
+            return None
+        before, folders = read_claim(out / self.file)
+        missing = {k: v for k, v in self.defaults.items() if k in self.fingerprint}
+        changed = differences({**missing, **before}, self.fingerprint)
+        if changed:
+            raise UsageError(
+                f"{out}: {self.what} results that would not compare are there:\n"
+                + "\n".join(f"  {line}" for line in changed.values())
+                + "\nGive the same recipe and data to continue, another --out, or --overwrite to "
+                "replace them."
+            )
+        return folders
+
+    def take(self, out: Path, overwrite: bool, files_of: Callable[[Path], Iterable[Path]]) -> None:
+        """Make `out` this output, or make sure that it is already.
+
+        files_of: the files of an output of this kind by its own record, which comes last; with
+        `overwrite` they are removed, and nothing else is. Raises UsageError as `check`.
+        """
+        recorded: list[str] = []
+        if overwrite and holds(out, [self.file], self.what):
+            remove(out, files_of(out))
+        else:
+            recorded = self.check(out) or []
+        remove_leftovers(out)
+        write_json(
+            out / self.file,
+            {
+                "format_version": FORMAT_VERSION,
+                "dupr_version": __version__,
+                "fingerprint": dict(self.fingerprint),
+                "folders": sorted({*recorded, *self.folders}),
+            },
+        )
+
+
+def read_claim(path: Path) -> tuple[dict[str, object], list[str]]:
+    """Fingerprint and folders of a claim. Raises UsageError when it is damaged or too new.
+
+    A claim of an older dupr is the fingerprint alone and lists no folders.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        if "fingerprint" not in values:
+            return dict(values), []
+        version = int(values["format_version"])
+        fingerprint, folders = dict(values["fingerprint"]), [str(v) for v in values["folders"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: the record is damaged ({error}). Restore it, or replace the output with "
+            f"--overwrite."
+        ) from error
+    if version > FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: its format_version is {version}, but this dupr reads up to "
+            f"{FORMAT_VERSION}. Update dupr: pip install -U dupr-cli."
+        )
+    return fingerprint, folders
+
+
+def read_result(
+    folder: Path, fingerprint: Mapping[str, object], address: str
+) -> dict[str, Any] | None:
+    """What an earlier call recorded in `folder` as finished, None where it is not finished.
+
+    address: of the weights, for messages. Raises UsageError when the record is damaged, or is of
+    another fingerprint.
+    """
+    path = folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = dict(json.loads(path.read_bytes()))
+        same = values["fingerprint"] == json.loads(json.dumps(dict(fingerprint)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise damaged_result(folder, error) from error
+    if not same:
+        raise UsageError(
+            f"{folder}: the result there is of other weights than {address} has now. Give another "
+            f"--out, or --overwrite to replace it."
+        )
+    return values
+
+
+def damaged_result(folder: Path, error: Exception) -> UsageError:
+    """The error of a finished result that cannot be read."""
+    return UsageError(
+        f"{folder}: the result there is damaged ({error}). Delete the folder, or use --overwrite."
+    )
+
+
+def write_result(
+    folder: Path, fingerprint: Mapping[str, object], values: Mapping[str, object]
+) -> None:
+    """Record in `folder` that its work is finished; everything else must be written before."""
+    record = {"format_version": FORMAT_VERSION, "fingerprint": dict(fingerprint), **values}
+    write_json(folder / RESULT_FILE, record)
+
+
+def environment(device: torch.device | None = None, processes: int = 1) -> dict[str, object]:
+    """Versions and machine that a result was made with."""
+    import torch
+    import torchvision
+
+    cuda = device.type == "cuda" if device else torch.cuda.is_available()
+    return {
+        "dupr": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+    }

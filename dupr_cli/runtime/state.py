@@ -1,0 +1,155 @@
+"""The state of a training to and from its checkpoints: model, optimiser, loss scaler, step.
+
+Pre-training and fine-tuning keep their state alike. Nothing else is state: the position in the
+data, the learning rate and all random streams follow from the seed and the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dupr_cli.artifacts.files import remove_leftovers
+from dupr_cli.artifacts.run import (
+    CHECKPOINTS,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Checkpoint,
+    CheckpointState,
+    MetricsLog,
+    list_checkpoints,
+    write_checkpoint,
+)
+from dupr_cli.artifacts.weights import read_safetensors
+from dupr_cli.errors import RunError, UsageError
+from dupr_cli.progress import Reporter
+from dupr_cli.runtime.parallel import World
+
+_MOMENTUM = "momentum."
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a step changes, and the folder of its checkpoints. name: in messages."""
+
+    name: str
+    folder: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    world: World
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and saved buffers, each once: a module may have two names."""
+        kept = self.model.state_dict().keys()
+        buffers = {k: v for k, v in self.model.named_buffers() if k in kept}
+        return {**dict(self.model.named_parameters()), **buffers}
+
+    def save(self, facts: CheckpointState, keep: int, keep_every: int | None = None) -> None:
+        """Write the checkpoint of facts.step, by rank 0 while the others wait.
+
+        Processes and loss scaler are filled in here. keep, keep_every: see `write_checkpoint`.
+        Raises RunError when the processes' tensors have come apart, or it cannot be written.
+        """
+        self._require_same()
+        if self.world.is_main:
+            facts.processes, facts.loss_scaler = self.world.size, self.scaler.state_dict()
+            momentum = {
+                f"{_MOMENTUM}{name}": buffer
+                for name, parameter in self.model.named_parameters()
+                if (buffer := self._momentum(parameter)) is not None
+            }
+            write_checkpoint(self.folder, facts, self.tensors(), momentum, keep, keep_every)
+        self.world.wait()
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor | None:
+        buffer: Tensor | None = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+        return buffer
+
+    def _require_same(self) -> None:
+        self.world.require_same(self.tensors(), "parameters or buffers")
+
+    def load(self, reporter: Reporter) -> CheckpointState | None:
+        """Load the newest whole checkpoint in place, and drop what was logged after it.
+
+        Returns what the checkpoint says, None where there is none. A damaged one is set aside, with
+        a warning that says why. Raises RunError when the tensors do not fit the model.
+        """
+        if self.world.is_main:
+            self._set_damaged_aside(reporter)
+        self.world.wait()
+        paths = list_checkpoints(self.folder)
+        found = None
+        if paths:
+            checkpoint = Checkpoint.read(paths[-1])
+            self._fill(checkpoint)
+            found = checkpoint.state
+            reporter.info(f"{self.name}: continues from step {found.step}")
+            if found.processes != self.world.size:
+                reporter.info(
+                    f"the run was on {found.processes} processes and is on {self.world.size} now: "
+                    f"the same batches, keys and groups, but sums in another order, so that it is "
+                    f"equal to rounding, not bit for bit"
+                )
+        if self.world.is_main:
+            MetricsLog(self.folder).rewind(found.step if found else -1)
+        self._require_same()
+        return found
+
+    def _set_damaged_aside(self, reporter: Reporter) -> None:
+        """Leave only whole checkpoints, so that all processes take the same one."""
+        (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        remove_leftovers(self.folder / CHECKPOINTS)
+        for path in reversed(list_checkpoints(self.folder)):
+            try:
+                Checkpoint.read(path, verify=True)
+            except UsageError as error:
+                aside = _unused(path.with_name(f"damaged-{path.name}"))
+                path.rename(aside)
+                reporter.warning(
+                    f"{error} It is passed over and set aside as {aside.name}; delete it when you "
+                    f"like."
+                )
+                continue
+            return
+
+    def _fill(self, checkpoint: Checkpoint) -> None:
+        saved, _ = read_safetensors(checkpoint.path / MODEL_FILE)
+        own = self.tensors()
+        differing = sorted(
+            name
+            for name in own.keys() | saved.keys()
+            if name not in own or name not in saved or own[name].shape != saved[name].shape
+        )
+        if differing:
+            raise RunError(
+                f"{checkpoint.path}: the checkpoint is of another model "
+                f"({checkpoint.state.architecture}): {len(differing)} tensors do not match, "
+                f"{differing[0]} is the first."
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        self._fill_momentum(read_safetensors(checkpoint.path / OPTIMIZER_FILE)[0])
+        if checkpoint.state.loss_scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(dict(checkpoint.state.loss_scaler))
+
+    def _fill_momentum(self, saved: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            # Fine-tuning of dupr 0.1 saved momentum under the parameter's plain name.
+            buffer = saved.get(f"{_MOMENTUM}{name}", saved.get(name))
+            if buffer is not None:
+                # In the parameter's own memory layout, or the next step is rounded differently.
+                state = torch.empty_like(parameter).copy_(buffer)
+                self.optimizer.state[parameter]["momentum_buffer"] = state
+
+
+def _unused(path: Path) -> Path:
+    """The path, with a number behind it where something has its name."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in range(2, 1000))
+    return path if not path.exists() else next(p for p in numbered if not p.exists())
