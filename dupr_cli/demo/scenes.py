@@ -26,6 +26,7 @@ from dupr_cli.demo.clutter import draw_clutter
 from dupr_cli.demo.composition import Composition, Placed, photograph
 from dupr_cli.demo.shapes import KINDS, draw
 from dupr_cli.demo.textures import Palette, Plane
+from dupr_cli.runtime.stopping import deferred, ignore_signals, raise_if_stopped
 
 CLASSES: tuple[str, ...] = tuple(KINDS)
 
@@ -215,11 +216,13 @@ def _carried_out(jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, list[
     # The caller may run threads, which a plain fork would copy in the middle of their work.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
-    try:
-        yield from pool.map(_carry_out, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with deferred(), ProcessPoolExecutor(workers, context, ignore_signals) as pool:
+        try:
+            for written in pool.map(_carry_out, jobs):
+                raise_if_stopped()
+                yield written
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _carry_out(job: _Job) -> dict[str, list[SceneObject]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,7 +20,7 @@ from typing import Any
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.prepare.blocks import BlockReport, Work, write_block
 from dupr_cli.progress import Task
-from dupr_cli.runtime.stopping import deferred, raise_if_stopped
+from dupr_cli.runtime.stopping import deferred, ignore_signals, raise_if_stopped
 
 Block = tuple[str, int]
 ENGINES = ("processes", "ray")
@@ -118,8 +117,7 @@ _advance: Callable[[], None] = _nothing
 
 
 def _start_worker(main: int, images: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     Thread(target=_end_with, args=(main,), daemon=True).start()
 
     def advance() -> None:

@@ -89,6 +89,12 @@ def raise_if_stopped() -> None:
         raise StopSignal(_seen[0])
 
 
+def ignore_signals() -> None:
+    """Called at the start of a worker process: the main process decides when it ends."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
     """Let no signal raise inside, only at the end and where `raise_if_stopped` is called.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,14 +144,30 @@ def tiny_demo(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def signalled(after: float, number: signal.Signals = signal.SIGTERM) -> Iterator[None]:
-    """Send this process a signal after some seconds, which only a command in here may see."""
+def signalled(
+    after: float,
+    number: signal.Signals = signal.SIGTERM,
+    when: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+    """Send this process a signal, `after` seconds after `when` has become true.
+
+    Only a command in here may see it.
+    """
+    ended = threading.Event()
+
+    def send() -> None:
+        while not when():
+            if ended.wait(0.001):
+                return
+        if not ended.wait(after):
+            os.kill(os.getpid(), number)
+
     before = signal.signal(number, signal.SIG_IGN)
-    timer = threading.Timer(after, os.kill, (os.getpid(), number))
-    timer.start()
+    sender = threading.Thread(target=send)
+    sender.start()
     try:
         yield
     finally:
-        timer.cancel()
-        timer.join()
+        ended.set()
+        sender.join()
         signal.signal(number, before)
