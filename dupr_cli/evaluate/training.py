@@ -22,6 +22,7 @@ from dupr_cli.errors import RunError
 from dupr_cli.evaluate.detection_data import DetectionBatch
 from dupr_cli.evaluate.detectors import Detector
 from dupr_cli.evaluate.detectors.norms import batch_norms
+from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.evaluate import DetectionTrainSection, EvaluateRecipe
@@ -224,27 +225,18 @@ def _checkpoint_facts(trial: Trial, iteration: int, sums: _Sums) -> CheckpointSt
 
 
 def measure_batch_norm(trial: Trial, batches: Iterator[DetectionBatch], reporter: Reporter) -> None:
-    """Replace running statistics by the mean over test.precise_bn_batches training batches.
-
-    The moving averages belong to weights that were still changing; measured over the final ones,
-    statistics are those that testing needs. Frozen norms have none and stay. Source: precise BN in
-    detectron2 (Wu and Johnson 2021, section 3).
-    """
-    count = trial.recipe.test.precise_bn_batches
-    norms = batch_norms(trial.detector)
+    """Measure batch-norm statistics over test.precise_bn_batches training batches."""
+    count, norms = trial.recipe.test.precise_bn_batches, batch_norms(trial.detector)
     if not count or not norms:
         return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over batches
-    trial.detector.train()
-    with torch.no_grad(), reporter.task(f"precise BN {trial.name}", count, "batches") as task:
+    with (
+        measured_statistics(trial.detector),
+        reporter.task(f"precise BN {trial.name}", count, "batches") as task,
+    ):
         for number in range(count):
             _seeded_losses(trial, next(batches), trial.recipe.train.iterations + number)
             task.advance()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for norm in norms:
         for statistics in (norm.running_mean, norm.running_var):
             assert statistics is not None
             statistics.copy_(trial.world.sum(statistics) / trial.world.size)

@@ -25,7 +25,7 @@ from dupr_cli.pretrain.retrieval_check import retrieval_levels
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.recipe.pretrain import MethodSection
-from dupr_cli.views.augmentation import FLIP, augment
+from dupr_cli.views.augmentation import augment
 from dupr_cli.views.geometry import shared_region_boxes
 
 _SIDE, _MARGIN, _CAPTION, _HEADER = 300, 14, 24, 58
@@ -49,7 +49,7 @@ def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) ->
     rows, keys = [], []
     for number, image in _images(shards, recipe.data.holdout, count):
         sample = pairs((0, number))
-        flips = sample.parameters[None, :, FLIP].bool()
+        flips = sample.flips[None]
         boxes, valid = shared_region_boxes(
             sample.crops[None], flips, size, method.views.min_overlap
         )

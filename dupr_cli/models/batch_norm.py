@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import ClassVar
 
@@ -145,3 +146,26 @@ def drop_statistics(modules: Sequence[nn.Module]) -> None:
     for module in modules:
         for norm in _batch_norms(module):
             norm.collected.zero_()
+
+
+@contextmanager
+def measured_statistics(module: nn.Module) -> Iterator[None]:
+    """Replace running statistics by the mean over the batches that pass the module inside.
+
+    The moving averages belong to weights that were still changing, and a random network has none;
+    measured over the final weights, statistics are those that testing needs. The module is in
+    training mode inside, and in evaluation mode afterwards. Frozen norms have none and stay.
+    Source: precise BN in detectron2 (Wu and Johnson 2021, section 3).
+    """
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    norms = [child for child in module.modules() if isinstance(child, kinds)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over batches
+    module.train()
+    with torch.no_grad():
+        yield
+    module.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World
-from dupr_cli.views.augmentation import draw_parameters
-from dupr_cli.views.geometry import Crop, random_crop_pair
+from dupr_cli.views.pairs import ViewPairBatch, cut_pair
 
 # An unreadable image is replaced by the next number; so many in a row are no accident.
 _MAX_REPLACEMENTS = 20
@@ -31,35 +27,6 @@ _MAX_REPLACEMENTS = 20
 _PROBE_EPOCH = 2**31
 
 SampleRequest = tuple[int, int]  # epoch, sample number
-
-
-@dataclass(frozen=True)
-class ViewPairBatch:
-    """Two cropped views of each image, on the CPU.
-
-    views: (N, 2, 3, S, S) uint8. crops: (N, 2, 4) float32, x0, y0, x1, y1 in source pixels.
-    parameters: (N, 2, PARAMETERS) float32, see `augmentation`. numbers: (N,) int64, of the samples
-    in the shards. unreadable: images that could not be decoded and were replaced.
-    """
-
-    views: Tensor
-    crops: Tensor
-    parameters: Tensor
-    numbers: Tensor
-    unreadable: int
-
-    def pin_memory(self) -> ViewPairBatch:
-        """Called by the loader for a CUDA device."""
-        return replace(self, views=self.views.pin_memory())
-
-
-def crop_and_resize(image: Image.Image, crop: Crop, size: int) -> Image.Image:
-    """Resize one crop to size x size, antialiased; the source's pixels stay where they are.
-
-    crop: x0, y0, x1, y1 in pixels of the image as the file has it. The image may be decoded at a
-    reduced scale; the crop is scaled with it.
-    """
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=crop)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -163,30 +130,9 @@ class ViewPairs:
                 f"the first is {problems[0]}. `dupr prepare` leaves such images out."
             )
         random = np.random.default_rng([self._seed, epoch, number])
-        method = self._method
-        crops = random_crop_pair(image.width, image.height, method.views, random)
-        parameters = np.stack([draw_parameters(method.augmentation, random) for _ in range(2)])
-        views = [
-            np.asarray(crop_and_resize(image, tuple(crop.tolist()), method.views.size))
-            for crop in crops
-        ]
-        return ViewPairBatch(
-            torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous(),
-            torch.from_numpy(crops),
-            torch.from_numpy(parameters),
-            torch.tensor((number + len(problems)) % len(self._shards)),
-            len(problems),
-        )
-
-
-def join_batches(samples: Sequence[ViewPairBatch]) -> ViewPairBatch:
-    return ViewPairBatch(
-        torch.stack([s.views for s in samples]),
-        torch.stack([s.crops for s in samples]),
-        torch.stack([s.parameters for s in samples]),
-        torch.stack([s.numbers for s in samples]),
-        sum(s.unreadable for s in samples),
-    )
+        place = (number + len(problems)) % len(self._shards)
+        views, colours = self._method.views, self._method.augmentation
+        return cut_pair(image, views, colours, random, place, len(problems))
 
 
 def training_batches(
@@ -199,7 +145,7 @@ def training_batches(
     order = BatchOrder(shards, recipe, world.rank, world.size)
     order.first_step = first_step
     read = ViewPairs(shards, recipe.method, recipe.seed)
-    loader = load(read, join_batches, order, recipe.data.workers, world.device, prefetch=4)
+    loader = load(read, ViewPairBatch.stack, order, recipe.data.workers, world.device, prefetch=4)
     return loader, order
 
 
@@ -208,4 +154,4 @@ def probe_batches(shards: ShardSet, recipe: PretrainRecipe) -> list[ViewPairBatc
     pairs = ViewPairs(shards, recipe.method, seed=0)
     samples = [pairs((_PROBE_EPOCH, int(n))) for n in held_out(len(shards), recipe.data.holdout)]
     size = recipe.data.batch_size
-    return [join_batches(samples[i : i + size]) for i in range(0, len(samples), size)]
+    return [ViewPairBatch.stack(samples[i : i + size]) for i in range(0, len(samples), size)]

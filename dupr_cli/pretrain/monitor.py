@@ -21,13 +21,13 @@ from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
-from dupr_cli.pretrain.data import ViewPairBatch
 from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.runtime.parallel import World
+from dupr_cli.views.pairs import ViewPairBatch
 
 # Relative to the spread of random unit vectors, 1 / sqrt(D). Collapsed embeddings are near 0.
 _COLLAPSED = 0.02

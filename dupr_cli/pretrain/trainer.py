@@ -25,7 +25,7 @@ from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.artifacts.weights import load_backbone, read_weights
 from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.batch_norm import commit_statistics, drop_statistics, group_batch_norms
-from dupr_cli.pretrain.data import BatchOrder, ViewPairBatch, probe_batches, training_batches
+from dupr_cli.pretrain.data import BatchOrder, probe_batches, training_batches
 from dupr_cli.pretrain.encoders import Embeddings, join, momentum_update
 from dupr_cli.pretrain.method import Dupr, method_class
 from dupr_cli.pretrain.monitor import Monitor
@@ -37,6 +37,7 @@ from dupr_cli.recipe.pretrain import OptimizerSection, PretrainRecipe
 from dupr_cli.runtime.parallel import World, average_gradients
 from dupr_cli.runtime.state import TrainingState
 from dupr_cli.runtime.stopping import Limits, Stop, stopped
+from dupr_cli.views.pairs import ViewPairBatch
 
 
 def make_model(recipe: PretrainRecipe, world: World) -> Dupr:

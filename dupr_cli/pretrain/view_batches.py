@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dupr_cli.pretrain.data import ViewPairBatch
 from dupr_cli.recipe.pretrain import MethodSection
 from dupr_cli.runtime.parallel import World
-from dupr_cli.views.augmentation import FLIP, augment
+from dupr_cli.views.augmentation import augment
 from dupr_cli.views.geometry import shared_region_boxes
+from dupr_cli.views.pairs import ViewPairBatch
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def make_views(
 
     Source: docs/method.md, "Views" and "Shared region".
     """
-    flips = batch.parameters[..., FLIP].bool()
+    flips = batch.flips
     boxes, valid = shared_region_boxes(
         batch.crops, flips, method.views.size, method.views.min_overlap
     )

@@ -12,9 +12,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dupr_cli.artifacts.weights import load_backbone
+from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.probe.data import LIMIT_TRAIN, ImageSet
@@ -40,7 +41,9 @@ class FrozenBackbone:
     precision: torch.dtype
 
     def maps(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
-        """(N, 3, H, W) uint8 to (N, C, H / stride, W / stride) float32 of each level.
+        """Images (N, 3, H, W) to maps (N, C, H / stride, W / stride) float32 of each level.
+
+        images: uint8, or float32 in [0, 1].
 
         They are inference tensors: autograd takes copies of them only.
         """
@@ -53,19 +56,15 @@ class FrozenBackbone:
         return {v: features.mean((2, 3)) for v, features in self.maps(images, levels).items()}
 
     def measure_batch_norm(self, batches: Iterable[Tensor]) -> None:
-        """Replace the running statistics by the mean over batches of images (N, 3, H, W) uint8."""
-        for module in self.network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.reset_running_stats()
-                module.momentum = None  # a plain average over batches
-        self.network.train()
-        with torch.no_grad(), self._autocast():
+        """Replace the running statistics by the mean over batches of images, as `maps` takes."""
+        with measured_statistics(self.network), self._autocast():
             for images in batches:
                 self.network(self._normalised(images))
-        self.network.eval()
 
     def _normalised(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True).float() / 255
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:

@@ -6,7 +6,7 @@ A protocol turns a task (recipe, images, device) and a candidate into figures, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dupr_cli.errors import UsageError
 from dupr_cli.models.compared import ComparedWeights
-from dupr_cli.probe import objects, patches
+from dupr_cli.probe import objects
 from dupr_cli.probe.accuracy import class_accuracies, commonest_first, ranking, top
 from dupr_cli.probe.data import LIMIT_TEST, ImageSet
 from dupr_cli.probe.features import (
@@ -28,11 +28,14 @@ from dupr_cli.probe.features import (
 )
 from dupr_cli.probe.knn import knn_rankings
 from dupr_cli.probe.linear import choose_penalty, fit_logistic, train_linear
+from dupr_cli.probe.patches import ViewPairs
 from dupr_cli.probe.voc_classification import classify, targets
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import Level, ProbeRecipe
 from dupr_cli.recipe.probe import ProbeProtocol
 from dupr_cli.runtime.loader import in_batches, load
+from dupr_cli.views.pairs import ViewPairBatch
+from dupr_cli.views.retrieval import own_ranks, paired_bins, recoloured, share_within
 
 
 @dataclass(frozen=True)
@@ -223,35 +226,43 @@ def _retrieve_patches(
 ) -> None:
     recipe = task.recipe
     images = task.test.drawn(recipe.retrieval.images, recipe.seed, LIMIT_TEST)
-    read = patches.ViewPairs(images, recipe.retrieval, recipe.seed)
-    requests = in_batches(len(images), recipe.images.batch_size)
-    workers = recipe.images.workers
+    section, levels = recipe.retrieval, recipe.levels
+    max_sigma, bins = section.blur.sigma[1], dict.fromkeys(levels, section.bins)
+
+    def pairs() -> Iterator[ViewPairBatch]:
+        read = ViewPairs(images, section, recipe.seed)
+        requests = in_batches(len(images), recipe.images.batch_size)
+        return load(read, ViewPairBatch.stack, requests, recipe.images.workers, task.device)
+
     if candidate.weights is None:
         reporter.info(
             f"{candidate.address}: batch-norm statistics are measured on the views of "
             f"{len(images)} images; random weights have none of their own."
         )
-        batches = load(read, patches.ViewBatch.stack, requests, workers, task.device)
-        frozen.measure_batch_norm(b.views[:, view] for b in batches for view in range(2))
-    bins: dict[Level, tuple[list[Tensor], list[Tensor]]] = {v: ([], []) for v in recipe.levels}
+        frozen.measure_batch_norm(
+            recoloured(batch, view, max_sigma, task.device)
+            for batch in pairs()
+            for view in range(2)
+        )
+    found: dict[Level, list[tuple[Tensor, Tensor]]] = {level: [] for level in levels}
     with reporter.task(f"views {candidate.folder}", len(images), "images") as progress:
-        for batch in load(read, patches.ViewBatch.stack, requests, workers, task.device):
-            found = patches.view_bins(frozen.maps, batch, recipe.levels, recipe.retrieval)
-            for level, (first, second) in found.items():
-                bins[level][0].append(first)
-                bins[level][1].append(second)
+        for batch in pairs():
+            for level, pair in paired_bins(
+                lambda views: frozen.maps(views, levels),
+                batch, bins, section.views, max_sigma, task.device,
+            ).items():  # fmt: skip
+                found[level].append(pair)
             progress.advance(len(batch.crops))
-    for level, (firsts, seconds) in bins.items():
-        queries, pool = torch.cat(firsts), torch.cat(seconds)
+    for level, parts in found.items():
+        queries, pool = (torch.cat([part[view] for part in parts]) for view in range(2))
         if len(pool) < 2:
             raise UsageError(
                 f"{task.test.address}: the views of no two images share enough; use more images or "
                 f"lower retrieval.views.min_overlap."
             )
-        ranks = patches.own_ranks(queries, pool)
+        ranks = own_ranks(queries, pool)
         for places in (1, 5):
-            share = float((ranks < places).double().mean())
-            measured.metrics[f"{level}/patch_top{places}"] = 100 * share
+            measured.metrics[f"{level}/patch_top{places}"] = 100 * share_within(ranks, places)
             measured.chance[f"patch_top{places}"] = 100 * min(1.0, places / len(pool))
         measured.chosen[f"{level}/pool"] = float(len(pool))
 

@@ -9,13 +9,14 @@ grayscale, Gaussian blur, flip, normalise.
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dupr_cli.recipe.pretrain import AugmentationSection
+from dupr_cli.recipe.pretrain import AugmentationSection, BlurSection, ColorJitterSection
 
 # Columns of a parameter row.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, BLUR, FLIP = range(8)
@@ -25,9 +26,23 @@ _ORDERS = torch.tensor(list(permutations(range(4))))  # (24, 4): which operation
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision's rgb_to_grayscale
 
 
-def draw_parameters(
-    recipe: AugmentationSection, random: np.random.Generator
-) -> NDArray[np.float32]:
+class Photometric(Protocol):
+    """The sections of a recipe that decide what is done to a view after it is cut."""
+
+    @property
+    def color_jitter(self) -> ColorJitterSection: ...
+
+    @property
+    def grayscale_probability(self) -> float: ...
+
+    @property
+    def blur(self) -> BlurSection: ...
+
+    @property
+    def flip_probability(self) -> float: ...
+
+
+def draw_parameters(recipe: Photometric, random: np.random.Generator) -> NDArray[np.float32]:
     """One view's parameters (PARAMETERS,).
 
     Factors of brightness, contrast and saturation; hue shift in turns; number of the order in which
@@ -55,10 +70,26 @@ def draw_parameters(
 
 
 def augment(views: Tensor, parameters: Tensor, recipe: AugmentationSection) -> Tensor:
-    """Apply each view's own parameters.
+    """Apply each view's own parameters, and normalise.
+
+    views, parameters: see `recolour`. Returns (N, 3, H, W) float32, normalised.
+    """
+    return normalise(recolour(views, parameters, recipe.blur.sigma[1]), recipe)
+
+
+def normalise(images: Tensor, recipe: AugmentationSection) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] as the network takes them."""
+    mean = torch.tensor(recipe.mean, device=images.device)[:, None, None]
+    std = torch.tensor(recipe.std, device=images.device)[:, None, None]
+    return (images - mean) / std
+
+
+def recolour(views: Tensor, parameters: Tensor, max_sigma: float) -> Tensor:
+    """Apply each view's own parameters, the flip last.
 
     views: (N, 3, H, W) uint8. parameters: (N, PARAMETERS) on the CPU, so that choosing who gets
-    what does not wait for the device. Returns (N, 3, H, W) float32, normalised.
+    what does not wait for the device. max_sigma: largest blur that the recipe allows, pixels.
+    Returns (N, 3, H, W) float32 in [0, 1].
     """
     images = views.float() / 255
     order = parameters[:, ORDER].long()
@@ -77,12 +108,9 @@ def augment(views: Tensor, parameters: Tensor, recipe: AugmentationSection) -> T
     if len(blurred):
         sigma = parameters[blurred, BLUR].to(images.device)
         blurred = blurred.to(images.device)
-        images[blurred] = gaussian_blur(images[blurred], sigma, max_sigma=recipe.blur.sigma[1])
+        images[blurred] = gaussian_blur(images[blurred], sigma, max_sigma=max_sigma)
     flips = parameters[:, FLIP].bool().to(images.device)[:, None, None, None]
-    images = torch.where(flips, images.flip(3), images)
-    mean = torch.tensor(recipe.mean, device=images.device)[:, None, None]
-    std = torch.tensor(recipe.std, device=images.device)[:, None, None]
-    return (images - mean) / std
+    return torch.where(flips, images.flip(3), images)
 
 
 def _luma(images: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from dupr_cli.models.batch_norm import (
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.pretrain.encoders import Embeddings, Encoder, KeyQueue, momentum_update
 from dupr_cli.pretrain.method import Dupr
-from dupr_cli.pretrain.retrieval_check import top1_retrieval
 from dupr_cli.pretrain.trainer import embed_keys, learning_rate, push_keys, step_generator
 from dupr_cli.pretrain.view_batches import View
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.pretrain import OptimizerSection
 from dupr_cli.runtime.parallel import World
 from dupr_cli.views.augmentation import ORDER, PARAMETERS
+from dupr_cli.views.retrieval import own_ranks, share_within
 
 Load = Callable[..., PretrainRecipe]
 ALONE = World(torch.device("cpu"))
@@ -266,8 +266,8 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
 
 def test_retrieval_counts_own_patches() -> None:
     pool = unit(50, 8)
-    assert top1_retrieval(pool, pool) == 1
-    assert top1_retrieval(pool.roll(1, 0), pool) == 0
+    assert share_within(own_ranks(pool, pool), 1) == 1
+    assert share_within(own_ranks(pool.roll(1, 0), pool), 1) == 0
 
 
 def test_backbone_features_equal_torchvisions() -> None:

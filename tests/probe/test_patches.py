@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from dupr_cli.datasets.labelled import open_labelled
-from dupr_cli.pretrain.retrieval_check import top1_retrieval
-from dupr_cli.probe import patches
 from dupr_cli.probe.data import ImageSet, open_pictured
 from dupr_cli.probe.objects import (
     ObjectBatch,
@@ -26,17 +24,15 @@ from dupr_cli.probe.objects import (
     precision_at,
     searched_objects,
 )
-from dupr_cli.probe.patches import (
-    ViewBatch,
-    ViewPairs,
-    own_ranks,
-    recoloured,
-    view_bins,
-)
+from dupr_cli.probe.patches import ViewPairs
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import Level
 from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.probe import RetrievalSection
+from dupr_cli.views import retrieval
+from dupr_cli.views.augmentation import FLIP, GRAYSCALE, draw_parameters, recolour
+from dupr_cli.views.pairs import ViewPairBatch
+from dupr_cli.views.retrieval import own_ranks, paired_bins, share_within
 from tests.conftest import noise_image
 from tests.support.labelled_scenes import add_image, add_split, annotation_xml
 
@@ -54,6 +50,16 @@ class Coordinates:
 
     def size(self, number: int) -> int:
         return number
+
+
+def bins_of_views(batch: ViewPairBatch, section: RetrievalSection) -> tuple[Tensor, Tensor]:
+    """Bins at res2 of a network that averages the pixels of every cell, in units of 0 to 255."""
+
+    def maps(images: Tensor) -> dict[Level, Tensor]:
+        return average_maps(255 * images, ["res2"])
+
+    bins: dict[Level, int] = {"res2": section.bins}
+    return paired_bins(maps, batch, bins, section.views, 1.0, torch.device("cpu"))["res2"]
 
 
 def average_maps(images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
@@ -74,11 +80,11 @@ def plain(**keys: object) -> RetrievalSection:
     return RetrievalSection.model_validate(values)
 
 
-def coordinate_pairs(seed: int, count: int, section: RetrievalSection) -> ViewBatch:
+def coordinate_pairs(seed: int, count: int, section: RetrievalSection) -> ViewPairBatch:
     ids = tuple(f"image{i}" for i in range(count))
     images = ImageSet("here", "all", ids, (), Coordinates(), (0,) * count)
     read = ViewPairs(images, section, seed)
-    return ViewBatch.stack([read(position) for position in range(count)])
+    return ViewPairBatch.stack([read(position) for position in range(count)])
 
 
 @settings(max_examples=10)
@@ -86,31 +92,28 @@ def coordinate_pairs(seed: int, count: int, section: RetrievalSection) -> ViewBa
 def test_bins_of_both_views_come_from_the_same_place(seed: int) -> None:
     section = plain()
     batch = coordinate_pairs(seed, 8, section)
-    for first, second in view_bins(average_maps, batch, ["res2"], section).values():
-        # Half pixels of a source that the views magnify: two are one pixel of the image, at the
-        # borders, where sampling points beyond the outermost cells are clamped to them.
-        difference = (first - second)[:, :2].abs()
-        assert difference.max() < 4
-        assert difference.mean() < 0.7
+    first, second = bins_of_views(batch, section)
+    # Half pixels of a source that the views magnify: two are one pixel of the image, at the
+    # borders, where sampling points beyond the outermost cells are clamped to them.
+    difference = (first - second)[:, :2].abs()
+    assert difference.max() < 4
+    assert difference.mean() < 0.7
 
 
 def test_views_are_flipped_and_bins_turned_back() -> None:
     section = plain()
     batch = coordinate_pairs(0, 16, section)
     assert 4 < int(batch.flips.sum()) < 28
-    (first, second), (wrong, _) = (
-        view_bins(average_maps, b, ["res2"], section)["res2"]
-        for b in (batch, ViewBatch(batch.views, batch.crops, ~batch.flips))
-    )
+    first, second = bins_of_views(batch, section)
     assert (first - second)[:, 0].abs().max() < 4
+    mirrored = replace(batch, views=batch.views.flip(4))
+    wrong, _ = bins_of_views(mirrored, section)
     assert (wrong - second)[:, 0].abs().max() > 40
 
 
 def test_coordinates_find_themselves_among_all_bins_of_their_image() -> None:
     section = plain()
-    first, second = view_bins(average_maps, coordinate_pairs(3, 1, section), ["res2"], section)[
-        "res2"
-    ]
+    first, second = bins_of_views(coordinate_pairs(3, 1, section), section)
     # Not by the cosine of (x, y, 0), which is a direction only: x and y on a circle each.
     circles = [
         torch.cat([(v[:, :2] / 90).cos(), (v[:, :2] / 90).sin()], 1) for v in (first, second)
@@ -138,19 +141,15 @@ def test_views_hang_on_seed_and_image_alone(tmp_path: Path) -> None:
 
 
 def test_colours_are_changed_as_often_as_the_recipe_says() -> None:
-    view = torch.from_numpy(np.array(noise_image(0, 64, 64))).permute(2, 0, 1)
-    section = RetrievalSection.model_validate(
-        {"color_jitter": {"probability": 0.0}, "blur": {"probability": 0.0}}
-    )
-    grey = [
-        bool((out[0] == out[1]).all())
-        for out in (recoloured(view, section, np.random.default_rng(s)) for s in range(400))
-    ]
-    assert 50 < sum(grey) < 110  # 80 expected, standard deviation 8
+    rows = [draw_parameters(RetrievalSection(), np.random.default_rng(seed)) for seed in range(400)]
+    assert 50 < sum(row[GRAYSCALE] for row in rows) < 110  # 80 expected, standard deviation 8
+    assert 170 < sum(row[FLIP] for row in rows) < 230
     always = RetrievalSection.model_validate({"blur": {"probability": 1.0, "sigma": (8.0, 8.0)}})
-    tiny = recoloured(view[:, :32, :32], always, np.random.default_rng(0))
-    assert tiny.shape == (3, 32, 32)
-    assert tiny.dtype == torch.uint8
+    view = torch.from_numpy(np.array(noise_image(0, 32, 32))).permute(2, 0, 1)[None]
+    row = torch.from_numpy(draw_parameters(always, np.random.default_rng(0)))[None]
+    blurred = recolour(view, row, 8.0)
+    assert blurred.shape == (1, 3, 32, 32)
+    assert 0 <= float(blurred.min()) <= float(blurred.max()) <= 1
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 40))
@@ -162,15 +161,16 @@ def test_ranks_are_those_of_sorting(seed: int, count: int) -> None:
     order = similarities.argsort(dim=1, descending=True)
     expected = (order == torch.arange(count)[:, None]).int().argmax(1)
     assert ranks.tolist() == expected.tolist()
-    assert float((ranks == 0).float().mean()) == pytest.approx(top1_retrieval(queries, pool))
+    nearest = similarities.argmax(dim=1) == torch.arange(count)
+    assert share_within(ranks, 1) == pytest.approx(float(nearest.double().mean()))
 
 
 def test_blocks_do_not_change_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     queries, pool = (torch.tensor(random.normal(size=(50, 5))) for _ in range(2))
     whole = own_ranks(queries, pool)
-    monkeypatch.setattr(patches, "_CHUNK", 7)
-    monkeypatch.setattr(patches, "_POOL", 11)
+    monkeypatch.setattr(retrieval, "_CHUNK", 7)
+    monkeypatch.setattr(retrieval, "_POOL", 11)
     assert torch.equal(own_ranks(queries, pool), whole)
 
 

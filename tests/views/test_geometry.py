@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from dupr_cli.pretrain.data import crop_and_resize
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.recipe.pretrain import ViewsSection
 from dupr_cli.views.geometry import (
@@ -23,6 +22,7 @@ from dupr_cli.views.geometry import (
     random_crop_pair,
     shared_region_boxes,
 )
+from dupr_cli.views.pairs import crop_and_resize
 
 
 def coordinate_view(width: int, height: int, crop: Crop, size: int) -> Tensor:

@@ -1,0 +1,83 @@
+"""Two views of an image, cut, with the parameters of what is done to their colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dupr_cli.recipe.pretrain import ViewsSection
+from dupr_cli.views.augmentation import FLIP, Photometric, draw_parameters
+from dupr_cli.views.geometry import Crop, as_crop, random_crop_pair
+
+
+@dataclass(frozen=True)
+class ViewPairBatch:
+    """Two cropped views of each image, on the CPU, not yet flipped or recoloured.
+
+    views: (N, 2, 3, S, S) uint8. crops: (N, 2, 4) float32, x0, y0, x1, y1 in source pixels.
+    parameters: (N, 2, PARAMETERS) float32, see `augmentation`. numbers: (N,) int64, of the samples
+    in the shards. unreadable: images that could not be decoded and were replaced.
+    """
+
+    views: Tensor
+    crops: Tensor
+    parameters: Tensor
+    numbers: Tensor
+    unreadable: int = 0
+
+    @property
+    def flips(self) -> Tensor:
+        """(N, 2) bool: view mirrored left to right after cropping."""
+        return self.parameters[..., FLIP].bool()
+
+    def pin_memory(self) -> ViewPairBatch:
+        """Called by the loader for a CUDA device."""
+        return replace(self, views=self.views.pin_memory())
+
+    @staticmethod
+    def stack(pairs: Sequence[ViewPairBatch]) -> ViewPairBatch:
+        """A batch of what `cut_pair` returns."""
+        return ViewPairBatch(
+            torch.stack([pair.views for pair in pairs]),
+            torch.stack([pair.crops for pair in pairs]),
+            torch.stack([pair.parameters for pair in pairs]),
+            torch.stack([pair.numbers for pair in pairs]),
+            sum(pair.unreadable for pair in pairs),
+        )
+
+
+def crop_and_resize(image: Image.Image, crop: Crop, size: int) -> Image.Image:
+    """Resize one crop to size x size, antialiased; the source's pixels stay where they are.
+
+    crop: x0, y0, x1, y1 in pixels of the image.
+    """
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=crop)
+
+
+def cut_pair(
+    image: Image.Image,
+    views: ViewsSection,
+    colours: Photometric,
+    random: np.random.Generator,
+    number: int = 0,
+    unreadable: int = 0,
+) -> ViewPairBatch:
+    """The two views of one image, without the batch axis; all that is random comes from `random`.
+
+    Source: docs/method.md, "Views".
+    """
+    crops = random_crop_pair(image.width, image.height, views, random)
+    parameters = np.stack([draw_parameters(colours, random) for _ in range(2)])
+    cut = [np.asarray(crop_and_resize(image, as_crop(crop), views.size)) for crop in crops]
+    return ViewPairBatch(
+        torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(crops),
+        torch.from_numpy(parameters),
+        torch.tensor(number),
+        unreadable,
+    )

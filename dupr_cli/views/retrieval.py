@@ -1,0 +1,92 @@
+"""Patch retrieval: does a patch find itself again in the other view of its image?
+
+Feature maps of both views are pooled over the region that they share; a patch of the first view
+counts when its own, among all patches of all images' second views, is the most similar by the
+cosine. Chance is one over the pool's size. Pre-training checks itself by it while it runs, and the
+probe measures finished weights by it.
+Source: docs/method.md, "Is it learning?".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dupr_cli.recipe.base import LEVEL_STRIDES, Level
+from dupr_cli.recipe.pretrain import ViewsSection
+from dupr_cli.views.augmentation import recolour
+from dupr_cli.views.geometry import pool_patches, shared_region_boxes
+from dupr_cli.views.pairs import ViewPairBatch
+
+_CHUNK = 2048  # queries compared with the pool at a time
+_POOL = 16384  # and rows of the pool
+
+# Images (N, 3, S, S) float32 in [0, 1] to feature maps (N, C, S / stride, S / stride) by level.
+Maps = Callable[[Tensor], Mapping[Level, Tensor]]
+
+
+def recoloured(batch: ViewPairBatch, view: int, max_sigma: float, device: torch.device) -> Tensor:
+    """One view of each image (N, 3, S, S) float32 in [0, 1], recoloured and flipped."""
+    return recolour(batch.views[:, view].to(device), batch.parameters[:, view], max_sigma)
+
+
+def paired_bins(
+    maps: Maps,
+    batch: ViewPairBatch,
+    bins: Mapping[Level, int],
+    views: ViewsSection,
+    max_sigma: float,
+    device: torch.device,
+) -> dict[Level, tuple[Tensor, Tensor]]:
+    """Bins of the region that both views share, (M, C) of the first and of the second view.
+
+    bins: S of each level; its region is pooled into S x S. max_sigma: largest blur of the recipe,
+    pixels. Row i of both shows one place of one image. Images whose views share too little have
+    none.
+    """
+    boxes, valid = shared_region_boxes(batch.crops, batch.flips, views.size, views.min_overlap)
+    found: dict[Level, list[Tensor]] = {level: [] for level in bins}
+    for view in range(2):
+        features = maps(recoloured(batch, view, max_sigma, device))
+        for level, side in bins.items():
+            pooled = pool_patches(
+                features[level],
+                boxes[:, view].to(device),
+                batch.flips[:, view].to(device),
+                side,
+                LEVEL_STRIDES[level],
+            )
+            found[level].append(pooled[valid.to(device)].flatten(0, 1))
+    return {level: (first, second) for level, (first, second) in found.items()}
+
+
+def own_ranks(queries: Tensor, pool: Tensor) -> Tensor:
+    """(M,) how many other rows of `pool` (M, C) are at least as similar to a query as its own row.
+
+    queries: (M, C); 0 where the most similar is its own. Equal similarities count against it, so
+    that features which are all the same find nothing.
+    """
+    queries, pool = F.normalize(queries, dim=1), F.normalize(pool, dim=1)
+    ranks = []
+    for first in range(0, len(queries), _CHUNK):
+        query = queries[first : first + _CHUNK]
+        places = torch.arange(first, first + len(query), device=query.device)
+        own = (query * pool[places]).sum(1, keepdim=True)
+        count = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+        for start in range(0, len(pool), _POOL):
+            block = query @ pool[start : start + _POOL].T
+            # The same product may be rounded differently in a sum and in a matrix product.
+            rivals = block >= own - 1e-6
+            inside = (places >= start) & (places < start + block.shape[1])
+            rivals[inside.nonzero()[:, 0], (places - start)[inside]] = False
+            count += rivals.sum(1)
+        ranks.append(count)
+    return torch.cat(ranks)
+
+
+def share_within(ranks: Tensor, places: int) -> float:
+    """Share of the queries whose own patch is among the `places` most similar."""
+    return float((ranks < places).double().mean())
