@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dupr_cli.artifacts.files import write_json
+from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import UsageError
 
 FORMAT_VERSION = 2
@@ -120,6 +121,7 @@ class Results:
         file = path / RESULTS if path.is_dir() else path
         try:
             values = json.loads(file.read_bytes())
+            check_version(values.get("format_version"), FORMAT_VERSION, file)
             values["train"] = DatasetIdentity(**values["train"])
             values["test"] = DatasetIdentity(**values["test"])
             for entry in values["results"]:
@@ -128,5 +130,5 @@ class Results:
             differences = values.get("differences", [])
             values["differences"] = [PairedDifference(**entry) for entry in differences]
             return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{file} is not a results file of dupr ({error}).") from error

@@ -32,7 +32,7 @@ from dupr_cli.evaluate.leaks import Leaks, find_leaks
 from dupr_cli.evaluate.pictures import draw_curves, draw_detections
 from dupr_cli.evaluate.results_table import table
 from dupr_cli.evaluate.statistics import all_differences, summed_up
-from dupr_cli.evaluate.subsets import LABELS_FILE, choose_labels, with_objects
+from dupr_cli.evaluate.subsets import LABELS_FILE, choose_labels, with_objects, write_labels
 from dupr_cli.evaluate.trials import (
     RESULT_FILE,
     Outcome,
@@ -327,16 +327,7 @@ def _claim(comparison: Comparison, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
     if len(comparison.train) < comparison.all_labels:
-        data = comparison.recipe.data
-        write_json(
-            out / LABELS_FILE,
-            {
-                "labels": data.labels,
-                "seed": data.labels_seed,
-                "split": comparison.train.split,
-                "image_ids": comparison.train.ids,
-            },
-        )
+        write_labels(out, comparison.train, comparison.recipe.data)
     write_json(claim, comparison.fingerprint())
 
 

@@ -60,6 +60,7 @@ class Scored:
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
     notes: list[str]
+    format_version: int = 1
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dupr_cli.export.formats import ExportFormat
 
 RECORD = "export.json"
+RECORD_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _write_record(path: Path, result: ExportResult) -> None:
     from dupr_cli.artifacts.files import write_json
 
     content = {k: v for k, v in asdict(result).items() if k not in ("path", "hub_url")}
-    write_json(path, {"format_version": 1, "dupr_version": __version__, **content})
+    write_json(path, {"format_version": RECORD_VERSION, "dupr_version": __version__, **content})
 
 
 def _move(

@@ -24,7 +24,7 @@ def write_analysis(folder: Path, analysis: Analysis) -> None:
     _save(_curves(analysis), folder / "precision_recall.png")
     _save(_confusion(analysis), folder / "confusion.png")
     _save(_errors(analysis), folder / "errors.png")
-    write_json(folder / ANALYSIS, asdict(analysis))
+    write_json(folder / ANALYSIS, {"format_version": 1, **asdict(analysis)})
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -7,7 +7,6 @@ are modules of their own that it calls.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import platform
 import shutil
@@ -18,8 +17,15 @@ from pathlib import Path
 import yaml
 
 from dupr_cli import __version__
-from dupr_cli.artifacts.files import write_json, write_text
-from dupr_cli.artifacts.run import CHECKPOINTS, ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE
+from dupr_cli.artifacts.files import write_text
+from dupr_cli.artifacts.run import (
+    CHECKPOINTS,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    read_environment,
+    write_environment,
+)
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
@@ -215,7 +221,7 @@ def _claim(
     elif out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out}: the directory is not empty and holds no run. Give another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / ENVIRONMENT_FILE, {**_environment(shards), "changes": changes})
+    write_environment(out, {**_environment(shards), "changes": changes})
     # Last: from here on the directory is a run that can be continued.
     write_text(recorded, recipe_yaml(recipe))
 
@@ -231,7 +237,7 @@ def _require_same_run(
 
     Raises UsageError when something that alters the science differs and is not allowed to.
     """
-    environment = json.loads(_read_or(out / ENVIRONMENT_FILE, "{}"))
+    environment = read_environment(out)
     changes: list[dict[str, object]] = environment.get("changes", [])
     before = recipe_keys(yaml.safe_load((out / RECIPE_FILE).read_text()))
     now = recipe_keys(recipe.model_dump(mode="json"))
@@ -268,10 +274,6 @@ def _require_same_run(
             f"replace it, or go on with the change: {allow}"
         )
     return changes
-
-
-def _read_or(path: Path, default: str) -> str:
-    return path.read_text() if path.is_file() else default
 
 
 def _environment(shards: ShardSet) -> dict[str, object]:

@@ -22,7 +22,7 @@ from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.artifacts.run import Checkpoint, CheckpointState, MetricsLog, write_checkpoint
 from dupr_cli.artifacts.shard_files import Sample, index_path, scan_tar, write_shard
-from dupr_cli.artifacts.shards import Manifest, open_shards
+from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.artifacts.weights import (
     Weights,
     WeightsMetadata,
@@ -137,14 +137,6 @@ def test_missing_shards_are_a_usage_error(address: str, message: str, tmp_path: 
 def test_unknown_split_lists_the_known_ones(tiny_shards: Path) -> None:
     with pytest.raises(UsageError, match="no split 'val'; it has train"):
         open_shards(str(tiny_shards), "val")
-
-
-def test_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
-    folder = write_shards(tmp_path / "s", 3)
-    manifest = folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
-    with pytest.raises(UsageError, match="format version 9"):
-        Manifest.read(folder)
 
 
 def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
