@@ -28,6 +28,7 @@ from dupr_cli.artifacts.files import (
     atomic_directory,
     fsync_directory,
     sha256_file,
+    shared_mode,
     write_json,
     write_text,
 )
@@ -153,7 +154,8 @@ def write_checkpoint(
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             try:
-                save_file(plain, folder / name)
+                with shared_mode(folder / name):
+                    save_file(plain, folder / name)
             except SafetensorError as error:
                 raise RunError(
                     f"{path}: the checkpoint cannot be written: {error}. Free some space and give "
