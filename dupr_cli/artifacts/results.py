@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from dupr_cli.artifacts.files import write_json
@@ -14,6 +14,10 @@ from dupr_cli.errors import UsageError
 
 FORMAT_VERSION = 2
 RESULTS = "results.json"
+_EXPECTED = (
+    "A folder that `dupr evaluate voc|coco|cityscapes|knn|linear|voc07-cls|patch-retrieval` has "
+    "finished holds one; the same command finishes it."
+)
 
 
 def image_ids_digest(image_ids: Iterable[str]) -> str:
@@ -119,9 +123,18 @@ class Results:
     def read(cls, path: Path) -> Results:
         """From results.json or the folder that holds it. Raises UsageError when it is not one."""
         file = path / RESULTS if path.is_dir() else path
+        if not file.is_file():
+            raise UsageError(f"{file}: there is no such file. {_EXPECTED}")
         try:
             values = json.loads(file.read_bytes())
             check_version(values.get("format_version"), FORMAT_VERSION, file)
+            missing = [f.name for f in fields(cls) if f.default is MISSING
+                       and f.default_factory is MISSING and f.name not in values]  # fmt: skip
+            if missing:
+                raise UsageError(
+                    f"{file}: no results of an evaluation, as {', '.join(missing)} are not in it. "
+                    f"{_EXPECTED}"
+                )
             values["train"] = DatasetIdentity(**values["train"])
             values["test"] = DatasetIdentity(**values["test"])
             for entry in values["results"]:
@@ -131,4 +144,6 @@ class Results:
             values["differences"] = [PairedDifference(**entry) for entry in differences]
             return cls(**values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"{file} is not a results file of dupr ({error}).") from error
+            raise UsageError(
+                f"{file}: not a results file of dupr ({error}). {_EXPECTED}"
+            ) from error

@@ -393,7 +393,7 @@ def test_annotations_may_lack_what_follows_from_the_others(tmp_path: Path, key: 
     assert content["per_class"]["red"]["AP"] == pytest.approx(100)
     assert content["metrics"]["APs"] == pytest.approx(100)  # 20 x 20 is small
     assert content["metrics"]["APm"] == 0  # the green one is not, and it is missed
-    assert content["notes"] == ["nothing was detected of green, blue"]
+    assert content["notes"][1:] == ["nothing was detected of green, blue"]
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (5, 5)])
@@ -504,3 +504,70 @@ def test_pictures_are_pictures(tmp_path: Path) -> None:
     dupr("evaluate", "detections", *kit_files(tree), "--data", tree, "--out", tmp_path / "out")
     with Image.open(tmp_path / "out" / "confusion.png") as image:
         assert image.format == "PNG"
+
+
+def evaluated(root: Path, tested: int) -> tuple[Path, Path]:
+    """A tree of four test images, and perfect detections of an evaluation of the first of them."""
+    from dupr_cli.artifacts.results import Results
+    from dupr_cli.datasets.labelled import open_labelled
+    from dupr_cli.evaluate.results_table import detection_rows
+    from dupr_cli.metrics import Detections
+    from dupr_cli.progress import SilentReporter
+
+    tree = make_tree(root / "tree")
+    images = open_labelled(str(tree), ["val"], SilentReporter())
+    few = images.subset(range(tested))
+    truths = [few.truth(position, images.classes) for position in range(tested)]
+    found = [Detections(t.boxes, t.labels, np.ones(len(t.labels))) for t in truths]
+    trial = root / "eval" / "01-none" / "seed-0"
+    trial.mkdir(parents=True)
+    (trial / "detections.json").write_text(detection_rows(found, few.ids, images.classes))
+    of = few.identity
+    Results("p", "AP", of, of, images.classes, [], {}, "", [0], "0").write(root / "eval")
+    return tree, trial / "detections.json"
+
+
+def test_images_that_a_limited_evaluation_left_out_are_not_scored(tmp_path: Path) -> None:
+    tree, file = evaluated(tmp_path, 2)
+    content = scored(file, "--data", tree, "--metric", "voc10")
+    assert (content["images"], content["metrics"]["AP"]) == (2, pytest.approx(100))
+    assert "tested the first 2 of the 4 images only" in content["notes"][0]
+
+
+def test_an_evaluation_of_all_images_is_scored_without_a_word(tmp_path: Path) -> None:
+    tree, file = evaluated(tmp_path, 4)
+    content = scored(file, "--data", tree, "--metric", "voc10")
+    assert (content["images"], content["notes"]) == (4, [])
+
+
+def test_other_images_than_the_evaluation_tested_are_refused(tmp_path: Path) -> None:
+    tree, file = evaluated(tmp_path, 2)
+    file.write_text("[]")
+    add_split(tree, "other", ["img010", "img008", "img011"])
+    refused("tested 2 images of .* which are not the first of the 3 in",
+            file, "--data", tree, "--split", "other")  # fmt: skip
+
+
+def test_images_without_any_detection_are_counted(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    file = tree / "comp4_det_val_red.txt"
+    file.write_text("img008 0.9 1 1 20 20\n")
+    assert "3 of the 4 images have no detection" in scored(file, "--data", tree)["notes"][0]
+
+
+@pytest.mark.parametrize("kind", ["scored", "empty", "damaged"])
+def test_report_of_a_folder_without_an_evaluation_says_what_is_expected(
+    tmp_path: Path, kind: str
+) -> None:
+    tree, out = make_tree(tmp_path / "tree"), tmp_path / "out"
+    out.mkdir()
+    if kind == "scored":
+        dupr("evaluate", "detections", *kit_files(tree), "--data", tree, "--out", out)
+    if kind == "damaged":
+        (out / "results.json").write_text('{"format_version": 2, "train')
+    said = dupr("evaluate", "report", out, code=2).stderr
+    assert f"{out / 'results.json'}: " in said
+    assert "`dupr evaluate voc|coco|cityscapes|" in said
+    assert "Error" not in said
+    if kind == "scored":
+        assert "no results of an evaluation, as protocol, train, test, classes, results," in said
