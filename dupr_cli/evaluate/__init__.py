@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import EvaluateRecipe
+from dupr_cli.recipe import (
+    EvaluateRecipe,
+    Overrides,
+    as_address,
+    as_addresses,
+    as_path,
+    resolve_recipe,
+)
 
 if TYPE_CHECKING:
     from dupr_cli.artifacts.results import Results
@@ -22,11 +29,12 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: EvaluateRecipe,
-    weights: Sequence[str],
-    data: str,
-    out: Path,
+    recipe: EvaluateRecipe | str | Path,
+    weights: Sequence[str | Path] | str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     device: str = "auto",
     processes: int = 1,
     notes: Sequence[str] = (),
@@ -38,16 +46,20 @@ def plan(
     from dupr_cli.evaluate.comparison import prepare_comparison
     from dupr_cli.runtime.devices import choose_device
 
+    recipe = resolve_recipe(EvaluateRecipe, recipe, overrides)
+    weights, data = as_addresses(weights, "weights"), as_address(data, "data")
+    out = as_path(out, "out")
     chosen = choose_device(device)
     return prepare_comparison(recipe, weights, data, out, chosen, processes, notes).plan()
 
 
 def run(
-    recipe: EvaluateRecipe,
-    weights: Sequence[str],
-    data: str,
-    out: Path,
+    recipe: EvaluateRecipe | str | Path,
+    weights: Sequence[str | Path] | str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     device: str = "auto",
     overwrite: bool = False,
     leaks_in: Sequence[str] = (),
@@ -58,6 +70,7 @@ def run(
 ) -> Results:
     """Fine-tune and test a detector on each of the weights, and write what came of it into `out`.
 
+    recipe, overrides: see `dupr_cli.recipe.given`.
     weights: run directories, checkpoints, weights files or torchvision:NAME; `none` is a random
     backbone. data: a VOC tree, COCO's or Cityscapes' layout, or labelled shards. device: auto, cpu,
     cuda or cuda:N; under torchrun each process takes its own GPU and its part of every batch.
@@ -73,6 +86,9 @@ def run(
     from dupr_cli.runtime.parallel import join
     from dupr_cli.runtime.stopping import Limits
 
+    recipe = resolve_recipe(EvaluateRecipe, recipe, overrides)
+    weights, data = as_addresses(weights, "weights"), as_address(data, "data")
+    out = as_path(out, "out")
     with join(device) as world:
         say: Reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()
         comparison = prepare_comparison(

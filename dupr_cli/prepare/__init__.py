@@ -30,7 +30,14 @@ from dupr_cli.prepare.engines import check_engine, write_blocks
 from dupr_cli.prepare.listing import Listing, read_listing, survey, write_listing
 from dupr_cli.prepare.sources import ImageSource, make_source, nothing_found, recognise
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import PrepareRecipe, recipe_digest
+from dupr_cli.recipe import (
+    Overrides,
+    PrepareRecipe,
+    as_address,
+    as_path,
+    recipe_digest,
+    resolve_recipe,
+)
 
 _STATE = "state.json"
 
@@ -62,8 +69,16 @@ class PrepareResult:
     task: str | None = None
 
 
-def plan(recipe: PrepareRecipe, source: str, out: Path) -> PreparePlan:
+def plan(
+    recipe: PrepareRecipe | str | Path,
+    source: str | Path,
+    out: str | Path,
+    *,
+    overrides: Overrides = (),
+) -> PreparePlan:
     """List the source and say what `run` would do. Raises UsageError."""
+    recipe = resolve_recipe(PrepareRecipe, recipe, overrides)
+    source, out = as_address(source, "source"), as_path(out, "out")
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, near=False)
     made = make_source(kind, source, recipe.source, out)
@@ -77,10 +92,11 @@ def plan(recipe: PrepareRecipe, source: str, out: Path) -> PreparePlan:
 
 
 def run(
-    recipe: PrepareRecipe,
-    source: Path | str,
-    out: Path,
+    recipe: PrepareRecipe | str | Path,
+    source: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     workers: int = 0,
     overwrite: bool = False,
     engine: str = "processes",
@@ -89,13 +105,16 @@ def run(
 ) -> PrepareResult:
     """Write the shards of `source` into `out`, or finish what an interrupted call began.
 
+    recipe, overrides: see `dupr_cli.recipe.given`.
     workers: processes that decode; 0 means one per core. engine: processes or ray. task: (i, n),
     write only every n-th block from the i-th on, i from 1; `merge` makes a set of them.
     Raises UsageError when the source has no images, `out` holds something else or the engine is not
     installed, RunError when no image could be used, OSError when the output cannot be written.
     """
+    recipe = resolve_recipe(PrepareRecipe, recipe, overrides)
+    source, out = as_address(source, "source"), as_path(out, "out")
     check_engine(engine)
-    source, reporter = str(source), reporter or SilentReporter()
+    reporter = reporter or SilentReporter()
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, recipe.filter.duplicates == "near")
     made = make_source(kind, source, recipe.source, out)

@@ -29,7 +29,15 @@ from dupr_cli.artifacts.run import (
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import PretrainRecipe, recipe_keys, recipe_yaml
+from dupr_cli.recipe import (
+    Overrides,
+    PretrainRecipe,
+    as_address,
+    as_path,
+    recipe_keys,
+    recipe_yaml,
+    resolve_recipe,
+)
 from dupr_cli.recipe.base import TIMM
 
 # Keys that change how a run is carried out, not what it computes.
@@ -83,9 +91,17 @@ class PretrainResult:
 
 
 def plan(
-    recipe: PretrainRecipe, data: str, out: Path, device: str = "auto", processes: int = 1
+    recipe: PretrainRecipe | str | Path,
+    data: str | Path,
+    out: str | Path,
+    device: str = "auto",
+    processes: int = 1,
+    *,
+    overrides: Overrides = (),
 ) -> PretrainPlan:
     """Check everything that `run` needs and say what it would do. Raises UsageError."""
+    recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
+    data, out = as_address(data, "data"), as_path(out, "out")
     from dupr_cli.pretrain.data import BatchOrder
     from dupr_cli.pretrain.recipe_checks import science_warnings
     from dupr_cli.pretrain.trainer import count_steps
@@ -112,10 +128,11 @@ def plan(
 
 
 def run(
-    recipe: PretrainRecipe,
-    data: str,
-    out: Path,
+    recipe: PretrainRecipe | str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     device: str = "auto",
     overwrite: bool = False,
     allow_changed: Collection[str] = (),
@@ -127,9 +144,9 @@ def run(
 
     Started by torchrun, every process calls this; the first returns the result, the others None.
 
-    data: shards, see `open_shards`. device: auto, cpu, cuda or cuda:N. allow_changed: recipe keys
-    that may differ from those of the run in `out`. max_hours, stop_after: save and stop after that
-    time, or that many steps, of this call.
+    recipe, overrides: see `dupr_cli.recipe.given`. data: shards, see `open_shards`. device: auto,
+    cpu, cuda or cuda:N. allow_changed: recipe keys that may differ from those of the run in `out`.
+    max_hours, stop_after: save and stop after that time, or that many steps, of this call.
     Raises UsageError when `out` holds something else or a run of another recipe or other data,
     RunError and StoppedRunError as `trainer.train`.
     """
@@ -139,6 +156,8 @@ def run(
     from dupr_cli.runtime.parallel import join, world_size
     from dupr_cli.runtime.stopping import Limits
 
+    recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
+    data, out = as_address(data, "data"), as_path(out, "out")
     _require_fit(recipe, world_size())
     _require_parts(recipe)
     if overwrite or not (out / RECIPE_FILE).is_file():
