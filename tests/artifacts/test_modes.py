@@ -11,12 +11,9 @@ import torch
 
 from dupr_cli import export
 from dupr_cli.artifacts.run import CheckpointState, write_checkpoint
-from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
-from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import ExportRecipe
-from tests.conftest import write_shards
-
-METADATA = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.2,) * 3, 64)
+from tests.support.images import write_shards
+from tests.support.weights import random_weights
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
@@ -47,8 +44,7 @@ def test_shards_follow_the_umask(umask: int, tmp_path: Path) -> None:
 
 
 def test_exports_follow_the_umask(umask: int, tmp_path: Path) -> None:
-    weights = tmp_path / "w.safetensors"
-    write_weights(weights, ResNetBackbone("resnet18").state_dict(), METADATA)
+    weights = random_weights(tmp_path / "w.safetensors")
     formats = ["torchvision", "timm", "transformers", "mmdetection"]
     recipe = ExportRecipe.model_validate({"formats": formats})
     export.run(recipe, str(weights), tmp_path / "out")

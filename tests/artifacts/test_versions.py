@@ -25,17 +25,17 @@ from dupr_cli.artifacts.run import (
 )
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.artifacts.versions import VersionError, check_version
-from dupr_cli.artifacts.weights import WeightsMetadata, read_weights, write_weights
+from dupr_cli.artifacts.weights import read_weights, write_weights
 from dupr_cli.datasets.labelled import open_labelled
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate import subsets
 from dupr_cli.evaluate.subsets import stored_labels, write_labels
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe.evaluate import DetectionDataSection
-from tests.conftest import write_shards
+from tests.support.images import write_shards
 from tests.support.labelled_scenes import make_tree
+from tests.support.weights import METADATA
 
-METADATA = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.2,) * 3, 64)
 TENSORS = {"conv1.weight": torch.zeros(1)}
 
 

@@ -13,6 +13,7 @@ from dupr_cli.recipe import RECIPE_MODELS, load_recipe
 from tests.support.class_images import class_folders
 from tests.support.command_line import TINY_SET, dupr
 from tests.support.labelled_scenes import make_coco, make_tree
+from tests.support.weights import random_weights
 
 SCENES = [[("red", 5, 5, 40, 40)], [("green", 10, 10, 60, 50)]]
 
@@ -65,28 +66,15 @@ def test_dry_run_prints_the_same_recipe_as_yaml_and_as_json(
     assert model.model_validate(yaml.safe_load(as_text)) == model.model_validate(as_json)
 
 
-def exported_weights(folder: Path) -> Path:
-    import torch
-
-    from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
-    from dupr_cli.models.resnet import ResNetBackbone
-
-    torch.manual_seed(0)
-    file = folder / "w.safetensors"
-    metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.2,) * 3, 64)
-    write_weights(file, ResNetBackbone("resnet18").state_dict(), metadata)
-    return file
-
-
 def test_dry_run_of_an_export_is_one_object(tmp_path: Path) -> None:
-    weights = exported_weights(tmp_path)
+    weights = random_weights(tmp_path / "w.safetensors")
     call = ["export", weights, "--to", "timm", "--out", tmp_path / "out", "--dry-run", "--json"]
     assert json.loads(dupr(*call).stdout).keys() == {"recipe", "plan"}
     assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_of_a_push_is_one_object_with_what_was_written(tmp_path: Path) -> None:
-    weights = exported_weights(tmp_path)
+    weights = random_weights(tmp_path / "w.safetensors")
     call = ["export", weights, "--to", "timm", "--out", tmp_path / "out", "--push-to-hub", "me/m"]
     printed = json.loads(dupr(*call, "--dry-run", "--json").stdout)
     assert printed.keys() == {"recipe", "plan", "result"}

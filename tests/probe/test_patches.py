@@ -37,7 +37,7 @@ from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import Level
 from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.probe import RetrievalSection
-from tests.conftest import noise_image
+from tests.support.images import noise_image
 from tests.support.labelled_scenes import add_image, add_split, annotation_xml
 
 LEVELS: list[Level] = ["res2", "res3", "res4"]

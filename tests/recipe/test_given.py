@@ -8,14 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dupr_cli import evaluate, export, prepare, pretrain, probe
-from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
-from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import (
     EvaluateRecipe,
     ExportRecipe,
@@ -30,9 +27,10 @@ from dupr_cli.recipe import (
     load_recipe,
     resolve_recipe,
 )
-from tests.conftest import TINY
 from tests.support.class_images import class_folders
 from tests.support.labelled_scenes import make_tree
+from tests.support.recipes import TINY
+from tests.support.weights import random_weights
 
 # A stage, its recipe's model and name, an override, what lies between the recipe and `out`.
 Case = tuple[ModuleType, type[Section], str, str, object, list[Path | str]]
@@ -41,10 +39,7 @@ Case = tuple[ModuleType, type[Section], str, str, object, list[Path | str]]
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> dict[str, Case]:
     root = tmp_path_factory.mktemp("given")
-    weights = root / "w.safetensors"
-    torch.manual_seed(0)
-    metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.2,) * 3, 64)
-    write_weights(weights, ResNetBackbone("resnet18").state_dict(), metadata)
+    weights = random_weights(root / "w.safetensors")
     tree, classes = make_tree(root / "tree"), class_folders(root / "classes", 4, 2)
     return {
         "prepare": (prepare, PrepareRecipe, "default", "shard.max_samples", 7, [tiny_shards]),
