@@ -1,10 +1,10 @@
-# Everything a newcomer needs: make demo, make test. Both set up .venv once.
+# Everything a newcomer needs: make demo, make test, make test-fast. All set up .venv once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint docs bench clean
+.PHONY: setup demo test test-fast lint docs bench clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ demo: setup
 
 test: lint
 	$(BIN)/pytest
+
+# The inner loop: what takes more than a few seconds is left out.
+test-fast: setup
+	$(BIN)/pytest -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,21 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_anchors_within_the_documents_are_headings(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
+        text = (page.parent / target if target else page).read_text()
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        known = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert anchor in known
+
+
+def test_files_that_contributors_are_sent_to_exist() -> None:
+    text = (ROOT / "docs" / "contributing.md").read_text()
+    for place in re.findall(r"`((?:dupr_cli|tests|recipes)/[\w./]*)`", text):
+        assert (ROOT / place).exists(), place
+
+
 def blocks(language: str) -> list[str]:
     return [
         block

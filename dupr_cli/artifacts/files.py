@@ -54,6 +54,18 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def shared_mode(path: Path) -> Iterator[None]:
+    """Let the block write `path` with a library that gives files to their owner alone.
+
+    The file gets the mode that the umask says, as all others have it.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     with atomic_file(path) as file:
         file.write(data)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from dupr_cli.artifacts.files import write_json
+from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import UsageError
 
 FORMAT_VERSION = 2
 RESULTS = "results.json"
+_EXPECTED = (
+    "A folder that `dupr evaluate voc|coco|cityscapes|knn|linear|voc07-cls|patch-retrieval` has "
+    "finished holds one; the same command finishes it."
+)
 
 
 def image_ids_digest(image_ids: Iterable[str]) -> str:
@@ -118,8 +123,18 @@ class Results:
     def read(cls, path: Path) -> Results:
         """From results.json or the folder that holds it. Raises UsageError when it is not one."""
         file = path / RESULTS if path.is_dir() else path
+        if not file.is_file():
+            raise UsageError(f"{file}: there is no such file. {_EXPECTED}")
         try:
             values = json.loads(file.read_bytes())
+            check_version(values.get("format_version"), FORMAT_VERSION, file)
+            missing = [f.name for f in fields(cls) if f.default is MISSING
+                       and f.default_factory is MISSING and f.name not in values]  # fmt: skip
+            if missing:
+                raise UsageError(
+                    f"{file}: no results of an evaluation, as {', '.join(missing)} are not in it. "
+                    f"{_EXPECTED}"
+                )
             values["train"] = DatasetIdentity(**values["train"])
             values["test"] = DatasetIdentity(**values["test"])
             for entry in values["results"]:
@@ -128,5 +143,7 @@ class Results:
             differences = values.get("differences", [])
             values["differences"] = [PairedDifference(**entry) for entry in differences]
             return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"{file} is not a results file of dupr ({error}).") from error
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"{file}: not a results file of dupr ({error}). {_EXPECTED}"
+            ) from error

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -27,12 +28,15 @@ from dupr_cli.artifacts.files import (
     atomic_directory,
     fsync_directory,
     sha256_file,
+    shared_mode,
     write_json,
     write_text,
 )
+from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of state.json
+ENVIRONMENT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -75,13 +79,15 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path, verify: bool = False) -> Checkpoint:
-        """Raises UsageError when the checkpoint is not whole.
+        """Raises UsageError when the checkpoint is not whole, VersionError for a later format.
 
         verify: also compare sha256 sums, which reads the files once.
         """
         try:
-            state = CheckpointState(**json.loads((path / STATE_FILE).read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
+            values = json.loads((path / STATE_FILE).read_bytes())
+            check_version(values.get("format_version"), FORMAT_VERSION, path / STATE_FILE)
+            state = CheckpointState(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"{path}: {STATE_FILE} is not readable ({error}).") from error
         for name, facts in state.files.items():
             file = path / name
@@ -159,7 +165,8 @@ def write_checkpoint(
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             try:
-                save_file(plain, folder / name)
+                with shared_mode(folder / name):
+                    save_file(plain, folder / name)
             except SafetensorError as error:
                 raise RunError(
                     f"{path}: the checkpoint cannot be written: {error}. Free some space and give "
@@ -178,6 +185,27 @@ def write_checkpoint(
         if keep_every is None or step % keep_every:
             shutil.rmtree(old)
     return path
+
+
+def write_environment(run: Path, facts: Mapping[str, object]) -> None:
+    """environment.json: versions, hardware, data, and changes of the recipe on the way."""
+    write_json(run / ENVIRONMENT_FILE, {"format_version": ENVIRONMENT_VERSION, **facts})
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """Empty where there is none.
+
+    Raises UsageError when the file is damaged, VersionError for a later format.
+    """
+    path = run / ENVIRONMENT_FILE
+    if not path.is_file():
+        return {}
+    try:
+        facts: dict[str, Any] = json.loads(path.read_bytes())
+        check_version(facts.get("format_version"), ENVIRONMENT_VERSION, path)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} is not readable ({error}).") from error
+    return facts
 
 
 class MetricsLog:

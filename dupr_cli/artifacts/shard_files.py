@@ -22,8 +22,10 @@ from typing import Any, BinaryIO
 
 from dupr_cli.artifacts.files import fsync_directory, naming, write_text
 from dupr_cli.artifacts.labels import Box
+from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError
 
+FORMAT_VERSION = 1  # of the index
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # What dupr writes into <key>.json; a source's own <key>.json keeps everything else.
 _INFO = ("source", "width", "height", "sha256", "class")
@@ -118,9 +120,9 @@ class ShardIndex:
 
     @classmethod
     def read(cls, path: Path) -> ShardIndex:
-        """Raises RunError when the file is not a whole index."""
+        """Raises RunError when the file is not a whole index, VersionError for a later format."""
         try:
-            return cls.parse(path.read_bytes())
+            return cls.parse(path.read_bytes(), path)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(
                 f"{path} is not a whole shard index ({error}). Delete it: the shard is then "
@@ -128,13 +130,15 @@ class ShardIndex:
             ) from error
 
     @classmethod
-    def parse(cls, data: _Bytes) -> ShardIndex:
+    def parse(cls, data: _Bytes, place: Path | str) -> ShardIndex:
         """Raises ValueError, TypeError or KeyError when the data are not a whole index."""
         values = json.loads(data)
+        check_version(values.get("format_version"), FORMAT_VERSION, place)
         return cls(**{column.name: values[column.name] for column in fields(cls)})
 
     def write(self, path: Path) -> None:
-        write_text(path, json.dumps(vars(self), separators=(",", ":")) + "\n")
+        values = {"format_version": FORMAT_VERSION, **vars(self)}
+        write_text(path, json.dumps(values, separators=(",", ":")) + "\n")
 
 
 def index_path(tar: Path) -> Path:

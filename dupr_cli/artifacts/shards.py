@@ -36,6 +36,7 @@ from dupr_cli.artifacts.shard_files import (
     sample_from_json,
     scan_tar,
 )
+from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
@@ -82,7 +83,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises UsageError when the file is damaged or of a later format."""
+        """Raises UsageError when the file is damaged, VersionError when it is of a later format."""
         path = folder / MANIFEST
         try:
             return cls.parse(path.read_bytes(), str(path))
@@ -94,11 +95,7 @@ class Manifest:
         """As `read`, of what was read at `place`."""
         try:
             values = json.loads(data)
-            if values["format_version"] > FORMAT_VERSION:
-                raise UsageError(
-                    f"{place}: the shards have format version {values['format_version']}, this "
-                    f"dupr reads up to {FORMAT_VERSION}. Update dupr."
-                )
+            check_version(values.get("format_version"), FORMAT_VERSION, place)
             splits = {
                 name: [ShardEntry(**entry) for entry in entries]
                 for name, entries in values.pop("splits").items()
@@ -151,12 +148,13 @@ class RemoteShard:
 
     def _index_there(self) -> ShardIndex | None:
         """The index that lies beside the shard, if it is one and of this very shard."""
+        address = self.address.removesuffix(".tar") + ".index.json"
         try:
-            data = fetch_bytes(self.address.removesuffix(".tar") + ".index.json")
+            data = fetch_bytes(address)
         except AbsentError:
             return None
         try:
-            index = ShardIndex.parse(data)
+            index = ShardIndex.parse(data, address)
         except (ValueError, TypeError, KeyError):  # some servers answer 200 with a page
             return None
         return index if (index.bytes, index.sha256) == (self.bytes, self.sha256) else None

@@ -23,9 +23,11 @@ from dupr_cli import __version__
 from dupr_cli.artifacts.files import sha256_file, write_bytes
 from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.run import MODEL_FILE, Checkpoint, is_checkpoint, newest_checkpoint
+from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
+_VERSION = "dupr_format_version"  # as other libraries write headers too
 IMPORTED = "imported"  # in the place of the encoder
 TORCHVISION = "torchvision:"  # before the name of weights that torchvision publishes
 
@@ -71,7 +73,7 @@ class WeightsMetadata:
     def to_header(self) -> dict[str, str]:
         return {
             "format": "pt",
-            "dupr_format_version": str(self.format_version),
+            _VERSION: str(self.format_version),
             "layout": self.layout,
             "architecture": self.architecture,
             "input_mean": json.dumps(self.input_mean),
@@ -86,8 +88,13 @@ class WeightsMetadata:
         }
 
     @classmethod
-    def from_header(cls, header: Mapping[str, str]) -> WeightsMetadata:
-        """Raises KeyError or ValueError when the header is not that of a weights file."""
+    def from_header(cls, header: Mapping[str, str], where: str) -> WeightsMetadata:
+        """Raises KeyError or ValueError when the header is not that of a weights file.
+
+        Raises VersionError when it is that of a later format.
+        """
+        version = int(header.get(_VERSION, FORMAT_VERSION))
+        check_version(version, FORMAT_VERSION, where)
         return cls(
             layout=header["layout"],
             architecture=header["architecture"],
@@ -100,7 +107,7 @@ class WeightsMetadata:
             recipe_sha256=header["recipe_sha256"],
             method=header.get("method", ""),
             dupr_version=header["dupr_version"],
-            format_version=int(header["dupr_format_version"]),
+            format_version=version,
         )
 
 
@@ -171,7 +178,7 @@ def read_weights(address: str, encoder: str = "query") -> Weights:
         )
     tensors, header = read_safetensors(path)
     try:
-        metadata = WeightsMetadata.from_header(header)
+        metadata = WeightsMetadata.from_header(header, address)
     except (KeyError, ValueError) as error:
         raise UsageError(
             f"{address}: the header does not say what the weights are ({error}); it is not a "

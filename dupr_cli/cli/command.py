@@ -3,6 +3,9 @@
 A command is a function that returns its result; `command` registers it, adds the global options to
 its signature, turns a `DuprError` into its message and exit code, and prints the result, as JSON
 with --json and by the command's own `show` otherwise.
+
+Options that several commands share are fields of a dataclass. A command takes it as one parameter,
+and `command` puts its fields into the signature that Typer reads.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeGuard, TypeVar, cast, get_type_hints
 
 import typer
 
 from dupr_cli.errors import DuprError, RunError
 from dupr_cli.progress import Reporter
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from dupr_cli.recipe import Section
 
 T = TypeVar("T")
 
@@ -85,6 +93,28 @@ DryRun = Annotated[
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What every command that takes weights and a recipe offers."""
+
+    recipe: Recipe = None
+    set_: Set = None
+    seed: Seed = None
+    device: Device = "auto"
+    workers: Workers = None
+    overwrite: Overwrite = False
+    dry_run: DryRun = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """The result of --dry-run: the resolved recipe, the plan, and what was written to look at."""
+
+    recipe: Section
+    plan: DataclassInstance
+    result: DataclassInstance | None = None
+
+
 @dataclasses.dataclass
 class Globals:
     """The global options, as given before or after the command's name."""
@@ -110,20 +140,27 @@ def command(
     command_name: str,
     show: Callable[[T], None],
     exit_code: Callable[[T], int] | None = None,
-) -> Callable[[Callable[..., T | None]], Callable[..., None]]:
+) -> Callable[[Callable[..., T | Planned | None]], Callable[..., None]]:
     """Register a function as a command of `application`.
 
-    The function may take `reporter: Reporter` besides its options. show: prints its result for
-    people. exit_code: of the process after the result is printed, 0 by default.
+    The function may take `reporter: Reporter` besides its options, and dataclasses of options.
+    show: prints its result for people; a `Planned` is printed here. exit_code: of the process after
+    the result is printed, 0 by default.
     """
 
-    def register(function: Callable[..., T | None]) -> Callable[..., None]:
+    def register(function: Callable[..., T | Planned | None]) -> Callable[..., None]:
         signature = inspect.signature(function)
         # Return types stay unevaluated: they are imported for type checkers only.
-        own = [
+        declared = [
             p.replace(annotation=eval(p.annotation, function.__globals__))
             for p in signature.parameters.values()
             if p.name != "reporter"
+        ]
+        groups = {p.name: p.annotation for p in declared if _are_options(p.annotation)}
+        own = [
+            option
+            for p in declared
+            for option in (_options_of(groups[p.name]) if p.name in groups else [p])
         ]
         extra = [("quiet", Quiet), ("verbose", Verbose), ("traceback", Traceback), ("json", Json)]
         added = [
@@ -144,10 +181,13 @@ def command(
             )
             if "reporter" in signature.parameters:
                 arguments["reporter"] = make_reporter(options)
+            for name, group in groups.items():
+                fields = [field.name for field in dataclasses.fields(group)]
+                arguments[name] = group(**{field: arguments.pop(field) for field in fields})
             try:
                 result = function(**arguments)
                 _print_result(result, show, options.json)
-                if exit_code is not None and result is not None:
+                if exit_code is not None and result is not None and not isinstance(result, Planned):
                     sys.exit(exit_code(result))
             except BrokenPipeError:
                 # Whoever read the output has enough of it; nor may the interpreter complain.
@@ -164,18 +204,53 @@ def command(
     return register
 
 
-def _print_result(result: T | None, show: Callable[[T], None], as_json: bool) -> None:
-    if result is None:  # a dry run has printed its plan
+def _are_options(kind: object) -> TypeGuard[type[DataclassInstance]]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _options_of(group: type[DataclassInstance]) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters of a function."""
+    kinds = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=field.default,
+            annotation=kinds[field.name],
+        )
+        for field in dataclasses.fields(group)
+    ]
+
+
+def _print_result(result: T | Planned | None, show: Callable[[T], None], as_json: bool) -> None:
+    if result is None:  # this process has nothing to say
         return
     if as_json:
         from dupr_cli.cli.console import print_json
 
-        if dataclasses.is_dataclass(result) and not isinstance(result, type):
-            print_json(dataclasses.asdict(result))
-        else:
-            print_json(result)
+        print_json(_plain(result))
+    elif isinstance(result, Planned):
+        from dupr_cli.cli.plan import show_plan
+
+        show_plan(result.recipe, result.plan)
+        if result.result is not None:
+            show(cast(T, result.result))
     else:
         show(result)
+
+
+def _plain(result: object) -> object:
+    """A result in JSON's own types."""
+    from dupr_cli.recipe import Section
+
+    if isinstance(result, Planned):
+        parts = {"recipe": result.recipe, "plan": result.plan, "result": result.result}
+        return {name: _plain(part) for name, part in parts.items() if part is not None}
+    if isinstance(result, Section):
+        return result.model_dump(mode="json")
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return dataclasses.asdict(result)
+    return result
 
 
 def _fail(error: BaseException, traceback: bool) -> NoReturn:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dupr_cli.cli import evaluate_detections, evaluate_probes
-from dupr_cli.cli.command import (
-    Device,
-    DryRun,
-    Overwrite,
-    Recipe,
-    Seed,
-    Set,
-    Workers,
-    command,
-    overrides,
-)
-from dupr_cli.cli.plan import show_plan
+from dupr_cli.cli.command import Common, Planned, command, overrides
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -55,48 +45,54 @@ WeightsArgument = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory for the results.")]
-TrainSplit = Annotated[
-    list[str] | None,
-    typer.Option("--train-split", help="Split to fine-tune on; repeat to join several."),
-]
-TestSplit = Annotated[
-    list[str] | None, typer.Option("--test-split", help="Split to test on; repeatable.")
-]
-Seeds = Annotated[
-    int | None,
-    typer.Option("--seeds", min=1, help="Trials of each weights; differences get an interval."),
-]
-Labels = Annotated[
-    str | None,
-    typer.Option(
-        "--labels",
-        metavar="N|P%|FILE",
-        help="Train on so many labelled images only, stratified, or on those of a labels.json.",
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option("--limit", min=1, help="A quick trial: so many iterations and test images."),
-]
-ScaleToDevice = Annotated[
-    bool,
-    typer.Option(
-        "--scale-to-device", help="Scale batch, lr and schedule to the devices that are there."
-    ),
-]
-LeaksIn = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--leaks", metavar="SHARDS", help="Look for test images in this pre-training data."
-    ),
-]
-Nproc = Annotated[
-    int | None, typer.Option("--nproc", min=1, help="Processes on this machine, one per GPU.")
-]
-MaxHours = Annotated[
-    float | None,
-    typer.Option("--max-hours", min=0, help="Save and stop after this time, exit code 75."),
-]
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Options of every protocol that fine-tunes a detector."""
+
+    train_split: Annotated[
+        list[str] | None,
+        typer.Option("--train-split", help="Split to fine-tune on; repeat to join several."),
+    ] = None
+    test_split: Annotated[
+        list[str] | None, typer.Option("--test-split", help="Split to test on; repeatable.")
+    ] = None
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", min=1, help="Trials of each weights; differences get an interval."),
+    ] = None
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="N|P%|FILE",
+            help="Train on so many labelled images only, stratified, or on those of a labels.json.",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="A quick trial: so many iterations and test images."),
+    ] = None
+    scale_to_device: Annotated[
+        bool,
+        typer.Option(
+            "--scale-to-device", help="Scale batch, lr and schedule to the devices that are there."
+        ),
+    ] = False
+    leaks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--leaks", metavar="SHARDS", help="Look for test images in this pre-training data."
+        ),
+    ] = None
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes on this machine, one per GPU.")
+    ] = None
+    max_hours: Annotated[
+        float | None,
+        typer.Option("--max-hours", min=0, help="Save and stop after this time, exit code 75."),
+    ] = None
 
 
 def voc(
@@ -110,25 +106,11 @@ def voc(
         ),
     ],
     out: Out,
-    train_split: TrainSplit = None,
-    test_split: TestSplit = None,
-    seeds: Seeds = None,
-    labels: Labels = None,
-    limit: Limit = None,
-    scale_to_device: ScaleToDevice = False,
-    leaks: LeaksIn = None,
-    nproc: Nproc = None,
-    max_hours: MaxHours = None,
-    recipe: Recipe = None,
-    set_: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    options: FineTuning,
+    common: Common,
     *,
     reporter: Reporter,
-) -> Results | None:
+) -> Results | Planned | None:
     """Fine-tune a detector on each of the weights and compare AP, AP50, AP75 as VOC has them.
 
     All weights get the same budget, the same images and the same random numbers. Without
@@ -142,12 +124,8 @@ def voc(
 
       dupr evaluate voc runs/a -r voc0712-r50c4-24k --data VOCdevkit --nproc 8 --out eval/
     """
-    options = overrides(set_, workers=("train.workers", workers), seed=("seed", seed))
-    resolved = _resolve("voc", recipe, options, train_split, test_split, seeds, labels)
-    return _carry_out(
-        resolved, weights, data, out, limit, scale_to_device, leaks, nproc, max_hours, device,
-        overwrite, dry_run, reporter,
-    )  # fmt: skip
+    recipe = _resolve("voc", options, common)
+    return _carry_out(recipe, weights, data, out, options, common, reporter)
 
 
 def coco(
@@ -162,25 +140,11 @@ def coco(
         ),
     ],
     out: Out,
-    train_split: TrainSplit = None,
-    test_split: TestSplit = None,
-    seeds: Seeds = None,
-    labels: Labels = None,
-    limit: Limit = None,
-    scale_to_device: ScaleToDevice = False,
-    leaks: LeaksIn = None,
-    nproc: Nproc = None,
-    max_hours: MaxHours = None,
-    recipe: Recipe = None,
-    set_: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    options: FineTuning,
+    common: Common,
     *,
     reporter: Reporter,
-) -> Results | None:
+) -> Results | Planned | None:
     """Fine-tune a detector on each of the weights and compare COCO's AP of boxes and masks.
 
     Without --recipe the shipped coco-tiny is used: small images, a short schedule.
@@ -193,12 +157,8 @@ def coco(
 
       dupr evaluate coco runs/a -r coco-semi-1pct --data coco/ --scale-to-device --out eval/
     """
-    options = overrides(set_, workers=("train.workers", workers), seed=("seed", seed))
-    resolved = _resolve("coco", recipe, options, train_split, test_split, seeds, labels)
-    return _carry_out(
-        resolved, weights, data, out, limit, scale_to_device, leaks, nproc, max_hours, device,
-        overwrite, dry_run, reporter,
-    )  # fmt: skip
+    recipe = _resolve("coco", options, common)
+    return _carry_out(recipe, weights, data, out, options, common, reporter)
 
 
 def cityscapes(
@@ -212,25 +172,11 @@ def cityscapes(
         ),
     ],
     out: Out,
-    train_split: TrainSplit = None,
-    test_split: TestSplit = None,
-    seeds: Seeds = None,
-    labels: Labels = None,
-    limit: Limit = None,
-    scale_to_device: ScaleToDevice = False,
-    leaks: LeaksIn = None,
-    nproc: Nproc = None,
-    max_hours: MaxHours = None,
-    recipe: Recipe = None,
-    set_: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    options: FineTuning,
+    common: Common,
     *,
     reporter: Reporter,
-) -> Results | None:
+) -> Results | Planned | None:
     """Fine-tune a Mask R-CNN on Cityscapes and compare COCO's AP of its instances.
 
     Without --recipe the shipped cityscapes-tiny is used. The figure is COCO's AP, not that of
@@ -242,36 +188,26 @@ def cityscapes(
 
       dupr evaluate cityscapes runs/a -r cityscapes-instance --data cityscapes/ --out eval/
     """
-    options = overrides(set_, workers=("train.workers", workers), seed=("seed", seed))
-    resolved = _resolve("cityscapes", recipe, options, train_split, test_split, seeds, labels)
-    return _carry_out(
-        resolved, weights, data, out, limit, scale_to_device, leaks, nproc, max_hours, device,
-        overwrite, dry_run, reporter,
-    )  # fmt: skip
+    recipe = _resolve("cityscapes", options, common)
+    return _carry_out(recipe, weights, data, out, options, common, reporter)
 
 
-def _resolve(
-    protocol: str,
-    recipe: str | None,
-    options: list[str],
-    train_split: list[str] | None,
-    test_split: list[str] | None,
-    seeds: int | None,
-    labels: str | None,
-) -> EvaluateRecipe:
+def _resolve(protocol: str, options: FineTuning, common: Common) -> EvaluateRecipe:
     from dupr_cli.recipe import EvaluateRecipe, load_recipe
 
     given = overrides(
-        options,
-        train=("data.train_splits", _yaml_list(train_split)),
-        test=("data.test_splits", _yaml_list(test_split)),
-        trials=("trials", seeds),
-        labels=("data.labels", labels),
+        common.set_,
+        workers=("train.workers", common.workers),
+        seed=("seed", common.seed),
+        train=("data.train_splits", _yaml_list(options.train_split)),
+        test=("data.test_splits", _yaml_list(options.test_split)),
+        trials=("trials", options.seeds),
+        labels=("data.labels", options.labels),
     )
-    resolved = load_recipe(EvaluateRecipe, recipe or f"{protocol}-tiny", given)
+    resolved = load_recipe(EvaluateRecipe, common.recipe or f"{protocol}-tiny", given)
     if resolved.protocol != protocol:
         raise UsageError(
-            f"{recipe}: a recipe of the protocol {resolved.protocol}; give it to "
+            f"{common.recipe}: a recipe of the protocol {resolved.protocol}; give it to "
             f"`dupr evaluate {resolved.protocol}`. (recipe key: protocol)"
         )
     return resolved
@@ -288,37 +224,30 @@ def _carry_out(
     weights: list[str],
     data: str,
     out: Path,
-    limit: int | None,
-    scale_to_device: bool,
-    leaks: list[str] | None,
-    nproc: int | None,
-    max_hours: float | None,
-    device: str,
-    overwrite: bool,
-    dry_run: bool,
+    options: FineTuning,
+    common: Common,
     reporter: Reporter,
-) -> Results | None:
+) -> Results | Planned | None:
     from dupr_cli import evaluate as stage
     from dupr_cli.cli.launch import launch
     from dupr_cli.evaluate.scaling import limited, scale_to_devices
     from dupr_cli.runtime.parallel import world_size
 
-    processes, notes = max(nproc or 1, world_size()), []
-    if scale_to_device:
+    processes, notes = max(options.nproc or 1, world_size()), []
+    if options.scale_to_device:
         recipe, note = scale_to_devices(recipe, processes)
         notes.append(note)
-    if limit is not None:
-        recipe, note = limited(recipe, limit)
+    if options.limit is not None:
+        recipe, note = limited(recipe, options.limit)
         notes.append(note)
-    if dry_run:
-        plan = stage.plan(
-            recipe, weights, data, out, device=device, processes=processes, notes=notes
-        )
-        show_plan(recipe, plan)
-        return None
-    if processes > 1 and "RANK" not in os.environ:
+    launched = "RANK" in os.environ
+    if common.dry_run or (processes > 1 and not launched):
         # What is wrong is said once, here, before any process is started.
-        stage.plan(recipe, weights, data, out, device=device, processes=processes)
+        plan = stage.plan(
+            recipe, weights, data, out, device=common.device, processes=processes, notes=notes
+        )
+        if common.dry_run:
+            return Planned(recipe, plan)
         launch(processes, 1, "", sys.argv[1:])
         from dupr_cli.artifacts.results import Results
 
@@ -328,11 +257,11 @@ def _carry_out(
         weights,
         data,
         out,
-        device=device,
-        overwrite=overwrite,
-        leaks_in=leaks or (),
+        device=common.device,
+        overwrite=common.overwrite,
+        leaks_in=options.leaks or (),
         notes=notes,
-        max_hours=max_hours,
+        max_hours=options.max_hours,
         reporter=reporter,
     )
     return results if processes == 1 else None

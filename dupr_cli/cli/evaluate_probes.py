@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    Device,
-    DryRun,
-    Overwrite,
-    Recipe,
-    Seed,
-    Set,
-    Workers,
-    command,
-    overrides,
-)
-from dupr_cli.cli.plan import show_plan
+from dupr_cli.cli.command import Common, Planned, command, overrides
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -55,6 +45,35 @@ Limit = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Splits:
+    """What a probe that learns takes of its data."""
+
+    train_split: TrainSplit = "train"
+    test_split: TestSplit = "val"
+    test_data: TestData = None
+    limit: Limit = None
+
+
+@dataclass(frozen=True)
+class VocSplits(Splits):
+    """The same, by VOC's names."""
+
+    train_split: TrainSplit = "trainval"
+    test_split: TestSplit = "test"
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a probe that only looks takes of its data."""
+
+    test_split: Annotated[
+        str | None,
+        typer.Option("--test-split", help="Split to take; by default all there is."),
+    ] = None
+    limit: Limit = None
+
+
 def add_to(group: typer.Typer) -> None:
     command(group, "knn", show)(knn)
     command(group, "linear", show)(linear)
@@ -66,20 +85,11 @@ def knn(
     weights: Weights,
     data: Labelled,
     out: Out,
-    train_split: TrainSplit = "train",
-    test_split: TestSplit = "val",
-    test_data: TestData = None,
-    limit: Limit = None,
-    recipe: Recipe = None,
-    set_: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    splits: Splits,
+    common: Common,
     *,
     reporter: Reporter,
-) -> Results | None:
+) -> Results | Planned:
     """Classify test images by the vote of their nearest training images; nothing is trained.
 
     [bold]Examples[/]
@@ -88,31 +98,19 @@ def knn(
 
       dupr evaluate knn runs/a runs/b --data photos/ --set data.test_fraction=0.2 --out eval/
     """
-    resolved = _recipe(recipe or "knn", ["knn"], set_, limit, seed, workers)
-    return _probe(
-        resolved, weights, data, out, train_split, test_split, test_data, device, overwrite,
-        dry_run, reporter,
-    )  # fmt: skip
+    recipe = _recipe("knn", ["knn"], splits.limit, common)
+    return _probe(recipe, weights, data, out, splits, common, reporter)
 
 
 def linear(
     weights: Weights,
     data: Labelled,
     out: Out,
-    train_split: TrainSplit = "train",
-    test_split: TestSplit = "val",
-    test_data: TestData = None,
-    limit: Limit = None,
-    recipe: Recipe = None,
-    set_: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    splits: Splits,
+    common: Common,
     *,
     reporter: Reporter,
-) -> Results | None:
+) -> Results | Planned:
     """Train a linear classifier on the frozen features of each level.
 
     Without --recipe the shipped linear-fast is used: logistic regression on features computed
@@ -124,12 +122,8 @@ def linear(
 
       dupr evaluate linear backbone.safetensors -r linear-in1k-moco --data IMAGENET --out eval/
     """
-    protocols = ["linear", "linear-fast"]
-    resolved = _recipe(recipe or "linear-fast", protocols, set_, limit, seed, workers)
-    return _probe(
-        resolved, weights, data, out, train_split, test_split, test_data, device, overwrite,
-        dry_run, reporter,
-    )  # fmt: skip
+    recipe = _recipe("linear-fast", ["linear", "linear-fast"], splits.limit, common)
+    return _probe(recipe, weights, data, out, splits, common, reporter)
 
 
 def voc07_cls(
@@ -143,20 +137,11 @@ def voc07_cls(
         ),
     ],
     out: Out,
-    train_split: TrainSplit = "trainval",
-    test_split: TestSplit = "test",
-    test_data: TestData = None,
-    limit: Limit = None,
-    recipe: Recipe = None,
-    set_: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    splits: VocSplits,
+    common: Common,
     *,
     reporter: Reporter,
-) -> Results | None:
+) -> Results | Planned:
     """Tell which classes are in an image by a linear SVM per class on frozen features; mAP.
 
     Needs scikit-learn: pip install 'dupr-cli[probes]'.
@@ -165,11 +150,8 @@ def voc07_cls(
 
       dupr evaluate voc07-cls backbone.safetensors none --data VOCdevkit/VOC2007 --out eval/
     """
-    resolved = _recipe(recipe or "voc07-cls", ["voc07-cls"], set_, limit, seed, workers)
-    return _probe(
-        resolved, weights, data, out, train_split, test_split, test_data, device, overwrite,
-        dry_run, reporter,
-    )  # fmt: skip
+    recipe = _recipe("voc07-cls", ["voc07-cls"], splits.limit, common)
+    return _probe(recipe, weights, data, out, splits, common, reporter)
 
 
 def patch_retrieval(
@@ -183,21 +165,11 @@ def patch_retrieval(
         ),
     ],
     out: Out,
-    test_split: Annotated[
-        str | None,
-        typer.Option("--test-split", help="Split to take; by default all there is."),
-    ] = None,
-    limit: Limit = None,
-    recipe: Recipe = None,
-    set_: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
+    split: Split,
+    common: Common,
     *,
     reporter: Reporter,
-) -> Results | None:
+) -> Results | Planned:
     """Find patches again in another view of their image, and objects by objects of their class.
 
     [bold]Examples[/]
@@ -206,30 +178,22 @@ def patch_retrieval(
 
       dupr evaluate patch-retrieval runs/a none --data VOCdevkit/VOC2007 --test-split test --out e/
     """
-    protocols = ["patch-retrieval"]
-    resolved = _recipe(recipe or "patch-retrieval", protocols, set_, limit, seed, workers)
-    return _probe(
-        resolved, weights, data, out, "train", test_split, None, device, overwrite, dry_run,
-        reporter,
-    )  # fmt: skip
+    recipe = _recipe("patch-retrieval", ["patch-retrieval"], split.limit, common)
+    return _probe(recipe, weights, data, out, split, common, reporter)
 
 
 def _recipe(
-    name: str,
-    protocols: Collection[str],
-    given: Sequence[str] | None,
-    limit: int | None,
-    seed: int | None,
-    workers: int | None,
+    default: str, protocols: Collection[str], limit: int | None, common: Common
 ) -> ProbeRecipe:
     """The recipe of a command. Raises UsageError when it is of another command's protocol."""
     from dupr_cli.recipe import ProbeRecipe, load_recipe
 
+    name = common.recipe or default
     options = overrides(
-        given,
+        common.set_,
         limit=("data.limit", limit),
-        workers=("images.workers", workers),
-        seed=("seed", seed),
+        workers=("images.workers", common.workers),
+        seed=("seed", common.seed),
     )
     recipe = load_recipe(ProbeRecipe, name, options)
     if recipe.protocol not in protocols:
@@ -245,41 +209,21 @@ def _probe(
     weights: list[str],
     data: str,
     out: Path,
-    train_split: str,
-    test_split: str | None,
-    test_data: str | None,
-    device: str,
-    overwrite: bool,
-    dry_run: bool,
+    splits: Splits | Split,
+    common: Common,
     reporter: Reporter,
-) -> Results | None:
-    from dupr_cli import probe as probes
+) -> Results | Planned:
+    from dupr_cli import probe as stage
 
-    if dry_run:
-        plan = probes.plan(
-            recipe,
-            weights,
-            data,
-            out,
-            train_split=train_split,
-            test_split=test_split,
-            test_data=test_data,
-            device=device,
-        )
-        show_plan(recipe, plan)
-        return None
-    return probes.run(
-        recipe,
-        weights,
-        data,
-        out,
-        train_split=train_split,
-        test_split=test_split,
-        test_data=test_data,
-        device=device,
-        overwrite=overwrite,
+    which = {field.name: getattr(splits, field.name) for field in fields(splits)}
+    del which["limit"]  # the recipe has it
+    if common.dry_run:
+        plan = stage.plan(recipe, weights, data, out, **which, device=common.device)
+        return Planned(recipe, plan)
+    return stage.run(
+        recipe, weights, data, out, **which, device=common.device, overwrite=common.overwrite,
         reporter=reporter,
-    )
+    )  # fmt: skip
 
 
 def show(results: Results) -> None:

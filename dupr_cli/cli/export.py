@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import DryRun, Overwrite, Recipe, Set, command, overrides
-from dupr_cli.cli.plan import show_plan
+from dupr_cli.cli.command import DryRun, Overwrite, Planned, Recipe, Set, command, overrides
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def export(
     dry_run: DryRun = False,
     *,
     reporter: Reporter,
-) -> ExportResult | None:
+) -> ExportResult | Planned:
     """Write backbone weights in the layouts that frameworks load.
 
     What is written is loaded back into the framework, where that is installed, and its features
@@ -123,11 +122,10 @@ def export(
         dtype=("dtype", dtype),
     )
     resolved = load_recipe(ExportRecipe, recipe or "default", options)
-    if dry_run:
-        show_plan(resolved, stage.plan(resolved, weights, out, push))
-        if push is None:
-            return None
-    return stage.run(
+    plan = stage.plan(resolved, weights, out, push) if dry_run else None
+    if plan is not None and push is None:
+        return Planned(resolved, plan)
+    result = stage.run(
         resolved,
         weights,
         out,
@@ -137,6 +135,7 @@ def export(
         overwrite=overwrite,
         reporter=reporter,
     )
+    return result if plan is None else Planned(resolved, plan, result)
 
 
 def show(result: ExportResult) -> None:

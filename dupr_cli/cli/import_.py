@@ -106,4 +106,4 @@ def show(imported: Imported) -> None:
     if imported.others:
         others = ", ".join(map(repr, imported.others))
         facts.insert(3, ("also there", f"{others}; choose with --prefix"))
-    print_facts(facts)
+    print_facts([*facts, *(("note", note) for note in imported.notes)])

@@ -1,4 +1,4 @@
-"""What --dry-run prints: the resolved recipe and the plan."""
+"""What --dry-run prints for people: the resolved recipe and the plan."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from dupr_cli.cli.command import (
     DryRun,
     Overwrite,
+    Planned,
     Recipe,
     Seed,
     Set,
@@ -20,7 +21,6 @@ from dupr_cli.cli.command import (
     command,
     overrides,
 )
-from dupr_cli.cli.plan import show_plan
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -120,7 +120,7 @@ def prepare(
     dry_run: DryRun = False,
     *,
     reporter: Reporter,
-) -> PrepareResult | None:
+) -> PrepareResult | Planned:
     """Make shards out of images.
 
     What SOURCE is, is seen from its contents (or said by --set source.kind=KIND). Images that
@@ -149,12 +149,12 @@ def prepare(
     if download:
         from dupr_cli.prepare.download import download_sets
 
-        download_sets(download, Path(source), mirror, dry_run, reporter)
-        if dry_run:
-            return None
+        fetched = download_sets(download, Path(source), mirror, dry_run, reporter)
+        if dry_run and fetched.archives:  # what would be prepared is not there yet
+            return Planned(resolved, fetched)
     if dry_run:
-        show_plan(resolved, stage.plan(resolved, source, out, overwrite=overwrite, append=append))
-        return None
+        plan = stage.plan(resolved, source, out, overwrite=overwrite, append=append)
+        return Planned(resolved, plan)
     return stage.run(
         resolved, source, out, workers=workers or 0, overwrite=overwrite, append=append,
         engine=engine, task=part, reporter=reporter,

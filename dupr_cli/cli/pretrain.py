@@ -13,13 +13,13 @@ from dupr_cli.cli.command import (
     Device,
     DryRun,
     Overwrite,
+    Planned,
     Seed,
     Set,
     Workers,
     command,
     overrides,
 )
-from dupr_cli.cli.plan import show_plan
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -97,7 +97,7 @@ def pretrain(
     dry_run: DryRun = False,
     *,
     reporter: Reporter,
-) -> PretrainResult | None:
+) -> PretrainResult | Planned | None:
     """Pre-train a backbone on shards.
 
     The same command after an interruption goes on from the newest checkpoint in RUN_DIR.
@@ -136,19 +136,13 @@ def pretrain(
     resolved = load_recipe(PretrainRecipe, name, options)
     processes = (nproc or 1) * nnodes
     if dry_run:
-        show_plan(
+        return Planned(
             resolved,
             stage.plan(
-                resolved,
-                data,
-                out,
-                device,
-                processes,
-                overwrite=overwrite,
-                allow_changed=allow_changed or (),
+                resolved, data, out, device, processes,
+                overwrite=overwrite, allow_changed=allow_changed or (),
             ),
-        )
-        return None
+        )  # fmt: skip
     if processes > 1 and "RANK" not in os.environ:
         # What is wrong is said once, here, before any process is started.
         stage.plan(

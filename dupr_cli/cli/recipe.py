@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dupr_cli.cli.command import Set, command
 from dupr_cli.progress import Reporter
+
+if TYPE_CHECKING:
+    from dupr_cli.recipe import Section
 
 Stage = Literal["prepare", "pretrain", "export", "evaluate", "probe"]
 
@@ -20,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
         """List, show and check recipes."""
 
     command(group, "list", show_list)(list_recipes)
-    command(group, "show", show_text)(show)
+    command(group, "show", show_recipe)(show)
     command(group, "validate", show_text)(validate)
     command(group, "schema", show_schema)(schema)
     app.add_typer(group, name="recipe")
@@ -65,18 +68,24 @@ def show(
     source: Annotated[
         bool, typer.Option("--source", help="The file itself, with its comments.")
     ] = False,
-) -> str:
+) -> Section | str:
     """Print a recipe as it will really run: every key, with what it inherits and overrides.
 
     [bold]Example[/]
 
       dupr recipe show dupr-r18-cpu-smoke --set optimizer.lr=0.1
     """
-    from dupr_cli.recipe import RECIPE_MODELS, find_recipe, load_recipe, recipe_yaml
+    from dupr_cli.recipe import RECIPE_MODELS, find_recipe, load_recipe
 
     if source:
         return find_recipe(name).read_text(encoding="utf-8")
-    return recipe_yaml(load_recipe(RECIPE_MODELS[_stage_of(name)], name, set_ or []))
+    return load_recipe(RECIPE_MODELS[_stage_of(name)], name, set_ or [])
+
+
+def show_recipe(recipe: Section | str) -> None:
+    from dupr_cli.recipe import recipe_yaml
+
+    show_text(recipe if isinstance(recipe, str) else recipe_yaml(recipe))
 
 
 def validate(

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import EvaluateRecipe
+from dupr_cli.recipe import (
+    EvaluateRecipe,
+    Overrides,
+    as_address,
+    as_addresses,
+    as_path,
+    resolve_recipe,
+)
 
 if TYPE_CHECKING:
     from dupr_cli.artifacts.results import Results
@@ -23,11 +30,12 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: EvaluateRecipe,
-    weights: Sequence[str],
-    data: str,
-    out: Path,
+    recipe: EvaluateRecipe | str | Path,
+    weights: Sequence[str | Path] | str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     device: str = "auto",
     processes: int = 1,
     overwrite: bool = False,
@@ -40,6 +48,9 @@ def plan(
     from dupr_cli.evaluate.comparison import prepare_comparison
     from dupr_cli.runtime.devices import choose_device
 
+    recipe = resolve_recipe(EvaluateRecipe, recipe, overrides)
+    weights, data = as_addresses(weights, "weights"), as_address(data, "data")
+    out = as_path(out, "out")
     chosen = choose_device(device)
     comparison = prepare_comparison(recipe, weights, data, out, chosen, processes, notes)
     if not overwrite:
@@ -48,11 +59,12 @@ def plan(
 
 
 def run(
-    recipe: EvaluateRecipe,
-    weights: Sequence[str],
-    data: str,
-    out: Path,
+    recipe: EvaluateRecipe | str | Path,
+    weights: Sequence[str | Path] | str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     device: str = "auto",
     overwrite: bool = False,
     leaks_in: Sequence[str] = (),
@@ -63,6 +75,7 @@ def run(
 ) -> Results:
     """Fine-tune and test a detector on each of the weights, and write what came of it into `out`.
 
+    recipe, overrides: see `dupr_cli.recipe.given`.
     weights: run directories, checkpoints, weights files or torchvision:NAME; `none` is a random
     backbone. data: a VOC tree, COCO's or Cityscapes' layout, or labelled shards. device: auto, cpu,
     cuda or cuda:N; under torchrun each process takes its own GPU and its part of every batch.
@@ -79,6 +92,9 @@ def run(
     from dupr_cli.runtime.parallel import join
     from dupr_cli.runtime.stopping import Limits, stoppable
 
+    recipe = resolve_recipe(EvaluateRecipe, recipe, overrides)
+    weights, data = as_addresses(weights, "weights"), as_address(data, "data")
+    out = as_path(out, "out")
     with (
         stoppable("Finished trials are kept, and the same command continues."),
         join(device) as world,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dupr_cli import __version__
-from dupr_cli.artifacts.files import write_json, write_text
+from dupr_cli.artifacts.files import write_text
 from dupr_cli.artifacts.results import RESULTS, Results
 from dupr_cli.artifacts.run import training_files
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
@@ -29,7 +29,7 @@ from dupr_cli.evaluate.leaks import Leaks, find_leaks
 from dupr_cli.evaluate.pictures import draw_curves, draw_detections
 from dupr_cli.evaluate.results_table import table
 from dupr_cli.evaluate.statistics import all_differences, summed_up
-from dupr_cli.evaluate.subsets import LABELS_FILE, choose_labels, with_objects
+from dupr_cli.evaluate.subsets import LABELS_FILE, choose_labels, with_objects, write_labels
 from dupr_cli.evaluate.trials import (
     DETECTIONS_FILE,
     Outcome,
@@ -323,16 +323,7 @@ def _claim(comparison: Comparison, overwrite: bool) -> None:
     out = comparison.out
     comparison.claim().take(out, overwrite, output_files)
     if len(comparison.train) < comparison.all_labels:
-        data = comparison.recipe.data
-        write_json(
-            out / LABELS_FILE,
-            {
-                "labels": data.labels,
-                "seed": data.labels_seed,
-                "split": comparison.train.split,
-                "image_ids": comparison.train.ids,
-            },
-        )
+        write_labels(out, comparison.train, comparison.recipe.data)
 
 
 def output_files(out: Path) -> Iterator[Path]:

@@ -4,7 +4,8 @@
                              counted from 1 with both ends inside, as the development kit has them
     results.json             a list of {image_id, category_id, bbox: [x, y, width, height], score},
                              and segmentation where there are masks: COCO's format of results
-    detections.json          what `dupr evaluate voc` writes of a trial
+    detections.json          what `dupr evaluate voc` writes of a trial; results.json of its
+                             evaluation says which images were tested, and only those are scored
 
 Images are not needed, annotations are enough. Nothing is clipped, rounded or dropped on the way:
 the figures are those of the kit or of pycocotools for the same files.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from pycocotools import mask as coco_mask
 
 from dupr_cli.artifacts.files import write_json, write_text
 from dupr_cli.artifacts.labels import Box
-from dupr_cli.artifacts.results import RESULTS
+from dupr_cli.artifacts.results import RESULTS, Results, image_ids_digest
 from dupr_cli.datasets.coco import (
     coco_box,
     is_number,
@@ -60,6 +61,7 @@ class Scored:
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
     notes: list[str]
+    format_version: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,18 @@ def score_files(
     analysis. Raises UsageError, with file and line, for what is not as its format has it.
     """
     labels = _read_labels(data, split)
+    notes: list[str] = []
     content = None if len(files) > 1 or files[0].suffix == ".txt" else _read_list(files[0])
     # An empty list is both; against a tree it can only be of an evaluation.
     own_rows = content is not None and ("box" in content[0] if content else not labels.content)
     if content is None:
         found = _from_text(files, labels)
     elif own_rows:
+        labels, notes = _tested(files[0], labels)
         found = _from_rows(content, files[0], labels)
     else:
         found = _from_results(content, files[0], labels)
-    notes = _notes(labels, found)
+    notes += _notes(labels, found)
     try:
         if content is not None and not own_rows and labels.content and metric == "coco":
             metric, scores, further = _as_pycocotools(labels.content, content, ious)
@@ -241,6 +245,36 @@ def _read_labels(data: str, split: str) -> _Labels:
         content,
         tuple(coco.categories),
     )
+
+
+def _tested(file: Path, labels: _Labels) -> tuple[_Labels, list[str]]:
+    """The images that were tested by the evaluation that wrote `file`, and what to say of it.
+
+    An evaluation of a few images (`--limit`) takes the first of its split; to score its detections
+    against all would count the objects of the others as missed.
+    Raises UsageError when the images that were tested cannot be told among these.
+    """
+    results = file.resolve().parents[2] / RESULTS
+    if not (file.parent.name.startswith("seed-") and results.is_file()):
+        return labels, []
+    tested, count = Results.read(results).test, len(labels.ids)
+    if tested.image_ids_sha256 == image_ids_digest(labels.ids):
+        return labels, []
+    first = slice(tested.images)
+    if tested.images > count or tested.image_ids_sha256 != image_ids_digest(labels.ids[first]):
+        raise UsageError(
+            f"{file}: its evaluation tested {tested.images} images of {tested.address}, split "
+            f"{tested.split}, which are not the first of the {count} in {labels.data}, split "
+            f"{labels.split}. Give the data and split of the evaluation."
+        )
+    kept = replace(
+        labels, ids=labels.ids[first], names=labels.names[first], truths=labels.truths[first]
+    )
+    note = (
+        f"the evaluation tested the first {tested.images} of the {count} images only; the others "
+        f"are not scored"
+    )
+    return kept, [note]
 
 
 def _truth(boxes: Iterable[Box], classes: Sequence[str]) -> Truth:
@@ -436,6 +470,11 @@ def _notes(labels: _Labels, found: Sequence[Detections]) -> list[str]:
         having[of_image.labels] = True
     without = [name for name, has in zip(labels.classes, having, strict=True) if not has]
     notes = [f"nothing was detected of {', '.join(without)}"] if without else []
+    blank = sum(not len(of_image.labels) for of_image in found)
+    if blank:
+        notes.insert(
+            0, f"{blank} of the {len(found)} images have no detection; their objects are missed"
+        )
     empty = sum(int((d.boxes[:, 2:] <= d.boxes[:, :2]).any(axis=1).sum()) for d in found)
     if empty:
         notes.append(f"{empty} detections have a box without area, which no object overlaps")

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dupr_cli.artifacts.files import write_json
+from dupr_cli.artifacts.versions import check_version
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
 from dupr_cli.errors import UsageError
 from dupr_cli.recipe.evaluate import DetectionDataSection, label_count
 
+FORMAT_VERSION = 1
 LABELS_FILE = "labels.json"
 
 
@@ -72,13 +75,32 @@ def stratified(annotations: Sequence[Annotation], count: int, seed: int) -> list
     return sorted(chosen)
 
 
+def write_labels(folder: Path, images: LabelledSet, data: DetectionDataSection) -> None:
+    """labels.json: which images are trained on, for others to train on the same."""
+    content = {"labels": data.labels, "seed": data.labels_seed}
+    write_json(
+        folder / LABELS_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            **content,
+            "split": images.split,
+            "image_ids": images.ids,
+        },
+    )
+
+
 def stored_labels(path: Path, images: LabelledSet) -> list[int]:
-    """Positions of the images that a labels.json names. Raises UsageError, naming the file."""
+    """Positions of the images that a labels.json names. Raises UsageError, naming the file.
+
+    Raises VersionError when a later dupr wrote it.
+    """
     try:
-        wanted = json.loads(path.read_bytes())["image_ids"]
+        content = json.loads(path.read_bytes())
+        check_version(content.get("format_version"), FORMAT_VERSION, path)
+        wanted = content["image_ids"]
         known = {image_id: i for i, image_id in enumerate(images.ids)}
         unknown = [image_id for image_id in wanted if image_id not in known]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path}: not a list of labelled images ({error}). It is a {LABELS_FILE} that an "
             f'evaluation wrote, or JSON like {{"image_ids": [...]}}.'

@@ -65,7 +65,7 @@ def summarise(folders: Sequence[Path], out: Path | None, reporter: Reporter) -> 
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out}: a file is there; --out needs a directory.")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SUMMARY, asdict(summary))
+        write_json(out / SUMMARY, {"format_version": 1, **asdict(summary)})
         write_text(out / TABLE, summary_table(summary))
         _plot(out / PLOT, summary)
     return summary

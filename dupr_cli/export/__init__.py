@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING
 
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import ExportRecipe
+from dupr_cli.recipe import (
+    ExportRecipe,
+    Overrides,
+    as_address,
+    as_addresses,
+    as_path,
+    resolve_recipe,
+)
 
 if TYPE_CHECKING:
     from dupr_cli.artifacts.weights import Weights
     from dupr_cli.export.formats import ExportFormat
 
 RECORD = "export.json"
+RECORD_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,19 @@ class ExportResult:
 
 
 def plan(
-    recipe: ExportRecipe, weights: str, out: Path | None = None, push: PushOptions | None = None
+    recipe: ExportRecipe | str | Path,
+    weights: str | Path,
+    out: str | Path | None = None,
+    push: PushOptions | None = None,
+    *,
+    overrides: Overrides = (),
 ) -> ExportPlan:
     """Check the weights and say what `run` would do. Raises UsageError."""
     from dupr_cli.artifacts.weights import read_weights
     from dupr_cli.export.formats import make_format
 
+    recipe = resolve_recipe(ExportRecipe, recipe, overrides)
+    weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
     for name in recipe.formats:
         make_format(name)
     read = read_weights(weights, recipe.encoder)
@@ -110,18 +125,20 @@ def _output(recipe: ExportRecipe, out: Path | None, push: PushOptions | None) ->
 
 
 def run(
-    recipe: ExportRecipe,
-    weights: str,
-    out: Path | None = None,
+    recipe: ExportRecipe | str | Path,
+    weights: str | Path,
+    out: str | Path | None = None,
     *,
+    overrides: Overrides = (),
     push: PushOptions | None = None,
     dry_run: bool = False,
-    results: Sequence[Path] = (),
+    results: Sequence[str | Path] = (),
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> ExportResult:
     """Export the backbone of a run directory, checkpoint or weights file.
 
+    recipe, overrides: see `dupr_cli.recipe.given`.
     out: a folder, or a file for a single format that is one. push: also write the model card and
     what goes with it, and commit the folder; with dry_run it is only written. results: folders of
     evaluations for the card, beside those that lie next to the run.
@@ -135,6 +152,9 @@ def run(
     from dupr_cli.export.formats import folders_of, make_format
     from dupr_cli.models.resnet import ResNetBackbone
 
+    recipe = resolve_recipe(ExportRecipe, recipe, overrides)
+    weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
+    given = [Path(folder) for folder in as_addresses(results, "results")]
     say = reporter or SilentReporter()
     target = _output(recipe, out, push)
     if target.is_file() and not overwrite:
@@ -166,7 +186,7 @@ def run(
         if push is not None:
             from dupr_cli.export.card import write_companions
 
-            write_companions(staged, result, read, recipe, push.repository, results)
+            write_companions(staged, result, read, recipe, push.repository, given)
         files = _move(staged, target, result, push is not None, overwrite)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -224,7 +244,7 @@ def _write_record(path: Path, result: ExportResult) -> None:
     from dupr_cli.artifacts.files import write_json
 
     content = {k: v for k, v in asdict(result).items() if k not in ("path", "hub_url")}
-    write_json(path, {"format_version": 1, "dupr_version": __version__, **content})
+    write_json(path, {"format_version": RECORD_VERSION, "dupr_version": __version__, **content})
 
 
 def _move(

@@ -7,20 +7,30 @@ DenseCL, DetCo, MMSelfSup and OpenSelfSup: `backbone.` or none), the numbers of 
 (lightly), transformers' and detectron2's. Everything else in the file, heads and queues, is left
 out.
 
-Pickled files are read by torch's restricted unpickler, which builds tensors and plain containers
-and runs nothing.
+A tensor under the names of the stem and the stages that a plain ResNet does not have belongs to
+another network (attention, other norms, further layers) and is refused: without it the features
+would be wrong in silence. A few networks have the very tensors of a plain ResNet and compute
+something else; those are known by their names alone.
+
+Pickled files are read by torch's restricted unpickler, which builds tensors, arrays and plain
+values, and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import json
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import get_args
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,11 +53,51 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 # Where a file holds several networks, the first that its prefix names; methods transfer these.
 _PREFERRED = ("teacher", "encoder_q", "query", "online", "student", "backbone")
 _AVERAGED = ("encoder_k", "key", "momentum", "target")
+# What else belongs to the stem and the stages, beside the names of a plain ResNet: a second
+# convolution of the stem, a pooling that learns, a fifth stage. `[23]` are those of a Sequential.
+_STEM_OR_STAGE = re.compile(r"(layer|conv|bn|act)\d+|stem|maxpool|relu|[23]")
+# timm's anti-aliased ResNets: blurring has no tensors of its own.
+_SAME_TENSORS = re.compile(r"\w*resnet(aa|blur)\d+\w*", re.IGNORECASE)
+_SHOWN = 3
+_ELSEWHERE = (
+    "dupr imports plain ResNets only; `dupr pretrain` trains whatever timm can cut into levels "
+    "(model.backbone: timm:NAME)."
+)
+_Builder = Callable[..., object]
+# Values that training scripts save beside the weights: their options, paths, dates, figures of
+# numpy's. Building one of these runs nothing that a file says.
+_VALUES = (
+    argparse.Namespace, frozenset, slice, range, datetime.datetime, datetime.date,
+    datetime.timedelta, np.dtype, np.ndarray,
+    *(getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")),
+)  # fmt: skip
+# Where a pickle says to find further ones: the place depends on the versions that wrote it.
+_MOVED_VALUES: tuple[tuple[_Builder, str], ...] = (
+    *(
+        (PureWindowsPath if "Windows" in name else PurePosixPath, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    ),
+    *(
+        (cast(_Builder, value.__reduce__()[0]), f"numpy.{core}.multiarray.{n}")
+        for core in ("core", "_core")
+        for n, value in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(0)))
+    ),
+)
+_DETECTRON2_INPUT = (
+    "detectron2 gives its networks pixels of 0 to 255, in the order BGR unless INPUT.FORMAT says "
+    "RGB. dupr gives RGB, which --input-mean and --input-std (of pixels of 0 to 1) do not change.",
+    "Models of MSRA and Caffe2 (R-50.pkl, X-101-32x8d.pkl and what was trained from them) have the "
+    "stride in the 1x1 convolution. Here it is in the 3x3 one, so the features are not theirs.",
+)
 
 
 @dataclass(frozen=True)
 class Imported:
-    """prefix: what the tensors' names began with. left_out: tensors that are no backbone."""
+    """prefix: what the tensors' names began with. left_out: tensors that are no backbone.
+
+    notes: what the file does not say and a user has to know.
+    """
 
     path: str
     source: str
@@ -57,6 +107,7 @@ class Imported:
     tensors: int
     left_out: int
     others: list[str]
+    notes: list[str]
     sha256: str
 
 
@@ -102,12 +153,14 @@ def import_weights(
     the names of the wanted network begin with, where the file holds several. mean, std: of its
     input, RGB in 0..1; a file does not say.
     Raises UsageError for what cannot be read without running code, holds no ResNet of
-    torchvision's, or lacks a tensor of it.
+    torchvision's, lacks a tensor of it, or is a network with more in it than a plain ResNet.
     """
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: a file is there. Give another --out, or --overwrite.")
     path = fetch_weights(address) if address.startswith(HUB) else Path(address)
-    found = dict(_flat(_read(path, address)))
+    content = _read(path, address)
+    _refuse_same_tensors(content, path, address)
+    found = dict(_flat(content))
     networks = _networks(found)
     if not networks:
         raise UsageError(
@@ -118,6 +171,7 @@ def import_weights(
     chosen, naming = _choose(networks, prefix, address)
     own = {name.removeprefix(chosen): t for name, t in found.items() if name.startswith(chosen)}
     architecture = _architecture(own, naming, address)
+    _refuse_further(own, naming, architecture, address)
     tensors = _translated(own, naming, architecture, address)
     metadata = WeightsMetadata(
         layout="torchvision",
@@ -139,6 +193,7 @@ def import_weights(
         tensors=len(tensors),
         left_out=len(found) - len(used),
         others=sorted(set(networks) - {chosen}),
+        notes=list(_DETECTRON2_INPUT) if naming.name == "detectron2" else [],
         sha256=sha256_file(out),
     )
 
@@ -150,8 +205,7 @@ def _read(path: Path, address: str) -> object:
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     try:
-        # Options of a command line, which many training scripts save beside the weights: no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([*_VALUES, *_MOVED_VALUES]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Bytes that mean nothing, and not those of a pickle that the unpickler knows too little of.
@@ -176,8 +230,9 @@ def _unreadable(address: str, reason: str) -> str:
 
 def _asked_for(message: str) -> str:
     """What the unpickler stopped at, of its long message."""
-    found = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s+([^\n]{1,120})", message)
-    return str(found[1] or found[2]) if found else "not a checkpoint"
+    found = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s+([^\n]+)", message)
+    said = str(found[1] or found[2]) if found else "not a checkpoint"
+    return textwrap.shorten(said, 120, placeholder=" ...")
 
 
 def _flat(content: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -228,35 +283,108 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
     """The ResNet whose tensors are all there in their shapes."""
     candidates = []
     for architecture in get_args(Backbone):
-        with torch.device("meta"):
-            shapes = {n: t.shape for n, t in ResNetBackbone(architecture).state_dict().items()}
+        shapes = _shapes(architecture)
         wrong = [
-            name
-            for name, shape in shapes.items()
-            if not name.endswith(_COUNTER)
-            and (naming.translate(name) not in own or own[naming.translate(name)].shape != shape)
+            f"{theirs} is missing"
+            if theirs not in own
+            else f"{theirs} is {_sides(own[theirs].shape)} instead of {_sides(shape)}"
+            for theirs, shape in ((naming.translate(n), shape) for n, shape in shapes.items())
+            if not theirs.endswith(_COUNTER) and (theirs not in own or own[theirs].shape != shape)
         ]
-        further = {f"layer{n}.{block_count(shapes, n)}.conv1.weight" for n in range(1, 5)}
-        deeper = any(naming.translate(name) in own for name in further)
-        if not wrong and not deeper:
+        wrong += [
+            f"{theirs} is of a further block"
+            for n in range(1, 5)
+            if (theirs := naming.translate(f"layer{n}.{block_count(shapes, n)}.conv1.weight"))
+            in own
+        ]
+        if not wrong:
             return str(architecture)
-        candidates.append((len(wrong) + 1000 * deeper, architecture, wrong[:1]))
-    _, nearest, first = min(candidates)
-    missing = naming.translate(first[0]) if first else "the end of a deeper network"
+        candidates.append((len(wrong), architecture, wrong))
+    _, nearest, wrong = min(candidates)
+    further = _further(own, naming, nearest)
     raise UsageError(
-        f"{address}: not a whole ResNet of torchvision's; the nearest is {nearest}, for which "
-        f"{missing} is missing or of another shape."
+        f"{address}: not a ResNet of torchvision's. The nearest is {nearest}, but "
+        f"{_some(wrong, '; ')}."
+        + (f" Nor does a {nearest} have {_some(further)}." if further else "")
+        + f" {_ELSEWHERE}"
     )
+
+
+def _shapes(architecture: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {n: t.shape for n, t in ResNetBackbone(architecture).state_dict().items()}
+
+
+def _sides(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    rest = len(names) - _SHOWN
+    return separator.join(names[:_SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def _further(own: Mapping[str, Tensor], naming: _Naming, architecture: str) -> list[str]:
+    """Tensors of the stem and the stages that the architecture does not have."""
+    known = {naming.translate(name) for name in _shapes(architecture)}
+    roots = {name.partition(".")[0] for name in known}
+    return [
+        name
+        for name in own
+        if name not in known
+        and ((root := name.partition(".")[0]) in roots or _STEM_OR_STAGE.fullmatch(root))
+    ]
+
+
+def _refuse_further(
+    own: Mapping[str, Tensor], naming: _Naming, architecture: str, address: str
+) -> None:
+    further = _further(own, naming, architecture)
+    if further:
+        raise UsageError(
+            f"{address}: not a plain {architecture}. All its tensors are there, and among them are "
+            f"{len(further)} that it does not have: {_some(further)}. Without these the features "
+            f"would be wrong. {_ELSEWHERE}"
+        )
+
+
+def _refuse_same_tensors(content: object, path: Path, address: str) -> None:
+    """Refuse networks that differ from a plain ResNet in what they compute, not in their tensors.
+
+    The address, timm's config.json beside a file, or what a training script saved may name one.
+    """
+    for place, name in ((address, address), *_said_architectures(content, path)):
+        variant = _SAME_TENSORS.search(name)
+        if variant:
+            raise UsageError(
+                f"{address}: not a plain ResNet, by its name in {place}: {variant[0]} blurs before "
+                f"it subsamples, and a plain ResNet with its tensors computes other features. "
+                f"{_ELSEWHERE} Rename the file if its name is wrong."
+            )
+
+
+def _said_architectures(content: object, path: Path) -> Iterator[tuple[str, str]]:
+    config = path.with_name("config.json")
+    if config.is_file():
+        with contextlib.suppress(ValueError):  # of another program, then
+            beside = json.loads(config.read_bytes())
+            if isinstance(beside, dict):
+                yield config.name, str(beside.get("architecture"))
+    if isinstance(content, Mapping):
+        options = content.get("args")
+        saved = vars(options) if isinstance(options, argparse.Namespace) else options
+        for where in (content, saved if isinstance(saved, Mapping) else {}):
+            for key in ("arch", "model"):
+                if isinstance(where.get(key), str):
+                    yield f"its {key}", where[key]
 
 
 def _translated(
     own: Mapping[str, Tensor], naming: _Naming, architecture: str, address: str
 ) -> dict[str, Tensor]:
     """Under torchvision's names; counters of batches, which not all frameworks have, as 0."""
-    with torch.device("meta"):
-        names = list(ResNetBackbone(architecture).state_dict())
     tensors = {}
-    for name in names:
+    for name in _shapes(architecture):
         theirs = naming.translate(name)
         if theirs in own:
             tensor = own[theirs]

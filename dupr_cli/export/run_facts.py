@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dupr_cli.artifacts.hub_weights import HUB
-from dupr_cli.artifacts.run import ENVIRONMENT_FILE, RECIPE_FILE, MetricsLog
+from dupr_cli.artifacts.run import RECIPE_FILE, MetricsLog, read_environment
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import UsageError
 from dupr_cli.recipe import PretrainRecipe, load_recipe, recipe_digest
@@ -56,10 +55,7 @@ def _recipe(folder: Path) -> PretrainRecipe | None:
 
 
 def _facts(folder: Path, recipe: PretrainRecipe | None, step: int) -> RunFacts:
-    try:
-        environment = json.loads((folder / ENVIRONMENT_FILE).read_bytes())
-    except (OSError, ValueError):
-        environment = {}
+    environment = read_environment(folder)
     log: dict[str, float] = {}
     retrieval_step = None
     for line in MetricsLog(folder).read():

@@ -26,7 +26,7 @@ def write_analysis(folder: Path, analysis: Analysis) -> None:
         ("precision_recall.png", _curves), ("confusion.png", _confusion), ("errors.png", _errors)
     ):  # fmt: skip
         _save(draw(analysis), folder / name)
-    write_json(folder / ANALYSIS, asdict(analysis))
+    write_json(folder / ANALYSIS, {"format_version": 1, **asdict(analysis)})
 
 
 def _save(figure: Figure, path: Path) -> None:

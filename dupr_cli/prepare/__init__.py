@@ -29,7 +29,7 @@ from dupr_cli.prepare.sources import ImageSource, make_source, nothing_found, re
 from dupr_cli.prepare.standing import look, require_other_folder
 from dupr_cli.prepare.unfinished import State, clear
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import PrepareRecipe
+from dupr_cli.recipe import Overrides, PrepareRecipe, as_address, as_path, resolve_recipe
 from dupr_cli.runtime.output import writing
 from dupr_cli.runtime.stopping import stoppable
 
@@ -67,15 +67,17 @@ class PrepareResult:
 
 
 def plan(
-    recipe: PrepareRecipe,
-    source: Path | str,
-    out: Path,
+    recipe: PrepareRecipe | str | Path,
+    source: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     overwrite: bool = False,
     append: bool = False,
 ) -> PreparePlan:
     """List the source and say what `run` would do. Nothing is changed. Raises UsageError."""
-    source = str(source)
+    recipe = resolve_recipe(PrepareRecipe, recipe, overrides)
+    source, out = as_address(source, "source"), as_path(out, "out")
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, near=False)
     made = make_source(kind, source, recipe.source, out)
@@ -91,10 +93,11 @@ def plan(
 
 
 def run(
-    recipe: PrepareRecipe,
-    source: Path | str,
-    out: Path,
+    recipe: PrepareRecipe | str | Path,
+    source: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     workers: int = 0,
     overwrite: bool = False,
     append: bool = False,
@@ -104,18 +107,20 @@ def run(
 ) -> PrepareResult:
     """Write the shards of `source` into `out`, or finish what an interrupted call began.
 
-    workers: processes that decode; 0 means one per core. append: where the source has grown, add
-    shards of what is new to the set in `out`, whose shards stay as they are. engine: processes or
-    ray. task: (i, n), write only every n-th block from the i-th on, i from 1; `merge` makes a set
-    of them.
+    recipe, overrides: see `dupr_cli.recipe.given`. workers: processes that decode; 0 means one per
+    core. append: where the source has grown, add shards of what is new to the set in `out`, whose
+    shards stay as they are. engine: processes or ray. task: (i, n), write only every n-th block
+    from the i-th on, i from 1; `merge` makes a set of them.
     Raises UsageError when the source has no images, `out` holds something else or the engine is not
     installed, RunError when no image could be used, OSError when the output cannot be written,
     StoppedRunError after a signal.
     """
+    recipe = resolve_recipe(PrepareRecipe, recipe, overrides)
+    source, out = as_address(source, "source"), as_path(out, "out")
     check_engine(engine)
     if append and (overwrite or task is not None):
         raise UsageError("--append works without --overwrite and without --task.")
-    source, reporter = str(source), reporter or SilentReporter()
+    reporter = reporter or SilentReporter()
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, recipe.filter.duplicates == "near")
     made = make_source(kind, source, recipe.source, out)

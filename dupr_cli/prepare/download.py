@@ -77,9 +77,19 @@ SETS: dict[str, tuple[Archive, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class DownloadPlan:
+    """What was left to fetch: addresses of archives, and bytes of them that are not there."""
+
+    sets: list[str]
+    folder: str
+    archives: list[str]
+    bytes: int
+
+
 def download_sets(
     names: Sequence[str], folder: Path, mirror: str | None, dry_run: bool, reporter: Reporter
-) -> None:
+) -> DownloadPlan:
     """Fetch and unpack the sets that are not in `folder` yet.
 
     mirror: an address under which the archives lie by their names. dry_run: only say what it costs.
@@ -93,14 +103,15 @@ def download_sets(
     missing = [a for name in names for a in SETS[name] if a.name not in _done(folder)]
     if not missing:
         reporter.info(f"{folder}: {', '.join(names)} is there already")
-        return
     rest = {archive: archive.bytes - _have(folder, archive) for archive in missing}
-    _say_cost(names, missing, rest, folder, reporter)
-    if dry_run:
-        return
+    addresses = [f"{mirror.rstrip('/')}/{a.name}" if mirror else a.address for a in missing]
+    plan = DownloadPlan(list(names), str(folder), addresses, sum(rest.values()))
+    if missing:
+        _say_cost(names, missing, rest, folder, reporter)
+    if dry_run or not missing:
+        return plan
     folder.mkdir(parents=True, exist_ok=True)
-    for archive in missing:
-        address = f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.address
+    for archive, address in zip(missing, addresses, strict=True):
         part = _part(folder, archive)
         with reporter.task(f"download {archive.name}", archive.bytes, "bytes", 0) as progress:
             progress.advance(_have(folder, archive))
@@ -112,6 +123,7 @@ def download_sets(
             _unpack(part, archive, folder)
         write_json(folder / _MARKER, sorted({*_done(folder), archive.name}))
         part.unlink()
+    return plan
 
 
 _MARKER = ".dupr-downloads.json"

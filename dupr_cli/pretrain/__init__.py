@@ -7,7 +7,6 @@ are modules of their own that it calls.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -15,12 +14,25 @@ from pathlib import Path
 
 import yaml
 
-from dupr_cli.artifacts.files import write_json, write_text
-from dupr_cli.artifacts.run import ENVIRONMENT_FILE, FORMAT_VERSION, RECIPE_FILE
+from dupr_cli.artifacts.files import write_text
+from dupr_cli.artifacts.run import (
+    ENVIRONMENT_FILE,
+    RECIPE_FILE,
+    read_environment,
+    write_environment,
+)
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import PretrainRecipe, recipe_keys, recipe_yaml
+from dupr_cli.recipe import (
+    Overrides,
+    PretrainRecipe,
+    as_address,
+    as_path,
+    recipe_keys,
+    recipe_yaml,
+    resolve_recipe,
+)
 from dupr_cli.recipe.base import TIMM
 
 # Keys that change how a run is carried out, not what it computes.
@@ -74,12 +86,13 @@ class PretrainResult:
 
 
 def plan(
-    recipe: PretrainRecipe,
-    data: str,
-    out: Path,
+    recipe: PretrainRecipe | str | Path,
+    data: str | Path,
+    out: str | Path,
     device: str = "auto",
     processes: int = 1,
     *,
+    overrides: Overrides = (),
     overwrite: bool = False,
     allow_changed: Collection[str] = (),
 ) -> PretrainPlan:
@@ -87,6 +100,8 @@ def plan(
 
     Raises UsageError as `run` does.
     """
+    recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
+    data, out = as_address(data, "data"), as_path(out, "out")
     from dupr_cli.pretrain.data import BatchOrder
     from dupr_cli.pretrain.recipe_checks import science_warnings
     from dupr_cli.pretrain.trainer import count_steps
@@ -115,10 +130,11 @@ def plan(
 
 
 def run(
-    recipe: PretrainRecipe,
-    data: str,
-    out: Path,
+    recipe: PretrainRecipe | str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     device: str = "auto",
     overwrite: bool = False,
     allow_changed: Collection[str] = (),
@@ -130,9 +146,9 @@ def run(
 
     Started by torchrun, every process calls this; the first returns the result, the others None.
 
-    data: shards, see `open_shards`. device: auto, cpu, cuda or cuda:N. allow_changed: recipe keys
-    that may differ from those of the run in `out`. max_hours, stop_after: save and stop after that
-    time, or that many steps, of this call.
+    recipe, overrides: see `dupr_cli.recipe.given`. data: shards, see `open_shards`. device: auto,
+    cpu, cuda or cuda:N. allow_changed: recipe keys that may differ from those of the run in `out`.
+    max_hours, stop_after: save and stop after that time, or that many steps, of this call.
     Raises UsageError when `out` holds something else or a run of another recipe or other data,
     RunError and StoppedRunError as `trainer.train`.
     """
@@ -143,6 +159,8 @@ def run(
     from dupr_cli.runtime.parallel import join, world_size
     from dupr_cli.runtime.stopping import Limits, stoppable
 
+    recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
+    data, out = as_address(data, "data"), as_path(out, "out")
     _require_fit(recipe, world_size())
     _require_parts(recipe)
     if overwrite or not (out / RECIPE_FILE).is_file():
@@ -221,7 +239,7 @@ def _check_claim(
 
     if not holds(out, [RECIPE_FILE], "run"):
         return []
-    environment = json.loads(_read_or(out / ENVIRONMENT_FILE, "{}"))
+    environment = read_environment(out)
     changes: list[dict[str, object]] = environment.get("changes", [])
     before, now = _recorded_keys(out), recipe_keys(recipe.model_dump(mode="json"))
     unknown = sorted(set(allow_changed) - now.keys() - before.keys() - {"data"})
@@ -292,13 +310,6 @@ def _claim(
     else:
         changes = _check_claim(recipe, shards, out, allow_changed, reporter)
     data = {"name": shards.name, "images": len(shards), "sha256": shards.identity()}
-    write_json(
-        out / ENVIRONMENT_FILE,
-        {"format_version": FORMAT_VERSION, **environment(), "data": data, "changes": changes},
-    )
+    write_environment(out, {**environment(), "data": data, "changes": changes})
     # Last: from here on the directory is a run that can be continued.
     write_text(out / RECIPE_FILE, recipe_yaml(recipe))
-
-
-def _read_or(path: Path, default: str) -> str:
-    return path.read_text() if path.is_file() else default

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.recipe import ProbeRecipe
+from dupr_cli.recipe import (
+    Overrides,
+    ProbeRecipe,
+    as_address,
+    as_addresses,
+    as_path,
+    resolve_recipe,
+)
 
 if TYPE_CHECKING:
     from dupr_cli.artifacts.results import Results
@@ -21,11 +28,12 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: ProbeRecipe,
-    weights: Sequence[str],
-    data: str,
-    out: Path,
+    recipe: ProbeRecipe | str | Path,
+    weights: Sequence[str | Path] | str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     train_split: str = "train",
     test_split: str | None = "val",
     test_data: str | None = None,
@@ -38,6 +46,9 @@ def plan(
     """
     from dupr_cli.probe.comparison import ProbeData, prepare_comparison
 
+    recipe = resolve_recipe(ProbeRecipe, recipe, overrides)
+    weights, data = as_addresses(weights, "weights"), as_address(data, "data")
+    out = as_path(out, "out")
     where = ProbeData(data, train_split, test_split, test_data)
     comparison = prepare_comparison(recipe, weights, where, out, device, SilentReporter())
     if not overwrite:
@@ -46,11 +57,12 @@ def plan(
 
 
 def run(
-    recipe: ProbeRecipe,
-    weights: Sequence[str],
-    data: str,
-    out: Path,
+    recipe: ProbeRecipe | str | Path,
+    weights: Sequence[str | Path] | str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
+    overrides: Overrides = (),
     train_split: str = "train",
     test_split: str | None = "val",
     test_data: str | None = None,
@@ -60,6 +72,7 @@ def run(
 ) -> Results:
     """Measure each of the weights by the recipe's protocol, and write what came of it into `out`.
 
+    recipe, overrides: see `dupr_cli.recipe.given`.
     weights: what `dupr_cli.models.compared` opens; `none` is a random backbone. data: labelled
     shards, class folders, a VOC tree; for patch-retrieval any images. test_data: another set to
     test on. device: auto, cpu, cuda or cuda:N.
@@ -72,6 +85,9 @@ def run(
     from dupr_cli.runtime.output import writing
     from dupr_cli.runtime.stopping import stoppable
 
+    recipe = resolve_recipe(ProbeRecipe, recipe, overrides)
+    weights, data = as_addresses(weights, "weights"), as_address(data, "data")
+    out = as_path(out, "out")
     reporter = reporter or SilentReporter()
     where = ProbeData(data, train_split, test_split, test_data)
     with (

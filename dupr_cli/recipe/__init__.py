@@ -8,6 +8,7 @@ overrides, and returns the validated model with the origin of every key; a mista
 from dupr_cli.recipe.base import Level, Section
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 from dupr_cli.recipe.export import ExportRecipe
+from dupr_cli.recipe.given import Overrides, as_address, as_addresses, as_path, resolve_recipe
 from dupr_cli.recipe.load import (
     RECIPE_MODELS,
     Recipe,
@@ -29,17 +30,22 @@ __all__ = [
     "EvaluateRecipe",
     "ExportRecipe",
     "Level",
+    "Overrides",
     "PrepareRecipe",
     "PretrainRecipe",
     "ProbeRecipe",
     "Recipe",
     "RecipeError",
     "Section",
+    "as_address",
+    "as_addresses",
+    "as_path",
     "find_recipe",
     "load_recipe",
     "recipe_digest",
     "recipe_keys",
     "recipe_schema",
     "recipe_yaml",
+    "resolve_recipe",
     "shipped_recipes",
 ]

@@ -224,36 +224,47 @@ def _merge(
     return merged
 
 
-def _apply_override(values: dict[str, object], origins: dict[Path_, Origin], option: str) -> None:
-    key, separator, text = option.partition("=")
-    key = key.strip()
-    if not separator or not key:
-        raise RecipeError(f"--set {option}: write it as key=value, for example seed=1.")
-    try:
-        loader = _Loader(text)
+@dataclass(frozen=True)
+class Override:
+    """A key that is set from outside the files. said: how it was given, for messages."""
+
+    key: str
+    value: object
+    said: str = ""
+
+    @classmethod
+    def parse(cls, option: str) -> Override:
+        """`key=value` as --set takes it, the value in YAML. Raises RecipeError."""
+        key, separator, text = option.partition("=")
+        key = key.strip()
+        if not separator or not key:
+            raise RecipeError(f"--set {option}: write it as key=value, for example seed=1.")
         try:
-            value = loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {option}: the value is not valid YAML.") from error
-    parts = tuple(key.split("."))
-    target = values
-    for part in parts[:-1]:
-        inner = target.get(part)
-        # A copy: the parsed documents stay what the files say.
-        target[part] = dict(inner) if isinstance(inner, dict) else {}
-        target = typing.cast(dict[str, object], target[part])
-    target[parts[-1]] = value
-    origins[parts] = Origin(f"--set {option}", None)
+            loader = _Loader(text)
+            try:
+                return cls(key, loader.get_single_data(), f"--set {option}")
+            finally:
+                loader.dispose()
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {option}: the value is not valid YAML.") from error
+
+    def apply(self, values: dict[str, object], origins: dict[Path_, Origin]) -> None:
+        parts = tuple(self.key.split("."))
+        target = values
+        for part in parts[:-1]:
+            inner = target.get(part)
+            # A copy: the parsed documents stay what the files say.
+            target[part] = dict(inner) if isinstance(inner, dict) else {}
+            target = typing.cast(dict[str, object], target[part])
+        target[parts[-1]] = self.value
+        origins[parts] = Origin(self.said or f"overrides, {self.key}", None)
 
 
-def _with_defaults_for_maps(model: type[BaseModel], values: dict[str, object], option: str) -> None:
-    """Fill the default of a map that `--set` reaches into, so that its other entries stay."""
-    parts = option.partition("=")[0].strip().split(".")
+def _with_defaults_for_maps(model: type[BaseModel], values: dict[str, object], key: str) -> None:
+    """Fill the default of a map that an override reaches into, so that its other entries stay."""
     section: type[BaseModel] | None = model
     target = values
-    for part in parts[:-1]:
+    for part in key.split(".")[:-1]:
         field = section.model_fields.get(part) if section else None
         if field is None or not isinstance(target, dict):
             return
@@ -265,11 +276,13 @@ def _with_defaults_for_maps(model: type[BaseModel], values: dict[str, object], o
         section = typing.cast(type[BaseModel], inner) if is_section else None
 
 
-def load_recipe(model: type[R], name_or_file: str | None, overrides: Sequence[str] = ()) -> R:
+def load_recipe(
+    model: type[R], name_or_file: str | None, overrides: Sequence[Override | str] = ()
+) -> R:
     """Read, merge, override and validate one recipe of the stage that `model` belongs to.
 
     name_or_file: a YAML file, the name of a shipped recipe, or None for the defaults.
-    overrides: `key=value` strings, applied in order after the files.
+    overrides: applied in order after the files; strings are `key=value`.
     Raises RecipeError with one line per problem.
     """
     stage = str(model.model_fields["stage"].default)
@@ -287,15 +300,33 @@ def load_recipe(model: type[R], name_or_file: str | None, overrides: Sequence[st
             )
         values = _merge(model, values, document.values)
         origins.update(document.origins)
-    for option in overrides:
-        _with_defaults_for_maps(model, values, option)
-        _apply_override(values, origins, option)
+    default = documents[-1].name if documents else f"the {stage} recipe"
+    return _validated(model, values, origins, overrides, default)
+
+
+def apply_overrides(recipe: R, overrides: Sequence[Override | str]) -> R:
+    """A recipe with further keys set. Raises RecipeError as `load_recipe`."""
+    values = recipe.model_dump(mode="json")
+    return _validated(type(recipe), values, {}, overrides, f"the {values['stage']} recipe")
+
+
+def _validated(
+    model: type[R],
+    values: dict[str, object],
+    origins: dict[Path_, Origin],
+    overrides: Sequence[Override | str],
+    default: str,
+) -> R:
+    """default: the place of keys that are nowhere set."""
+    for given in overrides:
+        override = Override.parse(given) if isinstance(given, str) else given
+        _with_defaults_for_maps(model, values, override.key)
+        override.apply(values, origins)
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        default = Origin(documents[-1].name if documents else f"the {stage} recipe", None)
         problems = [
-            _explain(model, details, origins, default)
+            _explain(model, details, origins, Origin(default, None))
             for details in error.errors()
             if not _is_union_echo(details)
         ]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import is_temporary, remove_leftovers, write_json
+from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -221,18 +222,13 @@ def read_claim(path: Path) -> tuple[dict[str, object], list[str]]:
         values = json.loads(path.read_bytes())
         if "fingerprint" not in values:
             return dict(values), []
-        version = int(values["format_version"])
+        check_version(values.get("format_version"), FORMAT_VERSION, path)
         fingerprint, folders = dict(values["fingerprint"]), [str(v) for v in values["folders"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
             f"{path}: the record is damaged ({error}). Restore it, or replace the output with "
             f"--overwrite."
         ) from error
-    if version > FORMAT_VERSION:
-        raise UsageError(
-            f"{path}: its format_version is {version}, but this dupr reads up to "
-            f"{FORMAT_VERSION}. Update dupr: pip install -U dupr-cli."
-        )
     return fingerprint, folders
 
 
@@ -249,6 +245,7 @@ def read_result(
         return None
     try:
         values = dict(json.loads(path.read_bytes()))
+        check_version(values.get("format_version"), FORMAT_VERSION, path)
         same = values["fingerprint"] == json.loads(json.dumps(dict(fingerprint)))
     except (ValueError, TypeError, KeyError) as error:
         raise damaged_result(folder, error) from error

@@ -22,10 +22,9 @@ from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.artifacts.run import Checkpoint, CheckpointState, MetricsLog, write_checkpoint
 from dupr_cli.artifacts.shard_files import Sample, index_path, scan_tar, write_shard
-from dupr_cli.artifacts.shards import Manifest, open_shards
+from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.artifacts.weights import (
     Weights,
-    WeightsMetadata,
     load_backbone,
     read_weights,
     write_weights,
@@ -33,7 +32,9 @@ from dupr_cli.artifacts.weights import (
 from dupr_cli.datasets.voc import VocTree, find_voc_trees
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.models.resnet import ResNetBackbone
-from tests.conftest import encode, noise_image, write_shards
+from tests.support.images import encode, noise_image, write_shards
+from tests.support.labelled_scenes import voc_year
+from tests.support.weights import METADATA
 
 names = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=12)
 boxes = st.builds(
@@ -139,14 +140,6 @@ def test_unknown_split_lists_the_known_ones(tiny_shards: Path) -> None:
         open_shards(str(tiny_shards), "val")
 
 
-def test_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
-    folder = write_shards(tmp_path / "s", 3)
-    manifest = folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
-    with pytest.raises(UsageError, match="format version 9"):
-        Manifest.read(folder)
-
-
 def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
@@ -212,9 +205,6 @@ def test_metrics_rewind_drops_later_and_broken_lines(tmp_path: Path) -> None:
     assert [line["step"] for line in log.read()] == [1, 2]
 
 
-METADATA = WeightsMetadata("torchvision", "resnet18", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 64)
-
-
 def test_weights_file_round_trip(tmp_path: Path) -> None:
     tensors = ResNetBackbone("resnet18").state_dict()
     write_weights(tmp_path / "w.safetensors", tensors, METADATA)
@@ -276,15 +266,6 @@ def test_results_round_trip(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UsageError, match="not a results file"):
         Results.read(tmp_path)
-
-
-def voc_year(root: Path, objects: str = "", split: str = "a\nb\n") -> VocTree:
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (root / folder).mkdir(parents=True)
-    (root / "ImageSets/Main/train.txt").write_text(split)
-    (root / "ImageSets/Main/cat_train.txt").write_text("a  1\nb -1\n")
-    (root / "Annotations/a.xml").write_text(f"<annotation>{objects}</annotation>")
-    return VocTree(root)
 
 
 def test_voc_tree_counts_pixels_from_one_inclusive(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dupr_cli.artifacts import remote
 from dupr_cli.artifacts.shard_files import Sample, index_path
 from dupr_cli.artifacts.shards import MANIFEST, open_shards
 from dupr_cli.errors import RunError, UsageError
-from tests.conftest import write_shards
+from tests.support.images import write_shards
 from tests.support.servers import serve
 
 

@@ -40,7 +40,7 @@ from dupr_cli.evaluate.training import Trial, train_detector
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe, load_recipe
 from dupr_cli.runtime.parallel import World
-from tests.conftest import noise_image
+from tests.support.images import noise_image
 from tests.support.labelled_scenes import add_split, annotation_xml
 
 BATCH, ITERATIONS, ROUNDS, WORKERS = 8, 12, 5, 1

@@ -12,25 +12,11 @@ import time
 from pathlib import Path
 
 from dupr_cli.artifacts.run import MetricsLog
-from tests.conftest import TINY, write_shards
+from tests.support.images import write_shards
+from tests.support.memory import resident
+from tests.support.recipes import TINY
 
 STEPS = 2000
-
-
-def resident(pid: int) -> float:
-    """MiB of a process and its children."""
-    total, processes = 0.0, [pid]
-    while processes:
-        process = processes.pop()
-        try:
-            for line in Path(f"/proc/{process}/status").read_text().splitlines():
-                if line.startswith("VmRSS:"):
-                    total += int(line.split()[1]) / 1024
-            for task in Path(f"/proc/{process}/task").iterdir():
-                processes += map(int, (task / "children").read_text().split())
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total
 
 
 def test_memory_does_not_grow_over_2000_steps() -> None:

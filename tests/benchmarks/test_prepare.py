@@ -26,8 +26,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.benchmarks.test_memory import resident
-from tests.conftest import SHARED_DATA, encode, noise_image
+from tests.support.images import SHARED_DATA, encode, noise_image
+from tests.support.memory import resident
 
 FULL = os.environ.get("DUPR_BENCH") == "full"
 PHOTOGRAPHS = (10_000, 100_000) if FULL else (1_000, 2_000)

@@ -18,7 +18,7 @@ from dupr_cli.pretrain.data import training_batches
 from dupr_cli.recipe import PrepareRecipe, PretrainRecipe, load_recipe
 from dupr_cli.runtime.parallel import World
 from dupr_cli.views.augmentation import augment
-from tests.conftest import noise_image
+from tests.support.images import noise_image
 
 
 def photographs(folder: Path, count: int) -> Path:

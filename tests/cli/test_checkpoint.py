@@ -26,8 +26,8 @@ from dupr_cli.artifacts.run import (
     list_checkpoints,
     write_checkpoint,
 )
-from tests.conftest import TINY
 from tests.support.command_line import dupr
+from tests.support.recipes import TINY
 
 BIAS = "query.image_heads.res5.2.bias"
 

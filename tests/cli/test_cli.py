@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dupr_cli.artifacts.run import list_checkpoints
-from tests.artifacts.test_artifacts import METADATA
-from tests.conftest import noise_image
 from tests.support.command_line import TINY_SET, dupr, pretrain
+from tests.support.images import noise_image
+from tests.support.weights import METADATA
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
 

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
-from tests.conftest import TINY, write_shards
 from tests.support import command_line
+from tests.support.images import write_shards
+from tests.support.recipes import TINY
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 24

@@ -14,8 +14,8 @@ import pytest
 from dupr_cli.artifacts import remote
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shard_files import Sample, write_shard
-from tests.conftest import encode, noise_image, write_shards
 from tests.support import command_line
+from tests.support.images import encode, noise_image, write_shards
 from tests.support.servers import serve
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.evaluate.test_comparison import recipe
 from tests.support.labelled_scenes import make_tree
+from tests.support.recipes import detection_recipe as recipe
 
 # Two threads each would wait for one another where tests run side by side.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

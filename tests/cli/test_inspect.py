@@ -19,7 +19,8 @@ from dupr_cli.inspect.curves import curves_figure, draw_curves, run_names
 from dupr_cli.inspect.views import draw_views
 from dupr_cli.pretrain.data import held_out
 from dupr_cli.recipe import PretrainRecipe
-from tests.conftest import TINY, encode, noise_image
+from tests.support.images import encode, noise_image
+from tests.support.recipes import TINY
 
 TINY_SET = [argument for override in TINY for argument in ("--set", override)]
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import noise_image
 from tests.support.command_line import dupr
+from tests.support.images import noise_image
 
 OPTIONS = ("--set", "shard.max_samples=10", "--set", "image.max_side=280")
 

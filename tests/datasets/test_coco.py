@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 
 from dupr_cli.datasets.coco import coco_split, image_folder, read_coco, with_keypoints
 from dupr_cli.errors import UsageError
+from tests.support.coco_case import draw_coco_case
 
 
 def content() -> dict[str, Any]:
@@ -55,8 +56,7 @@ def test_objects_keep_crowd_area_and_segmentation(tmp_path: Path) -> None:
     assert person.corners == (0, 0, 0, 4)  # no area: kept, the caller decides
 
 
-def test_everything_is_as_pycocotools_reads_it(shared_data: Path) -> None:
-    file = shared_data / "metric_cases/coco_val2014_100/instances_val2014_100.json"
+def as_pycocotools_reads_it(file: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = COCO(str(file))
     coco = read_coco(file)
@@ -68,6 +68,16 @@ def test_everything_is_as_pycocotools_reads_it(shared_data: Path) -> None:
             x, y, width, height = annotation["bbox"]
             assert box.corners == (x, y, x + width, y + height)
             assert box.crowd == bool(annotation["iscrowd"])
+
+
+def test_a_drawn_set_is_as_pycocotools_reads_it(tmp_path: Path) -> None:
+    as_pycocotools_reads_it(draw_coco_case(tmp_path)[0])
+
+
+def test_cocos_own_images_are_as_pycocotools_reads_them(shared_data: Path) -> None:
+    as_pycocotools_reads_it(
+        shared_data / "metric_cases/coco_val2014_100/instances_val2014_100.json"
+    )
 
 
 @pytest.mark.parametrize(

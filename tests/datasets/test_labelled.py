@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from dupr_cli.artifacts.shard_files import Sample, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.datasets.labelled import open_labelled
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.progress import SilentReporter, Task
+from dupr_cli.progress import SilentReporter
 from tests.support.labelled_scenes import (
     COLOURS,
     add_image,
@@ -23,23 +21,7 @@ from tests.support.labelled_scenes import (
     make_tree,
     shards_of,
 )
-
-
-class Listening(SilentReporter):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def info(self, message: str) -> None:
-        self.said.append(message)
-
-    def warning(self, message: str) -> None:
-        self.said.append(message)
-
-    @contextmanager
-    def task(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-        self.said.append(description)
-        with super().task(description, total, unit, done) as task:
-            yield task
+from tests.support.reporters import Listening
 
 
 def test_tree_and_its_shards_are_the_same_set(tmp_path: Path) -> None:

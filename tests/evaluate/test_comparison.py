@@ -18,33 +18,9 @@ from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
 from dupr_cli.errors import UsageError
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import EvaluateRecipe
-from tests.datasets.test_labelled import Listening
 from tests.support.labelled_scenes import COLOURS, make_tree
-
-
-def recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:
-    return EvaluateRecipe.model_validate(
-        {
-            "detector": {
-                "backbone": "auto",
-                "roi_size": 4,
-                "anchor_sizes": [32],
-                "rpn_pre_nms": [50, 50],
-                "rpn_post_nms": [20, 10],
-                "rois_per_image": 8,
-            },
-            "data": {"train_sizes": [72], "test_size": 72, "max_size": 144},
-            "train": {
-                "iterations": iterations,
-                "batch_size": 2,
-                "milestones": [],
-                "workers": 0,
-                "warmup": 0,
-            },
-            "test": {"precise_bn_batches": 1, "pictures": 2, "score_threshold": 0.0},
-            **overrides,
-        }
-    )
+from tests.support.recipes import detection_recipe as recipe
+from tests.support.reporters import Listening
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dupr_cli.datasets.voc import VocTree
+from tests.support.coco_case import draw_coco_case
 from tests.support.command_line import dupr
+from tests.support.known_case import DETECTIONS, STATED_VOC07, STATED_VOC10, TRUTHS
 from tests.support.labelled_scenes import (
     COLOURS,
     KitObject,
@@ -40,46 +42,34 @@ def scored(*arguments: object) -> dict[str, Any]:
     return content
 
 
-def padilla(shared_data: Path, root: Path) -> Path:
-    """The known case as a VOC tree without any image, and its detections as comp4 files.
-
-    Its boxes are x, y, width, height in the kit's pixels: xmax is x + width there.
-    """
-    case = shared_data / "metric_cases" / "padilla_sample_2"
+def known_case(root: Path) -> Path:
+    """The known case as a VOC tree without any image, and its detections as comp4 files."""
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
-    lines = []
-    for file in sorted((case / "groundtruths").glob("*.txt")):
-        rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
-        boxes = [[int(v) for v in row[1:]] for row in rows]
+    for name, boxes in TRUTHS.items():
         objects: list[KitObject] = [("object", x, y, x + w, y + h) for x, y, w, h in boxes]
-        (root / "Annotations" / f"{file.stem}.xml").write_text(annotation_xml(objects))
-        for row in (case / "detections" / file.name).read_text().splitlines():
-            _, score, x, y, w, h = row.split()
-            lines.append(f"{file.stem} {score} {x} {y} {int(x) + int(w)} {int(y) + int(h)}")
-    add_split(root, "test", [file.stem for file in sorted((case / "groundtruths").glob("*.txt"))])
+        (root / "Annotations" / f"{name}.xml").write_text(annotation_xml(objects))
+    lines = [
+        f"{name} {score} {x} {y} {x + w} {y + h}"
+        for name, found in DETECTIONS.items()
+        for score, x, y, w, h in found
+    ]
+    add_split(root, "test", list(TRUTHS))
     (root / "comp4_det_test_object.txt").write_text("\n".join(lines) + "\n")
     return root
 
 
-@pytest.mark.parametrize(
-    ("metric", "stated"),
-    [
-        ("voc07", {"AP10": 0.3333333333, "AP30": 0.2683982683, "AP50": 0.0303030303, "AP75": 0}),
-        ("voc10", {"AP10": 0.3371980676, "AP30": 0.2456866804, "AP50": 0.0222222222, "AP75": 0}),
-    ],
-)
+@pytest.mark.parametrize(("metric", "stated"), [("voc07", STATED_VOC07), ("voc10", STATED_VOC10)])
 def test_stated_figures_of_a_known_case(
-    shared_data: Path, tmp_path: Path, metric: str, stated: dict[str, float]
+    tmp_path: Path, metric: str, stated: dict[float, float]
 ) -> None:
-    tree = padilla(shared_data, tmp_path)
+    tree = known_case(tmp_path)
     content = scored(
         tree / "comp4_det_test_object.txt", "--data", tree, "--split", "test", "--metric", metric,
         "--iou", 0.1, "--iou", 0.3,
     )  # fmt: skip
-    assert {name: content["metrics"][name] / 100 for name in stated} == pytest.approx(
-        stated, abs=1e-6
-    )
+    for iou, expected in stated.items():
+        assert content["metrics"][f"AP{100 * iou:.0f}"] / 100 == pytest.approx(expected, abs=1e-6)
     assert metric.upper() in content["metric_name"]
     assert (content["images"], content["objects"], content["detections"]) == (7, 15, 24)
 
@@ -100,7 +90,17 @@ def pycocotools_stats(truth: Path, results: Path, kind: str = "bbox") -> list[fl
     return stats
 
 
-def test_coco_figures_are_pycocotools_own_to_the_last_bit(shared_data: Path) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_of_a_drawn_case_are_pycocotools_own_to_the_last_bit(
+    tmp_path: Path, seed: int
+) -> None:
+    truth, results = draw_coco_case(tmp_path, seed=seed)
+    content = scored(results, "--data", truth, "--metric", "coco")
+    expected = [100 * value for value in pycocotools_stats(truth, results)]
+    assert [content["metrics"][name] for name in STATISTICS] == expected
+
+
+def test_figures_of_cocos_own_images_are_pycocotools_own_to_the_last_bit(shared_data: Path) -> None:
     truth, results = coco_case(shared_data)
     content = scored(results, "--data", truth, "--metric", "coco")
     expected = [100 * value for value in pycocotools_stats(truth, results)]
@@ -393,7 +393,7 @@ def test_annotations_may_lack_what_follows_from_the_others(tmp_path: Path, key: 
     assert content["per_class"]["red"]["AP"] == pytest.approx(100)
     assert content["metrics"]["APs"] == pytest.approx(100)  # 20 x 20 is small
     assert content["metrics"]["APm"] == 0  # the green one is not, and it is missed
-    assert content["notes"] == ["nothing was detected of green, blue"]
+    assert content["notes"][1:] == ["nothing was detected of green, blue"]
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (5, 5)])
@@ -504,3 +504,70 @@ def test_pictures_are_pictures(tmp_path: Path) -> None:
     dupr("evaluate", "detections", *kit_files(tree), "--data", tree, "--out", tmp_path / "out")
     with Image.open(tmp_path / "out" / "confusion.png") as image:
         assert image.format == "PNG"
+
+
+def evaluated(root: Path, tested: int) -> tuple[Path, Path]:
+    """A tree of four test images, and perfect detections of an evaluation of the first of them."""
+    from dupr_cli.artifacts.results import Results
+    from dupr_cli.datasets.labelled import open_labelled
+    from dupr_cli.evaluate.results_table import detection_rows
+    from dupr_cli.metrics import Detections
+    from dupr_cli.progress import SilentReporter
+
+    tree = make_tree(root / "tree")
+    images = open_labelled(str(tree), ["val"], SilentReporter())
+    few = images.subset(range(tested))
+    truths = [few.truth(position, images.classes) for position in range(tested)]
+    found = [Detections(t.boxes, t.labels, np.ones(len(t.labels))) for t in truths]
+    trial = root / "eval" / "01-none" / "seed-0"
+    trial.mkdir(parents=True)
+    (trial / "detections.json").write_text(detection_rows(found, few.ids, images.classes))
+    of = few.identity
+    Results("p", "AP", of, of, images.classes, [], {}, "", [0], "0").write(root / "eval")
+    return tree, trial / "detections.json"
+
+
+def test_images_that_a_limited_evaluation_left_out_are_not_scored(tmp_path: Path) -> None:
+    tree, file = evaluated(tmp_path, 2)
+    content = scored(file, "--data", tree, "--metric", "voc10")
+    assert (content["images"], content["metrics"]["AP"]) == (2, pytest.approx(100))
+    assert "tested the first 2 of the 4 images only" in content["notes"][0]
+
+
+def test_an_evaluation_of_all_images_is_scored_without_a_word(tmp_path: Path) -> None:
+    tree, file = evaluated(tmp_path, 4)
+    content = scored(file, "--data", tree, "--metric", "voc10")
+    assert (content["images"], content["notes"]) == (4, [])
+
+
+def test_other_images_than_the_evaluation_tested_are_refused(tmp_path: Path) -> None:
+    tree, file = evaluated(tmp_path, 2)
+    file.write_text("[]")
+    add_split(tree, "other", ["img010", "img008", "img011"])
+    refused("tested 2 images of .* which are not the first of the 3 in",
+            file, "--data", tree, "--split", "other")  # fmt: skip
+
+
+def test_images_without_any_detection_are_counted(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    file = tree / "comp4_det_val_red.txt"
+    file.write_text("img008 0.9 1 1 20 20\n")
+    assert "3 of the 4 images have no detection" in scored(file, "--data", tree)["notes"][0]
+
+
+@pytest.mark.parametrize("kind", ["scored", "empty", "damaged"])
+def test_report_of_a_folder_without_an_evaluation_says_what_is_expected(
+    tmp_path: Path, kind: str
+) -> None:
+    tree, out = make_tree(tmp_path / "tree"), tmp_path / "out"
+    out.mkdir()
+    if kind == "scored":
+        dupr("evaluate", "detections", *kit_files(tree), "--data", tree, "--out", out)
+    if kind == "damaged":
+        (out / "results.json").write_text('{"format_version": 2, "train')
+    said = dupr("evaluate", "report", out, code=2).stderr
+    assert f"{out / 'results.json'}: " in said
+    assert "`dupr evaluate voc|coco|cityscapes|" in said
+    assert "Error" not in said
+    if kind == "scored":
+        assert "no results of an evaluation, as protocol, train, test, classes, results," in said

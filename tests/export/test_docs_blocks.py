@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.export.test_export import make_run
 from tests.support.command_line import dupr
+from tests.support.weights import make_run
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 

@@ -12,25 +12,13 @@ from safetensors.torch import load_file
 
 from dupr_cli import export
 from dupr_cli.artifacts.files import sha256_file
-from dupr_cli.artifacts.run import CheckpointState, write_checkpoint
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata, read_weights, write_weights
 from dupr_cli.errors import UsageError
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import ExportRecipe, load_recipe
+from tests.support.weights import make_run
 
 RECIPE = load_recipe(ExportRecipe, "default")
-
-
-def make_run(folder: Path, architecture: str) -> dict[str, torch.Tensor]:
-    """A run directory with one checkpoint; returns the query encoder's backbone."""
-    torch.manual_seed(0)
-    query, key = ResNetBackbone(architecture), ResNetBackbone(architecture)
-    query.train()(torch.randn(4, 3, 64, 64))  # statistics that are not the initial ones
-    model = {f"query.backbone.{n}": t for n, t in query.state_dict().items()}
-    model |= {f"key.backbone.{n}": t for n, t in key.state_dict().items()}
-    state = CheckpointState(5, architecture, [0.4] * 3, [0.2] * 3, 64, "d", {})
-    write_checkpoint(folder, state, model, {}, keep=1)
-    return query.state_dict()
 
 
 def test_key_encoder_on_request_and_a_second_export_is_the_same_file(tmp_path: Path) -> None:

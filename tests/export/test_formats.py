@@ -135,20 +135,6 @@ def test_transformers(architecture: str, tmp_path: Path) -> None:
     assert list(processor.image_mean) == [0.4, 0.5, 0.6]
 
 
-def test_transformers_feed_a_detr(tmp_path: Path) -> None:
-    transformers = import_module("transformers")
-    folder = written("transformers", weights_of("resnet18"), tmp_path / "out")
-    backbone = transformers.AutoConfig.from_pretrained(folder, out_features=["stage4"])
-    config = transformers.DetrConfig(
-        backbone_config=backbone, encoder_layers=1, decoder_layers=1, d_model=32,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2,
-        decoder_attention_heads=2, num_queries=5,
-    )  # fmt: skip
-    detector = transformers.DetrForObjectDetection(config).eval()
-    with torch.no_grad():
-        assert detector(IMAGES).pred_boxes.shape == (2, 5, 4)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_onnx_of_any_batch_and_size(architecture: str, tmp_path: Path) -> None:
     onnxruntime = import_module("onnxruntime")

@@ -30,7 +30,7 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export import PushOptions
 from dupr_cli.export.hub import check_options
 from dupr_cli.recipe import ExportRecipe, load_recipe
-from tests.export.test_export import make_run
+from tests.support.weights import make_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

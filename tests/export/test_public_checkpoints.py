@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
@@ -16,6 +22,7 @@ from torch import Tensor, nn
 
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata, read_weights
 from dupr_cli.errors import UsageError
+from dupr_cli.export import public_checkpoints
 from dupr_cli.export.formats import make_format
 from dupr_cli.export.formats.detectron2_format import detectron2_arrays
 from dupr_cli.export.public_checkpoints import import_weights
@@ -153,6 +160,132 @@ def test_counters_that_are_not_there_are_zero(tmp_path: Path) -> None:
     assert read_weights(str(tmp_path / "w.safetensors")).tensors["bn1.num_batches_tracked"] == 0
 
 
+# Networks that are near a ResNet of torchvision's: attention (SE, ECA, GC), deep stems, split
+# attention, selective kernels, other norms, none, or another form of the block, further stages.
+RELATIVES = (
+    "seresnet18", "seresnet50", "ecaresnet26t", "resnet18d", "resnet50d", "resnetrs50",
+    "resnest14d", "skresnet18", "res2net50_14w_8s", "resnet50_gn", "legacy_seresnet18",
+    "resnetv2_50", "resnetv2_18", "nf_resnet26", "gcresnet33ts", "resnet26", "hrnet_w18_small",
+    "seresnext50_32x4d", "wide_resnet101_2", "resnext101_32x4d", "resnet152", "cspresnet50",
+    "resnet50_clip",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_another_network_does_not_pass_as_a_plain_resnet(name: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    # Views of one number: names and shapes are what counts, and the file stays small.
+    tensors = {n: torch.zeros(()).expand(t.shape) for n, t in network.state_dict().items()}
+    torch.save(tensors, tmp_path / "c.pth")
+    with pytest.raises(UsageError, match=r"not a (plain|ResNet)|no ResNet in it"):
+        import_weights(str(tmp_path / "c.pth"), tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_plain_resnets_of_timm_are_imported_with_their_features(name: str, tmp_path: Path) -> None:
+    network: Any = timm.create_model(name).eval()
+    torch.save({"arch": name, "state_dict": network.state_dict()}, tmp_path / "c.pth")
+    found = import_weights(str(tmp_path / "c.pth"), tmp_path / "w.safetensors")
+    assert (found.architecture, found.left_out) == (name, 2)  # fc
+    (ours,) = open_compared([str(tmp_path / "w.safetensors")])
+    backbone = ResNetBackbone(name).eval()
+    backbone.load_state_dict(read_weights(ours.address).tensors)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(backbone(images)["res5"], network.forward_features(images), atol=1e-5)
+
+
+BLURRED: dict[str, Callable[[Tensors], tuple[str, object, str | None]]] = {
+    "file name": lambda tensors: ("resnetblur18-84f4748f.pth", tensors, None),
+    "arch": lambda tensors: ("c.pth", {"arch": "resnetblur18", "state_dict": tensors}, None),
+    "options": lambda tensors: (
+        "c.pth", {"args": argparse.Namespace(model="resnetblur18"), "state_dict": tensors}, None,
+    ),
+    "config.json": lambda tensors: ("c.pth", tensors, '{"architecture": "resnetblur18"}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", BLURRED)
+def test_anti_aliased_network_is_known_by_its_name(place: str, tmp_path: Path) -> None:
+    """Its tensors are those of a plain ResNet, all and no more."""
+    tensors = timm.create_model("resnetblur18", num_classes=0).state_dict()
+    assert tensors.keys() == OWN.keys()
+    name, content, config = BLURRED[place](tensors)
+    torch.save(content, tmp_path / name)
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UsageError, match=r"resnetblur18.* blurs before it subsamples"):
+        import_weights(str(tmp_path / name), tmp_path / "w.safetensors")
+
+
+NAMINGS = {naming.name: naming.translate for naming in public_checkpoints._NAMINGS}
+
+
+@pytest.mark.parametrize(
+    ("naming", "name"),
+    [
+        *((naming, name) for naming in NAMINGS
+          for name in ("conv1.bias", "layer2.0.se.fc1.weight", "layer1.0.bn4.weight")),
+        *(("torchvision", name) for name in
+          ("bn2.weight", "maxpool.0.weight", "layer5.0.conv1.weight", "act1.weight")),
+    ],
+)  # fmt: skip
+def test_unknown_tensor_of_the_stem_or_a_stage_is_named(
+    naming: str, name: str, tmp_path: Path
+) -> None:
+    translate = NAMINGS[naming]
+    tensors = {f"backbone.{translate(n)}": t for n, t in OWN.items()}
+    theirs = translate(name)
+    torch.save({**tensors, f"backbone.{theirs}": torch.zeros(1)}, tmp_path / "c.pth")
+    with pytest.raises(UsageError, match=f"not a plain resnet18.*{re.escape(theirs)}"):
+        import_weights(str(tmp_path / "c.pth"), tmp_path / "w.safetensors")
+
+
+def test_weights_of_detectron2_come_with_what_they_want_of_their_input(tmp_path: Path) -> None:
+    metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.2,) * 3, 64)
+    arrays = detectron2_arrays(Weights("w", metadata, OWN))
+    torch.save({"model": {n: torch.from_numpy(a) for n, a in arrays.items()}}, tmp_path / "c.pth")
+    done = dupr("import", tmp_path / "c.pth", "--out", tmp_path / "w.safetensors")
+    said = " ".join(done.stdout.split())
+    assert all(word in said for word in ("BGR", "0 to 255", "stride in the 1x1 convolution"))
+
+
+def test_plain_values_and_numbers_of_numpy_beside_the_tensors(tmp_path: Path) -> None:
+    beside = {
+        "best_acc1": np.float64(71.5), "step": np.int64(3), "flag": np.bool_(True),
+        "half": np.float16(0.5), "losses": np.arange(3.0), "saved": datetime.datetime(2024, 1, 1),
+        "args": argparse.Namespace(data=Path("/data"), lr=0.1, aug={"a", "b"}),
+        "span": slice(1, 2), "epochs": range(3),
+    }  # fmt: skip
+    torch.save({"state_dict": OWN, **beside}, tmp_path / "c.pth")
+    found = import_weights(str(tmp_path / "c.pth"), tmp_path / "w.safetensors")
+    assert (found.tensors, found.left_out) == (120, 0)
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_numbers_of_older_and_newer_numpy(core: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": OWN, "acc": np.float64(1)}, tmp_path / "c.pth")
+    moved = tmp_path / "moved.pth"
+    with zipfile.ZipFile(tmp_path / "c.pth") as old, zipfile.ZipFile(moved, "w") as new:
+        for entry in old.namelist():
+            there = re.sub(rb"numpy\._?core", f"numpy.{core}".encode(), old.read(entry))
+            new.writestr(entry, there)
+    import_weights(str(moved), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "WeightsUnpickler error: " + "Unsupported class " * 20,
+        "WeightsUnpickler error: " + "Unsupported class" + "x" * 300,
+    ],
+)
+def test_reason_of_the_unpickler_is_not_cut_within_a_word(message: str) -> None:
+    said = public_checkpoints._asked_for(message)
+    assert set(said.removesuffix(" ...").split()) <= set(message.split())
+
+
 class Hostile:
     def __reduce__(self) -> tuple[object, ...]:
         return os.system, (f"touch {Path.cwd() / 'was-run'}",)
@@ -200,9 +333,9 @@ def damaged(tmp_path: Path, kind: str) -> Path:
         ("missing", "there is no such file"),
         (
             "shape",
-            r"nearest is resnet18, for which layer3\.1\.conv2\.weight is missing or",
+            r"nearest is resnet18, but layer3\.1\.conv2\.weight is 3x3 instead of 256x256x3x3",
         ),
-        ("short", r"nearest is resnet18, for which layer4\.1\.bn2\.weight is missing"),
+        ("short", r"nearest is resnet18, but layer4\.1\.bn2\.weight is missing"),
         ("other", r"no ResNet in it.*blocks\.0\.attn"),
         ("nan", r"layer3\.1\.conv2\.weight holds values that are not finite"),
         ("cut", r"cannot be read as a checkpoint"),

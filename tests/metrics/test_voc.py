@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from dupr_cli.metrics.voc import (
     average_precisions,
     voc_scores,
 )
+from tests.support.known_case import DETECTIONS, STATED_VOC07, STATED_VOC10, TRUTHS
 
 KitBox = tuple[float, float, float, float]
 
@@ -55,39 +55,18 @@ def ap(
     return float(value[0, 0])
 
 
-def lines_of(folder: Path) -> list[list[list[float]]]:
-    files = sorted(folder.glob("*.txt"))
-    return [
-        [[float(v) for v in line.split()[1:]] for line in file.read_text().splitlines()]
-        for file in files
-    ]
-
-
 @pytest.mark.parametrize(
     ("points", "iou", "stated"),
     [
-        ("voc10", 0.1, 0.3371980676),
-        ("voc10", 0.3, 0.2456866804),
-        ("voc10", 0.5, 0.0222222222),
-        ("voc10", 0.75, 0.0),
-        ("voc07", 0.1, 0.3333333333),
-        ("voc07", 0.3, 0.2683982683),
-        ("voc07", 0.5, 0.0303030303),
-        ("voc07", 0.75, 0.0),
+        *(("voc10", iou, stated) for iou, stated in STATED_VOC10.items()),
+        *(("voc07", iou, stated) for iou, stated in STATED_VOC07.items()),
     ],
 )
-def test_stated_figures_of_a_known_case(
-    points: Points, iou: float, stated: float, shared_data: Path
-) -> None:
-    padilla = shared_data / "metric_cases" / "padilla_sample_2"
-    # Their x, y, w, h: the last pixel is x + w, and it belongs to the box.
-    truths = [
-        truth([(x, y, x + w, y + h) for x, y, w, h in lines])
-        for lines in lines_of(padilla / "groundtruths")
-    ]
+def test_stated_figures_of_a_known_case(points: Points, iou: float, stated: float) -> None:
+    truths = [truth([(x, y, x + w, y + h) for x, y, w, h in boxes]) for boxes in TRUTHS.values()]
     detections = [
-        detected([(x, y, x + w, y + h) for _, x, y, w, h in lines], [line[0] for line in lines])
-        for lines in lines_of(padilla / "detections")
+        detected([(x, y, x + w, y + h) for _, x, y, w, h in found], [row[0] for row in found])
+        for found in DETECTIONS.values()
     ]
     assert ap(truths, detections, iou, points) == pytest.approx(stated, abs=1e-6)
 

@@ -14,7 +14,7 @@ from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.models.batch_norm import group_batch_norms, ungroup_batch_norms
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import PretrainRecipe, load_recipe
-from tests.conftest import TINY
+from tests.support.recipes import TINY
 
 STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 

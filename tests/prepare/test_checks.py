@@ -15,8 +15,8 @@ from PIL import Image
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.shard_files import Sample, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
-from tests.conftest import encode, noise_image, write_shards
 from tests.support.command_line import dupr
+from tests.support.images import encode, noise_image, write_shards
 
 
 def labelled_shards(folder: Path) -> Path:

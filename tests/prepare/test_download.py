@@ -16,8 +16,8 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.prepare import download
 from dupr_cli.prepare.download import SETS, Archive, download_sets
 from dupr_cli.progress import SilentReporter
-from tests.conftest import encode, noise_image
 from tests.support.command_line import dupr
+from tests.support.images import encode, noise_image
 from tests.support.servers import serve
 
 ANNOTATION = (

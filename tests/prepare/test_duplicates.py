@@ -20,7 +20,7 @@ from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.prepare import duplicates
 from dupr_cli.prepare.duplicates import RECORD, equal_rows, similar_rows
 from dupr_cli.recipe import PrepareRecipe, load_recipe
-from tests.conftest import encode, noise_image, write_shards
+from tests.support.images import encode, noise_image, write_shards
 
 
 def records_of(values: list[tuple[int, int, int, int]], block: int) -> duplicates.Records:

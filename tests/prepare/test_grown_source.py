@@ -14,8 +14,8 @@ from dupr_cli.errors import UsageError
 from dupr_cli.prepare.listing import survey
 from dupr_cli.prepare.sources import make_source
 from dupr_cli.recipe import PrepareRecipe, load_recipe
-from tests.conftest import encode, noise_image
 from tests.support.command_line import dupr
+from tests.support.images import encode, noise_image
 from tests.support.trees import file_digests, tree_bytes
 
 

@@ -23,7 +23,7 @@ from dupr_cli.artifacts.shards import Skipped, open_shards
 from dupr_cli.prepare.ingest import Ingested, ingest
 from dupr_cli.prepare.sources import Entry, RawImage
 from dupr_cli.recipe import PrepareRecipe, load_recipe
-from tests.conftest import encode, noise_image
+from tests.support.images import encode, noise_image
 
 
 def take(raw: RawImage | bytes, *overrides: str) -> Ingested | Skipped:

@@ -17,8 +17,8 @@ from dupr_cli.artifacts.shards import Manifest, open_shards
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.recipe import PrepareRecipe, load_recipe
 from dupr_cli.recipe.prepare import ShardSection
-from tests.artifacts.test_artifacts import voc_year
-from tests.conftest import encode, noise_image, write_shards
+from tests.support.images import encode, noise_image, write_shards
+from tests.support.labelled_scenes import voc_year
 
 SMALL = load_recipe(PrepareRecipe, None, ["shard.max_samples=5"])
 

@@ -34,8 +34,8 @@ from dupr_cli.artifacts.shards import Manifest, open_shards
 from dupr_cli.datasets.voc import VocTree
 from dupr_cli.errors import UsageError
 from dupr_cli.recipe import PrepareRecipe, load_recipe
-from tests.conftest import encode, noise_image, write_shards
 from tests.support import command_line
+from tests.support.images import encode, noise_image, write_shards
 from tests.support.servers import serve
 
 

@@ -19,7 +19,7 @@ from dupr_cli.errors import RunError
 from dupr_cli.pretrain.data import BatchOrder, epoch_order, held_out, training_batches
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.runtime.parallel import World
-from tests.conftest import encode, noise_image
+from tests.support.images import encode, noise_image
 
 Load = Callable[..., PretrainRecipe]
 ALONE = World(torch.device("cpu"))
@@ -73,7 +73,7 @@ def test_stream_of_batches_repeats_nothing_within_an_epoch_and_trains_on_no_held
 @given(step=st.integers(0, 40))
 def test_order_can_be_entered_at_any_step(tiny_shards: Path, step: int) -> None:
     from dupr_cli.recipe import load_recipe
-    from tests.conftest import TINY
+    from tests.support.recipes import TINY
 
     recipe = load_recipe(PretrainRecipe, "dupr-r18-cpu-smoke", list(TINY))
     shards = open_shards(str(tiny_shards))

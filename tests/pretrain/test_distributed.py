@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from dupr_cli.artifacts.shard_files import Sample, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
-from tests.conftest import TINY, encode
 from tests.support import command_line
+from tests.support.images import encode
+from tests.support.recipes import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 # One thread each: the number of threads changes the order of sums, and so the rounding.

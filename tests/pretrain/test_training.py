@@ -23,7 +23,7 @@ from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.base import Section
-from tests.conftest import TINY
+from tests.support.recipes import TINY
 
 Load = Callable[..., PretrainRecipe]
 # Small steps: a network at its random start multiplies rounding by a hundred in each.

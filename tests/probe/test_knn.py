@@ -11,14 +11,7 @@ from sklearn import neighbors
 
 from dupr_cli.probe import knn
 from dupr_cli.probe.knn import knn_rankings, nearest, vote
-
-
-def clusters(seed: int, count: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    random = np.random.default_rng(seed)
-    labels = np.concatenate([np.arange(classes), random.integers(0, classes, count - classes)])
-    centres = np.random.default_rng(0).normal(size=(classes, 8))
-    features = centres[labels] + random.normal(size=(count, 8))
-    return torch.tensor(features, dtype=torch.float32), torch.tensor(labels)
+from tests.support.features import clusters
 
 
 @settings(max_examples=25)

@@ -33,7 +33,7 @@ from dupr_cli.views import retrieval
 from dupr_cli.views.augmentation import FLIP, GRAYSCALE, draw_parameters, recolour
 from dupr_cli.views.pairs import ViewPairBatch
 from dupr_cli.views.retrieval import own_ranks, paired_bins, share_within
-from tests.conftest import noise_image
+from tests.support.images import noise_image
 from tests.support.labelled_scenes import add_image, add_split, annotation_xml
 
 LEVELS: list[Level] = ["res2", "res3", "res4"]

@@ -14,7 +14,7 @@ import pytest
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from dupr_cli.errors import StoppedRunError
 from dupr_cli.runtime.stopping import StopSignal, raise_if_stopped, stoppable
-from tests.conftest import TINY
+from tests.support.recipes import TINY
 from tests.support.workspace import signalled
 
 LOOP = """

@@ -10,7 +10,7 @@ from PIL import Image
 from dupr_cli.artifacts.shard_files import Sample, shard_name, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.recipe import ProbeRecipe
-from tests.conftest import encode
+from tests.support.images import encode
 
 HUES = {"amber": (230, 150, 30), "jade": (30, 170, 110), "plum": (140, 50, 130)}
 

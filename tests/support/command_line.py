@@ -9,7 +9,7 @@ from __future__ import annotations
 from typer.testing import CliRunner, Result
 
 from dupr_cli.cli.app import app
-from tests.conftest import TINY
+from tests.support.recipes import TINY
 
 TINY_SET = [argument for override in TINY for argument in ("--set", override)]
 

@@ -120,3 +120,12 @@ def shards_of(tree: Path, folder: Path) -> Path:
         splits[split] = [ShardEntry(name, len(index), index.bytes, index.sha256)]
     Manifest(splits, list(COLOURS), 0, {}, str(tree), {}, "", "").write(folder)
     return folder
+
+
+def voc_year(root: Path, objects: str = "", split: str = "a\nb\n") -> VocTree:
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    (root / "ImageSets/Main/train.txt").write_text(split)
+    (root / "ImageSets/Main/cat_train.txt").write_text("a  1\nb -1\n")
+    (root / "Annotations/a.xml").write_text(f"<annotation>{objects}</annotation>")
+    return VocTree(root)

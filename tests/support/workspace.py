@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 import dupr_cli.demo
 from dupr_cli.cli.app import app
-from tests.conftest import TINY, noise_image
+from tests.support.images import noise_image
 from tests.support.labelled_scenes import make_tree
+from tests.support.recipes import TINY
 
 EVALUATE = """
 extends: voc-tiny

@@ -1,0 +1,48 @@
+"""The smallest recipes: every code path in a fraction of a second."""
+
+from __future__ import annotations
+
+from dupr_cli.recipe import EvaluateRecipe
+
+# The method at its smallest: one epoch step takes a fraction of a second.
+TINY = (
+    "method.views.size=32",
+    "method.patch.bins.res4=2",
+    "method.patch.bins.res5=1",
+    "method.queue_length=64",
+    "method.batch_norm.groups=2",
+    "method.embedding_dim=16",
+    "data.batch_size=8",
+    "data.holdout=8",
+    "data.workers=0",
+    "optimizer.warmup_steps=2",
+    "train.steps=6",
+    "train.log_every=2",
+    "train.probe_every=3",
+    "train.checkpoint_every=2",
+)
+
+
+def detection_recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:
+    return EvaluateRecipe.model_validate(
+        {
+            "detector": {
+                "backbone": "auto",
+                "roi_size": 4,
+                "anchor_sizes": [32],
+                "rpn_pre_nms": [50, 50],
+                "rpn_post_nms": [20, 10],
+                "rois_per_image": 8,
+            },
+            "data": {"train_sizes": [72], "test_size": 72, "max_size": 144},
+            "train": {
+                "iterations": iterations,
+                "batch_size": 2,
+                "milestones": [],
+                "workers": 0,
+                "warmup": 0,
+            },
+            "test": {"precise_bn_batches": 1, "pictures": 2, "score_threshold": 0.0},
+            **overrides,
+        }
+    )
