@@ -152,6 +152,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def is_weights_file(path: Path) -> bool:
+    """Whether a file says in its header that dupr wrote it as a weights file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _VERSION in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_weights(address: str, encoder: str = "query") -> Weights:
     """Backbone weights from a run directory, a checkpoint or a weights file, or `hf://OWNER/NAME`.
 

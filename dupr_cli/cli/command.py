@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeGuard, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeGuard, TypeVar, get_type_hints
 
 import typer
 
@@ -108,11 +108,10 @@ class Common:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """The result of --dry-run: the resolved recipe, the plan, and what was written to look at."""
+    """The result of --dry-run: the resolved recipe and the plan."""
 
     recipe: Section
     plan: DataclassInstance
-    result: DataclassInstance | None = None
 
 
 @dataclasses.dataclass
@@ -233,8 +232,6 @@ def _print_result(result: T | Planned | None, show: Callable[[T], None], as_json
         from dupr_cli.cli.plan import show_plan
 
         show_plan(result.recipe, result.plan)
-        if result.result is not None:
-            show(cast(T, result.result))
     else:
         show(result)
 
@@ -244,8 +241,7 @@ def _plain(result: object) -> object:
     from dupr_cli.recipe import Section
 
     if isinstance(result, Planned):
-        parts = {"recipe": result.recipe, "plan": result.plan, "result": result.result}
-        return {name: _plain(part) for name, part in parts.items() if part is not None}
+        return {"recipe": _plain(result.recipe), "plan": _plain(result.plan)}
     if isinstance(result, Section):
         return result.model_dump(mode="json")
     if dataclasses.is_dataclass(result) and not isinstance(result, type):

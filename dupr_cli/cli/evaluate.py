@@ -244,8 +244,9 @@ def _carry_out(
     if common.dry_run or (processes > 1 and not launched):
         # What is wrong is said once, here, before any process is started.
         plan = stage.plan(
-            recipe, weights, data, out, device=common.device, processes=processes, notes=notes
-        )
+            recipe, weights, data, out, device=common.device, processes=processes,
+            overwrite=common.overwrite, notes=notes,
+        )  # fmt: skip
         if common.dry_run:
             return Planned(recipe, plan)
         launch(processes, 1, "", sys.argv[1:])

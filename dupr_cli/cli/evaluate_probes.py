@@ -218,7 +218,9 @@ def _probe(
     which = {field.name: getattr(splits, field.name) for field in fields(splits)}
     del which["limit"]  # the recipe has it
     if common.dry_run:
-        plan = stage.plan(recipe, weights, data, out, **which, device=common.device)
+        plan = stage.plan(
+            recipe, weights, data, out, **which, device=common.device, overwrite=common.overwrite
+        )
         return Planned(recipe, plan)
     return stage.run(
         recipe, weights, data, out, **which, device=common.device, overwrite=common.overwrite,

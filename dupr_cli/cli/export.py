@@ -11,7 +11,7 @@ from dupr_cli.cli.command import DryRun, Overwrite, Planned, Recipe, Set, comman
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
-    from dupr_cli.export import ExportResult
+    from dupr_cli.export.types import ExportResult
 
 
 def add_to(app: typer.Typer) -> None:
@@ -76,6 +76,12 @@ def export(
             help="Environment variable with the token, where it is not HF_TOKEN.",
         ),
     ] = None,
+    local_only: Annotated[
+        bool,
+        typer.Option(
+            "--local-only", help="With --push-to-hub: write model card and files, push nothing."
+        ),
+    ] = False,
     results: Annotated[
         list[Path] | None,
         typer.Option(
@@ -94,7 +100,7 @@ def export(
     """Write backbone weights in the layouts that frameworks load.
 
     What is written is loaded back into the framework, where that is installed, and its features
-    are compared before it gets its name. With --push-to-hub, --dry-run writes the folder that
+    are compared before it gets its name. With --push-to-hub, --local-only writes the folder that
     would be pushed.
 
     [bold]Examples[/]
@@ -109,11 +115,12 @@ def export(
 
     from dupr_cli import export as stage
     from dupr_cli.export.hub import check_options
+    from dupr_cli.export.types import PushOptions
     from dupr_cli.recipe import ExportRecipe, load_recipe
 
     push = None
     if push_to_hub:
-        push = stage.PushOptions(push_to_hub, private, revision, commit_message, token_from_env)
+        push = PushOptions(push_to_hub, private, revision, commit_message, token_from_env)
         check_options(push)
     options = overrides(
         set_,
@@ -122,20 +129,18 @@ def export(
         dtype=("dtype", dtype),
     )
     resolved = load_recipe(ExportRecipe, recipe or "default", options)
-    plan = stage.plan(resolved, weights, out, push) if dry_run else None
-    if plan is not None and push is None:
-        return Planned(resolved, plan)
-    result = stage.run(
+    if dry_run:
+        return Planned(resolved, stage.plan(resolved, weights, out, push, overwrite=overwrite))
+    return stage.run(
         resolved,
         weights,
         out,
         push=push,
-        dry_run=dry_run,
+        local_only=local_only,
         results=results or (),
         overwrite=overwrite,
         reporter=reporter,
     )
-    return result if plan is None else Planned(resolved, plan, result)
 
 
 def show(result: ExportResult) -> None:

@@ -8,11 +8,11 @@ card.py. public_checkpoints.py goes the other way: `dupr import`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dupr_cli.errors import UsageError
+from dupr_cli.export.types import ExportedFormat, ExportPlan, ExportResult, PushOptions
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     ExportRecipe,
@@ -27,66 +27,6 @@ if TYPE_CHECKING:
     from dupr_cli.artifacts.weights import Weights
     from dupr_cli.export.formats import ExportFormat
 
-RECORD = "export.json"
-RECORD_VERSION = 1
-
-
-@dataclass(frozen=True)
-class PushOptions:
-    """Where a folder goes on the Hugging Face Hub. token_from: the token's environment variable."""
-
-    repository: str
-    private: bool = False
-    revision: str | None = None
-    commit_message: str | None = None
-    token_from: str | None = None
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """What an export will do, before it does it."""
-
-    weights: str
-    architecture: str
-    step: int
-    formats: list[str]
-    encoder: str
-    dtype: str
-    out: str
-    push_to_hub: str | None
-
-
-@dataclass(frozen=True)
-class ExportedFormat:
-    """files: sha256 by name. max_difference: of features from dupr's own, see `verification`.
-
-    verified_by: what loaded the files. usage: pairs of a language and a block of code.
-    """
-
-    name: str
-    files: dict[str, str]
-    bytes: int
-    max_difference: float
-    verified_by: str
-    features_compared: bool
-    usage: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What was written. path: the file, or the folder of several. origin: encoder and step."""
-
-    path: str
-    weights: str
-    architecture: str
-    encoder: str
-    step: int
-    origin: str
-    dtype: str
-    tensors: int
-    formats: list[ExportedFormat]
-    hub_url: str | None = None
-
 
 def plan(
     recipe: ExportRecipe | str | Path,
@@ -95,16 +35,20 @@ def plan(
     push: PushOptions | None = None,
     *,
     overrides: Overrides = (),
+    overwrite: bool = False,
 ) -> ExportPlan:
-    """Check the weights and say what `run` would do. Raises UsageError."""
+    """Check the weights and say what `run` would do. Nothing is changed. Raises UsageError."""
     from dupr_cli.artifacts.weights import read_weights
     from dupr_cli.export.formats import make_format
+    from dupr_cli.export.record import require_replaceable
 
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
     for name in recipe.formats:
         make_format(name)
     read = read_weights(weights, recipe.encoder)
+    if (target := _output(recipe, out, push)).is_file():
+        require_replaceable(target, [target], overwrite)
     return ExportPlan(
         weights=weights,
         architecture=read.metadata.architecture,
@@ -112,7 +56,7 @@ def plan(
         formats=recipe.formats,
         encoder=recipe.encoder,
         dtype=recipe.dtype,
-        out=str(_output(recipe, out, push)),
+        out=str(target),
         push_to_hub=push.repository if push else None,
     )
 
@@ -131,7 +75,7 @@ def run(
     *,
     overrides: Overrides = (),
     push: PushOptions | None = None,
-    dry_run: bool = False,
+    local_only: bool = False,
     results: Sequence[str | Path] = (),
     overwrite: bool = False,
     reporter: Reporter | None = None,
@@ -140,8 +84,9 @@ def run(
 
     recipe, overrides: see `dupr_cli.recipe.given`.
     out: a folder, or a file for a single format that is one. push: also write the model card and
-    what goes with it, and commit the folder; with dry_run it is only written. results: folders of
-    evaluations for the card, beside those that lie next to the run.
+    what goes with it, and commit the folder; with local_only it is only written. results: folders
+    of evaluations for the card, beside those that lie next to the run. overwrite: replace files
+    that an earlier export wrote there by its record, and no others.
     Raises UsageError for unreadable weights or a file in the way, RunError when what was written
     does not load back as the same network, then nothing is there, or when the push fails.
     """
@@ -150,15 +95,17 @@ def run(
 
     from dupr_cli.artifacts.weights import load_backbone, read_weights
     from dupr_cli.export.formats import folders_of, make_format
+    from dupr_cli.export.record import place, require_replaceable, write_record
     from dupr_cli.models.resnet import ResNetBackbone
+    from dupr_cli.runtime.stopping import deferred, stoppable
 
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
     given = [Path(folder) for folder in as_addresses(results, "results")]
     say = reporter or SilentReporter()
     target = _output(recipe, out, push)
-    if target.is_file() and not overwrite:
-        raise UsageError(f"{target}: a file is there. Give another --out, or --overwrite.")
+    if target.is_file():
+        require_replaceable(target, [target], overwrite)
     read = _rounded(read_weights(weights, recipe.encoder), recipe.dtype)
     load_backbone(ResNetBackbone(read.metadata.architecture), read)
     formats = [make_format(name) for name in recipe.formats]
@@ -166,31 +113,33 @@ def run(
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        exported = []
-        for chosen in formats:
-            with say.task(f"export {chosen.name}", 1, "formats") as task:
-                exported.append(_export(chosen, read, staged, places[chosen.name], recipe))
-                task.advance()
-        result = ExportResult(
-            path=str(target),
-            weights=weights,
-            architecture=read.metadata.architecture,
-            encoder=read.metadata.encoder,
-            step=read.metadata.step,
-            origin=read.metadata.origin,
-            dtype=recipe.dtype,
-            tensors=len(read.tensors),
-            formats=exported,
-        )
-        _write_record(staged / RECORD, result)
-        if push is not None:
-            from dupr_cli.export.card import write_companions
+        with stoppable("Nothing was written."):
+            exported = []
+            for chosen in formats:
+                with say.task(f"export {chosen.name}", 1, "formats") as task:
+                    exported.append(_export(chosen, read, staged, places[chosen.name], recipe))
+                    task.advance()
+            result = ExportResult(
+                path=str(target),
+                weights=weights,
+                architecture=read.metadata.architecture,
+                encoder=read.metadata.encoder,
+                step=read.metadata.step,
+                origin=read.metadata.origin,
+                dtype=recipe.dtype,
+                tensors=len(read.tensors),
+                formats=exported,
+            )
+            if push is not None:
+                from dupr_cli.export.card import write_companions
 
-            write_companions(staged, result, read, recipe, push.repository, given)
-        files = _move(staged, target, result, push is not None, overwrite)
+                write_companions(staged, result, read, recipe, push.repository, given)
+            files = write_record(staged, result)
+            with deferred():
+                place(staged, target, result, push is not None, overwrite)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    if push is None or dry_run:
+    if push is None or local_only:
         return result
     from dupr_cli.export.hub import push_files
 
@@ -237,37 +186,3 @@ def _export(
         verified.features_compared,
         [*chosen.usage(weights, place)],
     )
-
-
-def _write_record(path: Path, result: ExportResult) -> None:
-    from dupr_cli import __version__
-    from dupr_cli.artifacts.files import write_json
-
-    content = {k: v for k, v in asdict(result).items() if k not in ("path", "hub_url")}
-    write_json(path, {"format_version": RECORD_VERSION, "dupr_version": __version__, **content})
-
-
-def _move(
-    staged: Path, target: Path, result: ExportResult, companions: bool, overwrite: bool
-) -> list[str]:
-    """Each file to its name, when all of them are whole; returns their names in the folder.
-
-    Raises UsageError when one is there.
-    """
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    alone = [name for of in result.formats for name in of.files]
-    if len(alone) == 1 and not companions and target.suffix == Path(alone[0]).suffix:
-        if target.is_dir():
-            raise UsageError(f"{target}: a folder is there; give a file as --out.")
-        moves = {staged / alone[0]: target, staged / RECORD: target.with_suffix(".export.json")}
-    else:
-        if target.exists() and not target.is_dir():
-            raise UsageError(f"{target}: a file is there; give a folder as --out.")
-        moves = {path: target / path.relative_to(staged) for path in files}
-    present = [path for path in moves.values() if path.exists()]
-    if present and not overwrite:
-        raise UsageError(f"{present[0]}: a file is there. Give another --out, or --overwrite.")
-    for source, destination in moves.items():
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        source.replace(destination)
-    return [path.relative_to(staged).as_posix() for path in files]

@@ -15,8 +15,8 @@ from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
 from dupr_cli.artifacts.run import RECIPE_FILE
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata
 from dupr_cli.errors import UsageError
-from dupr_cli.export import ExportedFormat, ExportResult
 from dupr_cli.export.run_facts import RunFacts, describe, facts_of
+from dupr_cli.export.types import ExportedFormat, ExportResult
 from dupr_cli.recipe import ExportRecipe
 from dupr_cli.recipe.pretrain import DUPR
 

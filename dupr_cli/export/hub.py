@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from dupr_cli.artifacts.hub_weights import HubError, asking_the_hub
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.export import PushOptions
+from dupr_cli.export.types import PushOptions
 from dupr_cli.progress import Reporter
 
 

@@ -43,6 +43,7 @@ from dupr_cli.artifacts.weights import (
     write_weights,
 )
 from dupr_cli.errors import UsageError
+from dupr_cli.export.record import require_replaceable
 from dupr_cli.models.naming import block_count, detectron2_backbone_name, transformers_name
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
@@ -155,8 +156,7 @@ def import_weights(
     Raises UsageError for what cannot be read without running code, holds no ResNet of
     torchvision's, lacks a tensor of it, or is a network with more in it than a plain ResNet.
     """
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out}: a file is there. Give another --out, or --overwrite.")
+    require_replaceable(out, [out], overwrite)
     path = fetch_weights(address) if address.startswith(HUB) else Path(address)
     content = _read(path, address)
     _refuse_same_tensors(content, path, address)

@@ -73,12 +73,13 @@ def test_dry_run_of_an_export_is_one_object(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_of_a_push_is_one_object_with_what_was_written(tmp_path: Path) -> None:
+def test_dry_run_of_a_push_writes_nothing(tmp_path: Path) -> None:
     weights = random_weights(tmp_path / "w.safetensors")
     call = ["export", weights, "--to", "timm", "--out", tmp_path / "out", "--push-to-hub", "me/m"]
     printed = json.loads(dupr(*call, "--dry-run", "--json").stdout)
-    assert printed.keys() == {"recipe", "plan", "result"}
-    assert printed["result"]["path"] == str(tmp_path / "out")
+    assert printed.keys() == {"recipe", "plan"}
+    assert printed["plan"]["push_to_hub"] == "me/m"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.weights import WeightsMetadata, read_weights, write_weights
 from dupr_cli.errors import UsageError
-from dupr_cli.export import PushOptions
+from dupr_cli.export.types import PushOptions
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import ExportRecipe, PretrainRecipe, load_recipe
 from tests.support.command_line import dupr, pretrain
@@ -31,7 +31,7 @@ def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def card(weights: object, out: Path, *changes: str) -> tuple[str, dict[str, Any]]:
     """Text and front matter of what would be pushed."""
     recipe = load_recipe(ExportRecipe, "default", list(changes))
-    export.run(recipe, str(weights), out, push=PushOptions("me/model"), dry_run=True)
+    export.run(recipe, str(weights), out, push=PushOptions("me/model"), local_only=True)
     front = metadata_load(out / "README.md")
     assert front is not None
     return (out / "README.md").read_text(), front

@@ -14,6 +14,7 @@ from dupr_cli import export
 from dupr_cli.artifacts.files import sha256_file
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata, read_weights, write_weights
 from dupr_cli.errors import UsageError
+from dupr_cli.export.types import PushOptions
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import ExportRecipe, load_recipe
 from tests.support.weights import make_run
@@ -38,11 +39,33 @@ def test_file_in_the_way_is_kept_without_overwrite(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "resnet18")
     out = tmp_path / "b.safetensors"
     out.write_text("precious")
-    with pytest.raises(UsageError, match="a file is there"):
+    with pytest.raises(UsageError, match="a file has this name"):
         export.run(RECIPE, str(tmp_path / "run"), out)
+    with pytest.raises(UsageError, match="--overwrite leaves it alone"):
+        export.run(RECIPE, str(tmp_path / "run"), out, overwrite=True)
     assert out.read_text() == "precious"
-    export.run(RECIPE, str(tmp_path / "run"), out, overwrite=True)
+    out.unlink()
+    for overwrite in (False, True):
+        export.run(RECIPE, str(tmp_path / "run"), out, overwrite=overwrite)
     assert read_weights(str(out)).metadata.step == 5
+
+
+def test_a_folder_keeps_files_of_others_and_loses_those_of_the_export_before(
+    tmp_path: Path,
+) -> None:
+    make_run(tmp_path / "run", "resnet18")
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    both = load_recipe(ExportRecipe, "default", ["formats=[torchvision, timm]"])
+    export.run(both, run, out)
+    (out / "README.md").write_text("mine")
+    before = {path.name for path in out.rglob("*") if path.is_file()}
+    export.run(RECIPE, run, out, overwrite=True)
+    after = {path.name for path in out.rglob("*") if path.is_file()}
+    assert (out / "README.md").read_text() == "mine"
+    assert "config.json" in before - after
+    with pytest.raises(UsageError, match=r"README\.md: no earlier export wrote this file"):
+        export.run(RECIPE, run, out, overwrite=True, push=PushOptions("me/m"), local_only=True)
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
@@ -95,7 +118,7 @@ def test_several_formats_lie_apart(tmp_path: Path) -> None:
         "torchvision/backbone.safetensors",
     ]  # fmt: skip
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(UsageError, match="a file is there"):
+    with pytest.raises(UsageError, match="a file has this name"):
         export.run(several, str(tmp_path / "run"), tmp_path / "out")
     export.run(several, str(tmp_path / "run"), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"

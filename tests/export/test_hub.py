@@ -27,8 +27,8 @@ from dupr_cli import export
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.export import PushOptions
 from dupr_cli.export.hub import check_options
+from dupr_cli.export.types import ExportResult, PushOptions
 from dupr_cli.recipe import ExportRecipe, load_recipe
 from tests.support.weights import make_run
 
@@ -197,7 +197,7 @@ def recipe(*changes: str) -> ExportRecipe:
 RECIPE = recipe("formats=[torchvision, timm, detectron2]")
 
 
-def push(tmp_path: Path, **options: Any) -> export.ExportResult:
+def push(tmp_path: Path, **options: Any) -> ExportResult:
     if not (tmp_path / "run").exists():
         make_run(tmp_path / "run", "resnet18")
         (tmp_path / "run" / "recipe.yaml").write_text("stage: pretrain\n")
@@ -355,7 +355,7 @@ def evaluated(folder: Path, sha256: str) -> Path:
     return folder
 
 
-def dry_run(tmp_path: Path, formats: str, *results: Path) -> Path:
+def written(tmp_path: Path, formats: str, *results: Path) -> Path:
     """The folder that would be pushed, of a run with an evaluation beside it."""
     make_run(tmp_path / "run", "resnet18")
     (tmp_path / "run" / "recipe.yaml").write_text("stage: pretrain\n")
@@ -363,14 +363,14 @@ def dry_run(tmp_path: Path, formats: str, *results: Path) -> Path:
     evaluated(tmp_path / "other", "of other weights")
     export.run(
         recipe(f"formats=[{formats}]", "card.license=cc-by-4.0", "card.datasets=[me/photos]"),
-        str(tmp_path / "run"), tmp_path / "out", push=PushOptions("me/model"), dry_run=True,
+        str(tmp_path / "run"), tmp_path / "out", push=PushOptions("me/model"), local_only=True,
         results=results,
     )  # fmt: skip
     return tmp_path / "out"
 
 
 def test_card_front_matter_and_results(tmp_path: Path) -> None:
-    folder = dry_run(tmp_path, "torchvision")
+    folder = written(tmp_path, "torchvision")
     front = metadata_load(folder / "README.md")
     assert front is not None
     assert front["license"] == "cc-by-4.0"
@@ -392,20 +392,20 @@ def test_card_front_matter_and_results(tmp_path: Path) -> None:
 
 
 def test_card_is_valid(hub: Hub, tmp_path: Path) -> None:
-    card = ModelCard.load(dry_run(tmp_path, "torchvision") / "README.md")
+    card = ModelCard.load(written(tmp_path, "torchvision") / "README.md")
     card.validate()
 
 
 def test_results_of_other_weights_are_refused_when_given(tmp_path: Path) -> None:
     other = evaluated(tmp_path / "else" / "eval", "of other weights")
     with pytest.raises(UsageError, match="not an evaluation of"):
-        dry_run(tmp_path, "torchvision", other)
+        written(tmp_path, "torchvision", other)
     assert not (tmp_path / "out").exists()
 
 
 def test_every_block_of_the_card_runs_as_pasted(tmp_path: Path) -> None:
     formats = "torchvision, timm, transformers, detectron2, mmdetection, onnx"
-    folder = dry_run(tmp_path, formats)
+    folder = written(tmp_path, formats)
     moved = shutil.move(folder, tmp_path / "elsewhere")
     text = (Path(moved) / "README.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, re.S)

@@ -355,7 +355,7 @@ def test_what_is_no_checkpoint_is_one_message(kind: str, problem: str, tmp_path:
 def test_file_in_the_way_is_kept(tmp_path: Path) -> None:
     torch.save(OWN, tmp_path / "c.pth")
     (tmp_path / "w.safetensors").write_text("precious")
-    with pytest.raises(UsageError, match="a file is there"):
+    with pytest.raises(UsageError, match="a file has this name"):
         import_weights(str(tmp_path / "c.pth"), tmp_path / "w.safetensors")
     assert (tmp_path / "w.safetensors").read_text() == "precious"
 
