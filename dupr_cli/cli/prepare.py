@@ -25,8 +25,8 @@ from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
-    from dupr_cli.prepare import PrepareResult
     from dupr_cli.prepare.stats import Stats
+    from dupr_cli.prepare.types import PrepareResult
     from dupr_cli.prepare.verify import Verified
     from dupr_cli.prepare.view import View
 

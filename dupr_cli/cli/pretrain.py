@@ -24,7 +24,7 @@ from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
-    from dupr_cli.pretrain import PretrainResult
+    from dupr_cli.pretrain.types import PretrainResult
 
 
 def add_to(app: typer.Typer) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dupr_cli.artifacts.results import Results
+from dupr_cli.evaluate.comparison import compare, prepare_comparison
+from dupr_cli.evaluate.types import EvaluatePlan
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     EvaluateRecipe,
@@ -21,12 +23,10 @@ from dupr_cli.recipe import (
     as_path,
     resolve_recipe,
 )
-
-if TYPE_CHECKING:
-    from dupr_cli.artifacts.results import Results
-    from dupr_cli.evaluate.comparison import EvaluatePlan
-
-# torch is imported when it is needed: the help of the command line does without.
+from dupr_cli.runtime.devices import choose_device
+from dupr_cli.runtime.output import writing
+from dupr_cli.runtime.parallel import join
+from dupr_cli.runtime.stopping import Limits, stoppable
 
 
 def plan(
@@ -45,8 +45,6 @@ def plan(
 
     Raises UsageError, or RunError for damaged data, as `run` does before it starts.
     """
-    from dupr_cli.evaluate.comparison import prepare_comparison
-    from dupr_cli.runtime.devices import choose_device
 
     recipe = resolve_recipe(EvaluateRecipe, recipe, overrides)
     weights, data = as_addresses(weights, "weights"), as_address(data, "data")
@@ -87,10 +85,6 @@ def run(
     (`overwrite` replaces it), RunError for damaged images and for training that diverges,
     StoppedRunError when a signal or a limit stops it.
     """
-    from dupr_cli.evaluate.comparison import compare, prepare_comparison
-    from dupr_cli.runtime.output import writing
-    from dupr_cli.runtime.parallel import join
-    from dupr_cli.runtime.stopping import Limits, stoppable
 
     recipe = resolve_recipe(EvaluateRecipe, recipe, overrides)
     weights, data = as_addresses(weights, "weights"), as_address(data, "data")

@@ -38,6 +38,7 @@ from dupr_cli.evaluate.trials import (
     run_trial,
     write_outcome,
 )
+from dupr_cli.evaluate.types import EvaluatePlan
 from dupr_cli.metrics import METRIC_NAMES, Points
 from dupr_cli.metrics.analysis import analyse
 from dupr_cli.metrics.drawing import ANALYSIS_FILES, write_analysis
@@ -75,28 +76,6 @@ _OPERATIONAL_KEYS = frozenset(
 )  # fmt: skip
 # Batch statistics of fewer images than this are said to be noisy.
 _SMALL_BATCH = 8
-
-
-@dataclass(frozen=True)
-class EvaluatePlan:
-    """What an evaluation will do, before it does it."""
-
-    protocol: str
-    changes: dict[str, list[object]]
-    metric: str
-    weights: list[str]
-    architectures: list[str]
-    loaded: list[str]
-    train_images: int
-    test_images: int
-    classes: list[str]
-    iterations: int
-    epochs: float
-    seeds: list[int]
-    device: str
-    processes: int
-    notes: list[str]
-    out: str
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,11 @@ from dupr_cli.datasets.splits import VocSource, coco_annotations, coco_split_fil
 from dupr_cli.datasets.voc import find_voc_trees
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.results_table import DetectionRow, detections_from_rows
-from dupr_cli.metrics import METRIC_NAMES, Detections, Metric, Scores, Truth, score
+from dupr_cli.metrics import METRIC_NAMES, Detections, Metric, Points, Scores, Truth, score
 from dupr_cli.metrics.analysis import analyse
 from dupr_cli.metrics.coco import coco_json_scores, with_masks
 from dupr_cli.metrics.drawing import write_analysis
+from dupr_cli.runtime.output import require_own, writing
 
 TABLE_FILE = "table.txt"
 _RESULT_KEYS = ("image_id", "category_id", "bbox", "segmentation", "score")
@@ -175,17 +176,12 @@ def _without_masks(content: Mapping[str, Any], results: Sequence[Mapping[str, An
 
 
 def _write(out: Path, scored: Scored, labels: _Labels, found: Sequence[Detections]) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file is there; --out needs a directory.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_analysis(
-        out,
-        analyse(
-            labels.truths, found, labels.classes, "voc07" if scored.metric == "voc07" else "voc10"
-        ),
-    )
-    write_text(out / TABLE_FILE, scored_table(scored))
-    write_json(out / RESULTS, asdict(scored))
+    points: Points = "voc07" if scored.metric == "voc07" else "voc10"
+    with writing(out, "dupr evaluate detections"):
+        require_own(out, RESULTS, ("metric_name", "detections"), "scored detections")
+        write_analysis(out, analyse(labels.truths, found, labels.classes, points))
+        write_text(out / TABLE_FILE, scored_table(scored))
+        write_json(out / RESULTS, asdict(scored))
 
 
 def scored_table(scored: Scored) -> str:

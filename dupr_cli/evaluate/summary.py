@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dupr_cli.artifacts.files import atomic_file, write_json, write_text
 from dupr_cli.artifacts.results import Results
-from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
+from dupr_cli.runtime.output import require_own, writing
 
 SUMMARY, TABLE, PLOT = "summary.json", "summary.txt", "summary.png"
 _WIDTH = 80
@@ -42,7 +42,7 @@ def summarise(folders: Sequence[Path], out: Path | None, reporter: Reporter) -> 
     """Read results.json of each folder; with `out`, write the table and the plot there.
 
     Evaluations are put side by side only where protocol, metric and test images are the same.
-    Raises UsageError for a folder without results.
+    Raises UsageError for a folder without results, and an `out` that holds anything else.
     """
     groups: dict[tuple[object, ...], list[SummaryRow]] = {}
     for folder in folders:
@@ -62,12 +62,11 @@ def summarise(folders: Sequence[Path], out: Path | None, reporter: Reporter) -> 
         )
     summary = Summary(list(groups.values()), [str(metric) for metric, _ in groups])
     if out is not None:
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"{out}: a file is there; --out needs a directory.")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SUMMARY, {"format_version": 1, **asdict(summary)})
-        write_text(out / TABLE, summary_table(summary))
-        _plot(out / PLOT, summary)
+        with writing(out, "dupr evaluate report"):
+            require_own(out, SUMMARY, ("groups", "metrics"), "a report")
+            write_json(out / SUMMARY, {"format_version": 1, **asdict(summary)})
+            write_text(out / TABLE, summary_table(summary))
+            _plot(out / PLOT, summary)
     return summary
 
 

@@ -7,12 +7,22 @@ card.py. public_checkpoints.py goes the other way: `dupr import`.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from dupr_cli.artifacts.files import sha256_file
+from dupr_cli.artifacts.weights import Weights, load_backbone, read_weights
+from dupr_cli.export.formats import ExportFormat, folders_of, make_format
+from dupr_cli.export.hub import push_files
+from dupr_cli.export.record import place, require_replaceable, write_record
 from dupr_cli.export.types import ExportedFormat, ExportPlan, ExportResult, PushOptions
+from dupr_cli.export.verification import verify
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     ExportRecipe,
@@ -22,10 +32,7 @@ from dupr_cli.recipe import (
     as_path,
     resolve_recipe,
 )
-
-if TYPE_CHECKING:
-    from dupr_cli.artifacts.weights import Weights
-    from dupr_cli.export.formats import ExportFormat
+from dupr_cli.runtime.stopping import deferred, stoppable
 
 
 def plan(
@@ -38,9 +45,6 @@ def plan(
     overwrite: bool = False,
 ) -> ExportPlan:
     """Check the weights and say what `run` would do. Nothing is changed. Raises UsageError."""
-    from dupr_cli.artifacts.weights import read_weights
-    from dupr_cli.export.formats import make_format
-    from dupr_cli.export.record import require_replaceable
 
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
@@ -90,14 +94,6 @@ def run(
     Raises UsageError for unreadable weights or a file in the way, RunError when what was written
     does not load back as the same network, then nothing is there, or when the push fails.
     """
-    import shutil
-    import tempfile
-
-    from dupr_cli.artifacts.weights import load_backbone, read_weights
-    from dupr_cli.export.formats import folders_of, make_format
-    from dupr_cli.export.record import place, require_replaceable, write_record
-    from dupr_cli.models.resnet import ResNetBackbone
-    from dupr_cli.runtime.stopping import deferred, stoppable
 
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
@@ -141,13 +137,11 @@ def run(
         shutil.rmtree(staged, ignore_errors=True)
     if push is None or local_only:
         return result
-    from dupr_cli.export.hub import push_files
 
     return replace(result, hub_url=push_files(target, files, read, push, say))
 
 
 def _rounded(weights: Weights, dtype: str) -> Weights:
-    import torch
 
     wanted = getattr(torch, dtype)
     return replace(
@@ -163,8 +157,6 @@ def _export(
     chosen: ExportFormat, weights: Weights, staged: Path, place: str, recipe: ExportRecipe
 ) -> ExportedFormat:
     """Written into a folder of its own and compared, then moved to its place in `staged`."""
-    from dupr_cli.artifacts.files import sha256_file
-    from dupr_cli.export.verification import verify
 
     folder = staged / f".{chosen.name}.tmp"
     folder.mkdir()

@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -27,43 +26,12 @@ from dupr_cli.prepare.listing import Listing, read_listing, survey, write_listin
 from dupr_cli.prepare.source_record import SOURCE, KnownSource
 from dupr_cli.prepare.sources import ImageSource, make_source, nothing_found, recognise
 from dupr_cli.prepare.standing import look, require_other_folder
+from dupr_cli.prepare.types import PreparePlan, PrepareResult
 from dupr_cli.prepare.unfinished import State, clear
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import Overrides, PrepareRecipe, as_address, as_path, resolve_recipe
 from dupr_cli.runtime.output import writing
 from dupr_cli.runtime.stopping import stoppable
-
-
-@dataclass(frozen=True)
-class PreparePlan:
-    """What a preparation will do, before it does it.
-
-    action: begin, continue, append, replace, or nothing where the set is complete. items: images to
-    read, by split.
-    """
-
-    source: str
-    kind: str
-    action: str
-    items: dict[str, int]
-    shards: int
-    out: str
-
-
-@dataclass(frozen=True)
-class PrepareResult:
-    """What a preparation left behind. samples: per split.
-
-    task: of `--task`, which leaves blocks only; shards is then their number.
-    """
-
-    out: str
-    samples: dict[str, int]
-    shards: int
-    bytes: int
-    skipped: int
-    skip_reasons: dict[str, int]
-    task: str | None = None
 
 
 def plan(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -18,11 +17,20 @@ from dupr_cli.artifacts.files import write_text
 from dupr_cli.artifacts.run import (
     ENVIRONMENT_FILE,
     RECIPE_FILE,
+    newest_checkpoint,
     read_environment,
+    training_files,
     write_environment,
 )
 from dupr_cli.artifacts.shards import ShardSet, open_shards
+from dupr_cli.artifacts.weights import load_backbone, read_weights
 from dupr_cli.errors import UsageError
+from dupr_cli.models.backbone import make_backbone
+from dupr_cli.pretrain.data import BatchOrder
+from dupr_cli.pretrain.method import method_class
+from dupr_cli.pretrain.recipe_checks import science_warnings
+from dupr_cli.pretrain.trainer import count_steps, train
+from dupr_cli.pretrain.types import PretrainPlan, PretrainResult
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     Overrides,
@@ -34,6 +42,10 @@ from dupr_cli.recipe import (
     resolve_recipe,
 )
 from dupr_cli.recipe.base import TIMM
+from dupr_cli.runtime.devices import choose_device
+from dupr_cli.runtime.output import differences, environment, holds, remove, writing
+from dupr_cli.runtime.parallel import join, world_size
+from dupr_cli.runtime.stopping import Limits, stoppable
 
 # Keys that change how a run is carried out, not what it computes.
 OPERATIONAL_KEYS = frozenset(
@@ -59,32 +71,6 @@ ROUNDING_KEYS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class PretrainPlan:
-    """What a run will do, before it does it."""
-
-    data: str
-    images: int
-    held_out: int
-    steps: int
-    epochs: float
-    device: str
-    processes: int
-    images_per_process: int
-    warnings: list[str]
-    out: str
-
-
-@dataclass(frozen=True)
-class PretrainResult:
-    """What a finished run left behind. metrics: the last values of metrics.jsonl."""
-
-    run: str
-    checkpoint: str
-    steps: int
-    metrics: dict[str, float]
-
-
 def plan(
     recipe: PretrainRecipe | str | Path,
     data: str | Path,
@@ -102,10 +88,6 @@ def plan(
     """
     recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
     data, out = as_address(data, "data"), as_path(out, "out")
-    from dupr_cli.pretrain.data import BatchOrder
-    from dupr_cli.pretrain.recipe_checks import science_warnings
-    from dupr_cli.pretrain.trainer import count_steps
-    from dupr_cli.runtime.devices import choose_device
 
     _require_fit(recipe, processes)
     _require_parts(recipe)
@@ -152,12 +134,6 @@ def run(
     Raises UsageError when `out` holds something else or a run of another recipe or other data,
     RunError and StoppedRunError as `trainer.train`.
     """
-    from dupr_cli.artifacts.run import newest_checkpoint
-    from dupr_cli.pretrain.recipe_checks import science_warnings
-    from dupr_cli.pretrain.trainer import count_steps, train
-    from dupr_cli.runtime.output import writing
-    from dupr_cli.runtime.parallel import join, world_size
-    from dupr_cli.runtime.stopping import Limits, stoppable
 
     recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
     data, out = as_address(data, "data"), as_path(out, "out")
@@ -206,8 +182,6 @@ def _require_fit(recipe: PretrainRecipe, processes: int) -> None:
 
 def _require_parts(recipe: PretrainRecipe) -> None:
     """Raises UsageError when the method or the backbone is not there."""
-    from dupr_cli.models.backbone import make_backbone
-    from dupr_cli.pretrain.method import method_class
 
     method_class(recipe)
     if recipe.model.backbone.startswith(TIMM):
@@ -216,8 +190,6 @@ def _require_parts(recipe: PretrainRecipe) -> None:
 
 def _require_init(recipe: PretrainRecipe) -> None:
     """Raises UsageError when the weights to start from are not there or do not fit."""
-    from dupr_cli.artifacts.weights import load_backbone, read_weights
-    from dupr_cli.models.backbone import make_backbone
 
     if recipe.model.init is not None:
         load_backbone(make_backbone(recipe.model.backbone), read_weights(recipe.model.init))
@@ -235,7 +207,6 @@ def _check_claim(
     Raises UsageError when `out` holds anything but a run of this recipe and data, or something that
     alters the science differs and is not allowed to. Changes nothing.
     """
-    from dupr_cli.runtime.output import differences, holds
 
     if not holds(out, [RECIPE_FILE], "run"):
         return []
@@ -286,7 +257,6 @@ def _recorded_keys(out: Path) -> dict[str, object]:
 
 def output_files(out: Path) -> list[Path]:
     """The files of the run in `out`; none where it holds no run."""
-    from dupr_cli.artifacts.run import training_files
 
     if not (out / RECIPE_FILE).is_file():
         return []
@@ -302,7 +272,6 @@ def _claim(
     reporter: Reporter,
 ) -> None:
     """Make `out` the directory of this run, or make sure that it is already."""
-    from dupr_cli.runtime.output import environment, holds, remove
 
     changes: list[dict[str, object]] = []
     if overwrite and holds(out, [RECIPE_FILE], "run"):

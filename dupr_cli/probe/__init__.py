@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dupr_cli.artifacts.results import Results
+from dupr_cli.probe.comparison import measure_all, prepare_comparison
+from dupr_cli.probe.types import ProbeData, ProbePlan
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     Overrides,
@@ -19,12 +21,8 @@ from dupr_cli.recipe import (
     as_path,
     resolve_recipe,
 )
-
-if TYPE_CHECKING:
-    from dupr_cli.artifacts.results import Results
-    from dupr_cli.probe.comparison import ProbePlan
-
-# torch is imported when it is needed: the help of the command line does without.
+from dupr_cli.runtime.output import writing
+from dupr_cli.runtime.stopping import stoppable
 
 
 def plan(
@@ -44,7 +42,6 @@ def plan(
 
     Raises as `run` does.
     """
-    from dupr_cli.probe.comparison import ProbeData, prepare_comparison
 
     recipe = resolve_recipe(ProbeRecipe, recipe, overrides)
     weights, data = as_addresses(weights, "weights"), as_address(data, "data")
@@ -81,9 +78,6 @@ def run(
     Raises UsageError for inputs that cannot be used or an `out` that holds another probe
     (`overwrite` replaces it), RunError for damaged images.
     """
-    from dupr_cli.probe.comparison import ProbeData, measure_all, prepare_comparison
-    from dupr_cli.runtime.output import writing
-    from dupr_cli.runtime.stopping import stoppable
 
     recipe = resolve_recipe(ProbeRecipe, recipe, overrides)
     weights, data = as_addresses(weights, "weights"), as_address(data, "data")

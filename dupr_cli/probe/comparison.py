@@ -30,6 +30,7 @@ from dupr_cli.probe.data import (
 from dupr_cli.probe.features import precision
 from dupr_cli.probe.protocols import PROTOCOLS, ProbeTask
 from dupr_cli.probe.results_table import table
+from dupr_cli.probe.types import ProbeData, ProbePlan
 from dupr_cli.probe.voc_classification import require_scikit_learn
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import ProbeRecipe, recipe_digest, recipe_keys
@@ -46,33 +47,6 @@ from dupr_cli.runtime.output import (
 
 CLAIM_FILE = "probe.json"
 TABLE_FILE = "table.txt"
-
-
-@dataclass(frozen=True)
-class ProbeData:
-    """Where the images are. test_data: another set to test on. A split that is None is the only
-    one there is."""
-
-    address: str
-    train_split: str = "train"
-    test_split: str | None = "val"
-    test_data: str | None = None
-
-
-@dataclass(frozen=True)
-class ProbePlan:
-    """What a probe will do, before it does it."""
-
-    protocol: str
-    metric: str
-    weights: list[str]
-    architectures: list[str]
-    levels: list[str]
-    train_images: int
-    test_images: int
-    classes: list[str]
-    device: str
-    out: str
 
 
 @dataclass(frozen=True)

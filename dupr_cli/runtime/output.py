@@ -126,6 +126,22 @@ def holds(out: Path, markers: Iterable[str], what: str) -> bool:
     return False
 
 
+def require_own(out: Path, record: str, keys: Collection[str], what: str) -> None:
+    """Raises UsageError unless `out` is free, or holds an earlier output of this kind.
+
+    record: name of the JSON file that such an output has, with at least these `keys`.
+    """
+    if not holds(out, [record], what):
+        return
+    try:
+        values = json.loads((out / record).read_bytes())
+        own = values.keys() >= set(keys)
+    except (OSError, ValueError, AttributeError):
+        own = False
+    if not own:
+        raise UsageError(f"{out}: its {record} is not of {what}. Give another --out.")
+
+
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
     """What differs between two records of the same keys, in words, by key."""
     plain = json.loads(json.dumps(dict(now)))

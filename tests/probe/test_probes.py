@@ -352,10 +352,12 @@ def test_one_tree_is_divided_by_the_given_share(folders: Path, tmp_path: Path) -
     assert results.test.split == "30% of all"
 
 
-def test_importing_the_probes_does_not_import_torch() -> None:
+def test_optional_packages_are_imported_where_they_are_needed() -> None:
     check = (
-        "import sys, dupr_cli.probe, dupr_cli.cli.app; "
-        "sys.exit(any(m in sys.modules for m in ('torch', 'sklearn')))"
+        "import sys, dupr_cli.cli.app; "
+        "assert not {'torch', 'numpy'} & set(sys.modules); "
+        "import dupr_cli.probe, dupr_cli.export, dupr_cli.pretrain, dupr_cli.evaluate; "
+        "sys.exit(any(m in sys.modules for m in ('sklearn', 'timm', 'transformers', 'onnx')))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 

@@ -1,0 +1,27 @@
+"""What an evaluation plans; it returns `artifacts.results.Results`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """What an evaluation will do, before it does it."""
+
+    protocol: str
+    changes: dict[str, list[object]]
+    metric: str
+    weights: list[str]
+    architectures: list[str]
+    loaded: list[str]
+    train_images: int
+    test_images: int
+    classes: list[str]
+    iterations: int
+    epochs: float
+    seeds: list[int]
+    device: str
+    processes: int
+    notes: list[str]
+    out: str

@@ -1,0 +1,31 @@
+"""What a pre-training plans and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """What a run will do, before it does it."""
+
+    data: str
+    images: int
+    held_out: int
+    steps: int
+    epochs: float
+    device: str
+    processes: int
+    images_per_process: int
+    warnings: list[str]
+    out: str
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a finished run left behind. metrics: the last values of metrics.jsonl."""
+
+    run: str
+    checkpoint: str
+    steps: int
+    metrics: dict[str, float]
