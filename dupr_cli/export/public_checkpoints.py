@@ -27,6 +27,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import cast, get_args
 
@@ -310,6 +311,7 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
     )
 
 
+@cache
 def _shapes(architecture: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         return {n: t.shape for n, t in ResNetBackbone(architecture).state_dict().items()}
