@@ -361,7 +361,7 @@ def _refuse_same_tensors(content: object, path: Path, address: str) -> None:
             raise UsageError(
                 f"{address}: not a plain ResNet, by its name in {place}: {variant[0]} blurs before "
                 f"it subsamples, and a plain ResNet with its tensors computes other features. "
-                f"{_ELSEWHERE} Rename the file if its name is wrong."
+                f"{_ELSEWHERE} Move the file if that name is wrong."
             )
 
 
