@@ -27,6 +27,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import cast, get_args
 
@@ -310,6 +311,7 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
     )
 
 
+@cache
 def _shapes(architecture: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         return {n: t.shape for n, t in ResNetBackbone(architecture).state_dict().items()}
@@ -359,7 +361,7 @@ def _refuse_same_tensors(content: object, path: Path, address: str) -> None:
             raise UsageError(
                 f"{address}: not a plain ResNet, by its name in {place}: {variant[0]} blurs before "
                 f"it subsamples, and a plain ResNet with its tensors computes other features. "
-                f"{_ELSEWHERE} Rename the file if its name is wrong."
+                f"{_ELSEWHERE} Move the file if that name is wrong."
             )
 
 

@@ -95,6 +95,7 @@ def test_recipe_of_an_earlier_run_loads(old_run: Path) -> None:
     assert (recipe.train.steps, recipe.method.queue_length) == (4, 16)
 
 
+@pytest.mark.slow
 def test_run_of_an_earlier_dupr_is_continued(
     old_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

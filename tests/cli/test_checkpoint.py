@@ -315,6 +315,7 @@ def test_help_names_the_exit_codes_and_imports_no_heavy_library() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_exit_code_of_the_process(run: Path) -> None:
     command = [sys.executable, "-m", "dupr_cli", "checkpoint", "verify", str(run)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -24,8 +24,12 @@ from tests.support import command_line
 from tests.support.images import write_shards
 from tests.support.recipes import TINY
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 24
+# Each checkpoint is 140 MB to write and to flush; how often changes nothing of the weights.
+SELDOM = ("--set", "train.checkpoint_every=12")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, torch.Tensor]:
     """The weights of the uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run(pretrain(shards, out))
+    command_line.pretrain(shards, out, "--steps", STEPS, *SELDOM)
     return load_file(out / "latest" / "model.safetensors")
 
 
@@ -47,12 +51,6 @@ def pretrain(shards: Path, out: Path, *options: object) -> list[str]:
     for override in TINY:
         words += ["--set", override]
     return [str(word) for word in (*words, *options)]
-
-
-def run(command: list[str], code: int = 0) -> str:
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stderr
 
 
 def assert_same(out: Path, whole: dict[str, torch.Tensor]) -> None:
@@ -72,7 +70,8 @@ def test_killed_at_random_moments(
     out, chance = tmp_path / "run", random.Random(0)
     for attempt in range(10):
         process = subprocess.Popen(
-            pretrain(shards, out, "--set", f"data.workers={attempt % 3}"),
+            pretrain(shards, out, "--set", f"data.workers={attempt % 3}",
+                     "--set", "train.checkpoint_every=4"),
             env=ENVIRONMENT, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -86,7 +85,7 @@ def test_killed_at_random_moments(
         with suppress(ProcessLookupError):  # it has finished
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    run(pretrain(shards, out))
+    command_line.pretrain(shards, out, "--steps", STEPS, *SELDOM)
     assert_same(out, whole)
 
 
@@ -99,7 +98,7 @@ def test_signals_stop_after_a_step_that_is_saved(
     tmp_path: Path, shards: Path, whole: dict[str, torch.Tensor]
 ) -> None:
     """One run, stopped by each of the signals that ask for it."""
-    out, options = tmp_path / "run", ("--set", "data.workers=1")
+    out, options = tmp_path / "run", ("--set", "data.workers=1", *SELDOM)
     for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)):
         before = steps_logged(out)
         process = subprocess.Popen(
@@ -117,7 +116,7 @@ def test_signals_stop_after_a_step_that_is_saved(
         saved = max(int(p.name.removeprefix("step-")) for p in list_checkpoints(out))
         assert saved < STEPS, "it finished before it was stopped"
         assert f"step {saved} of {STEPS} is saved" in errors
-    run(pretrain(shards, out, *options))
+    command_line.pretrain(shards, out, "--steps", STEPS, *SELDOM)
     assert_same(out, whole)
 
 
@@ -149,7 +148,7 @@ def test_damaged_checkpoints_are_passed_over(
     assert len(newest) == 6
     for checkpoint, damage in zip(newest, (flip_a_byte, truncate, lose_a_file), strict=False):
         damage(checkpoint)
-    errors = command_line.pretrain(shards, out, "--steps", STEPS).stderr
+    errors = command_line.pretrain(shards, out, "--steps", STEPS, *SELDOM).stderr
     for checkpoint in newest[:3]:
         assert str(checkpoint) in errors
         assert (checkpoint.parent / f"damaged-{checkpoint.name}").is_dir()
@@ -165,18 +164,18 @@ def test_a_time_limit_saves_and_the_run_goes_on(
     options = ("--steps", STEPS, "--max-hours", 0)
     errors = command_line.pretrain(shards, out, *options, code=75).stderr
     assert "stopped after --max-hours 0; step 1 of 24 is saved" in errors
-    command_line.pretrain(shards, out, "--steps", STEPS)
+    command_line.pretrain(shards, out, "--steps", STEPS, *SELDOM)
     assert_same(out, whole)
 
 
 def test_old_checkpoints_are_thinned_out(tmp_path: Path, shards: Path) -> None:
     out = tmp_path / "run"
     command_line.pretrain(
-        shards, out, "--steps", 24, "--set", "train.keep_checkpoints=2",
-        "--set", "train.keep_every=8",
+        shards, out, "--steps", 12, "--set", "train.keep_checkpoints=2",
+        "--set", "train.keep_every=4",
     )  # fmt: skip
     assert [p.name for p in list_checkpoints(out)] == [
-        f"step-{step:08d}" for step in (8, 16, 22, 24)
+        f"step-{step:08d}" for step in (4, 8, 10, 12)
     ]
 
 

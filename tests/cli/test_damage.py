@@ -29,6 +29,7 @@ def pretrain(data: object, out: Path, *options: object, code: int = 0) -> str:
     return command_line.pretrain(data, out, "--set", "data.workers=3", *options, code=code).stderr
 
 
+@pytest.mark.slow
 def test_five_percent_damaged_samples(tmp_path: Path) -> None:
     good = [encode(noise_image(number)) for number in range(100)]
     damaged = [data[:150] if number % 20 == 7 else data for number, data in enumerate(good)]
@@ -49,6 +50,7 @@ def test_one_shard_and_fewer_shards_than_workers(tmp_path: Path, per_shard: int)
     assert MetricsLog(tmp_path / "run").latest()["step"] == 6
 
 
+@pytest.mark.slow
 def test_a_shard_that_vanishes_and_comes_back(tmp_path: Path) -> None:
     shards, out = write_shards(tmp_path / "shards", 300, 10), tmp_path / "run"
     # One of the 30 shards at a time: most are still unread when the first checkpoint is there.
@@ -75,6 +77,7 @@ def test_a_shard_that_vanishes_and_comes_back(tmp_path: Path) -> None:
     assert MetricsLog(out).latest()["step"] == 30
 
 
+@pytest.mark.slow
 def test_over_http_with_every_tenth_request_failing(tmp_path: Path, tiny_shards: Path) -> None:
     from safetensors.torch import load_file
 

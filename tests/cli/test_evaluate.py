@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.command_line import dupr
 from tests.support.labelled_scenes import make_tree
 from tests.support.recipes import detection_recipe as recipe
+
+pytestmark = pytest.mark.slow
 
 # Two threads each would wait for one another where tests run side by side.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -41,12 +44,8 @@ def command(folder: Path, tree: Path, out: Path, *more: object) -> list[str]:
 
 
 def finished(words: list[str]) -> str:
-    done = subprocess.run(
-        words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
+    """The same command in this process, to its end; what it says."""
+    return dupr(*words[3:]).stderr
 
 
 def facts(out: Path) -> dict[str, Any]:
@@ -104,23 +103,22 @@ def test_killed_and_continued(tree: Path, whole: dict[str, Any], tmp_path: Path)
     assert not list(tmp_path.rglob("checkpoints"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_stopped_by_a_signal(
-    tree: Path, whole: dict[str, Any], tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_stopped_by_each_signal(tree: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    """One evaluation, stopped in its first trial and again in its second."""
     out = tmp_path / "out"
     words = command(tmp_path, tree, out)
-    process = subprocess.Popen(
-        words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not list(out.glob("*/seed-0/checkpoints/step-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert "Traceback" not in errors
-    assert "is saved in" in errors
+    for seed, (number, code) in enumerate(((signal.SIGTERM, 75), (signal.SIGINT, 130))):
+        process = subprocess.Popen(
+            words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while not list(out.glob(f"*/seed-{seed}/checkpoints/step-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code, errors
+        assert "Traceback" not in errors
+        assert "is saved in" in errors
     said = finished(words)
     assert "is saved; going on from there" in said
     assert facts(out) == whole
@@ -131,10 +129,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     out = tmp_path / "out"
     words = command(tmp_path, tree, out)
-    stopped = subprocess.run(
-        [*words, "--max-hours", "0"], env=ENVIRONMENT, capture_output=True, check=False
-    )
-    assert stopped.returncode == 75
+    dupr(*words[3:], "--max-hours", 0, code=75)
     (model,) = out.glob("*/seed-0/checkpoints/step-*/model.safetensors")
     data = bytearray(model.read_bytes())
     data[-1] ^= 1
@@ -153,7 +148,9 @@ def test_two_processes_continue_exactly(tree: Path, tmp_path: Path) -> None:
             )
             assert stopped.returncode == 75, stopped.stderr
             killed(words, 12)
-        finished(words)
+        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
         return facts(out)
 
     assert results("whole", kill=False) == results("killed", kill=True)

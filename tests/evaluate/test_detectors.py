@@ -197,6 +197,7 @@ MODELS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_every_detector_learns_one_batch_by_heart(model: str, tmp_path: Path) -> None:
     """Boxes, classes and masks, through training, precise batch norm and testing."""

@@ -18,6 +18,7 @@ from tests.support.weights import make_run
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 
 
+@pytest.mark.slow
 def test_blocks_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     query = make_run(tmp_path / "runs" / "first", "resnet18")

@@ -137,7 +137,7 @@ def test_format_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text("[dupr.export_formats]\ntext = their_format:Text\n")
     (tmp_path / "site" / "their_format.py").write_text(
-        """import json
+        """import numpy
 import torch
 from dupr_cli.export.formats import LibraryMissingError
 
@@ -146,18 +146,16 @@ class Text:
     name, top = "text", False
 
     def write(self, weights, folder, license_name):
-        small = {n: t.tolist() for n, t in weights.tensors.items()}
-        (folder / "weights.json").write_text(json.dumps(small))
+        numpy.savez(folder / "weights.npz", **{n: t.numpy() for n, t in weights.tensors.items()})
 
     def load(self, weights, folder, images):
         raise LibraryMissingError("theirs is not installed")
 
     def tensors(self, weights, folder):
-        read = json.loads((folder / "weights.json").read_text())
-        return {n: torch.tensor(v, dtype=weights.tensors[n].dtype) for n, v in read.items()}
+        return {n: torch.from_numpy(v) for n, v in numpy.load(folder / "weights.npz").items()}
 
     def usage(self, weights, place):
-        return [("text", f"cat {place}weights.json")]
+        return [("text", f"unzip {place}weights.npz")]
 """
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -165,4 +163,4 @@ class Text:
     chosen = load_recipe(ExportRecipe, "default", ["formats=[text]"])
     (of,) = export.run(chosen, str(tmp_path / "run"), tmp_path / "out").formats
     assert of.verified_by == "names, shapes and values only, as theirs is not installed"
-    assert files_in(tmp_path / "out") == ["export.json", "weights.json"]
+    assert files_in(tmp_path / "out") == ["export.json", "weights.npz"]

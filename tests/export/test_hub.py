@@ -276,6 +276,7 @@ def in_a_process_of_its_own(code: str, hub: Hub, tmp_path: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_autobackbone_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     make_run(tmp_path / "run", "resnet18")
     export.run(
@@ -289,6 +290,7 @@ print(type(model).__name__, model.channels)"""
     assert printed == "ResNetBackbone [64, 128, 256, 512]\n"
 
 
+@pytest.mark.slow
 def test_timm_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     push(tmp_path)
     code = """import timm
@@ -403,6 +405,7 @@ def test_results_of_other_weights_are_refused_when_given(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_block_of_the_card_runs_as_pasted(tmp_path: Path) -> None:
     formats = "torchvision, timm, transformers, detectron2, mmdetection, onnx"
     folder = written(tmp_path, formats)

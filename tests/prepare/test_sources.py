@@ -344,6 +344,7 @@ def test_class_folders_become_labels_and_splits(tmp_path: Path) -> None:
     assert [s.label for s in again["train"]] == [s.label for s in found["train"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip"])
 def test_archives_give_what_their_files_are(
     image_folder: Path, tmp_path: Path, suffix: str

@@ -23,6 +23,8 @@ from tests.support import command_line
 from tests.support.images import encode
 from tests.support.recipes import TINY
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 # One thread each: the number of threads changes the order of sums, and so the rounding.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -103,7 +105,7 @@ def test_two_processes_and_one_give_the_same_run(
 ) -> None:
     options = [*SAME, *(word for key in method for word in ("--set", key))]
     one, two = tmp_path / "one", tmp_path / "two"
-    command_line.pretrain(grainy_shards, one, *options)
+    command_line.pretrain(grainy_shards, one, *options, "--checkpoint-every", 5)
     # The processes compare their parameters and queues bit for bit at each checkpoint.
     if "sync" in str(method):
         run(pretrain(grainy_shards, two, *options, launcher="--nproc-per-node 2"))
@@ -164,11 +166,10 @@ def test_another_number_of_processes_goes_on_and_says_what_is_not_exact(
 
 def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, grainy_shards: Path) -> None:
     out = tmp_path / "run"
-    done = run(pretrain(grainy_shards, out, "--nproc", 3), code=2)
+    done = command_line.pretrain(grainy_shards, out, "--nproc", 3, code=2)
     assert "data.batch_size is 8, which 3 processes cannot share equally. Use 6" in done.stderr
-    done = run(
-        pretrain(grainy_shards, out, "--nproc", 2, "--set", "method.batch_norm.groups=1"), code=2
-    )
+    groups = ("--set", "method.batch_norm.groups=1")
+    done = command_line.pretrain(grainy_shards, out, "--nproc", 2, *groups, code=2)
     assert "groups of the global batch cannot be shared" in done.stderr
     assert not out.exists()
 

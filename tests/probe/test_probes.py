@@ -55,6 +55,7 @@ def recipe_file(folder: Path, protocol: str, **sections: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "protocol"),
     [
@@ -362,6 +363,7 @@ def test_optional_packages_are_imported_where_they_are_needed() -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_real_photographs_without_weights(shared_data: Path, tmp_path: Path) -> None:
     """A random network's features are better than a guess, and are no good."""
     recipe = probe_recipe(
