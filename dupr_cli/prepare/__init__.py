@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.remote import is_remote
-from dupr_cli.artifacts.shards import MANIFEST, SKIPPED, UNFINISHED, Manifest
+from dupr_cli.artifacts.shards import MANIFEST, NOTES, SKIPPED, UNFINISHED, Manifest
+from dupr_cli.datasets.placement import said
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.assembly import assemble, is_planned
 from dupr_cli.prepare.blocks import Work, blocks_folder, read_report
@@ -44,6 +45,7 @@ class PreparePlan:
     items: dict[str, int]
     shards: int
     out: str
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def plan(recipe: PrepareRecipe, source: str, out: Path) -> PreparePlan:
     _is_complete(work, made, overwrite=True, is_task=False)
     size = recipe.shard.max_samples
     shards = sum(-(-count // size) for count in entries.values())
-    return PreparePlan(source, kind, entries, shards, str(out))
+    return PreparePlan(source, kind, entries, shards, str(out), _notes(made))
 
 
 def run(
@@ -105,6 +107,8 @@ def run(
         return _result(out, Manifest.read(out))
     with _begun(out, task is None), _alone(work.folder, name):
         listing = _listing(work, made, reporter)
+        for note in _notes(made):
+            reporter.warning(note)
         blocks = listing.blocks()
         if task is not None:
             blocks = blocks[task[0] - 1 :: task[1]]
@@ -308,7 +312,22 @@ def _assemble(work: Work, listing: Listing, labelled: bool, reporter: Reporter) 
             f"{manifest.skipped} of {listing.total} images were left out, for example "
             f"{first['path']}: {first['reason']}; {out / SKIPPED} lists them"
         )
+    for line in _label_notes(out):
+        reporter.warning(f"{line}; {out / NOTES} lists them")
     return _result(out, manifest)
+
+
+def _notes(source: ImageSource) -> list[str]:
+    # Sources of other packages may have none.
+    return list(getattr(source, "notes", ()))
+
+
+def _label_notes(out: Path) -> list[str]:
+    """What a finished preparation has to say of labels: how many of each kind, and the first."""
+    if not (out / NOTES).is_file():
+        return []
+    with (out / NOTES).open(encoding="utf-8") as lines:
+        return said([(entry["path"], entry["reason"]) for entry in map(json.loads, lines)])
 
 
 def _result(out: Path, manifest: Manifest) -> PrepareResult:

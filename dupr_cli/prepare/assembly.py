@@ -23,6 +23,7 @@ from dupr_cli.artifacts.files import write_json, write_text
 from dupr_cli.artifacts.shard_files import ShardIndex, ShardWriter, index_path, shard_name
 from dupr_cli.artifacts.shards import (
     MANIFEST,
+    NOTES,
     SKIPPED,
     Manifest,
     ShardEntry,
@@ -84,8 +85,9 @@ def assemble(
                 splits[split].append(_place(out, folder, shard, shard_name(split, number)))
                 progress.advance(1)
     manifest = Manifest(splits=splits, **plan["manifest"])
-    if (folder / SKIPPED).exists():
-        (folder / SKIPPED).replace(out / SKIPPED)
+    for name in (SKIPPED, NOTES):
+        if (folder / name).exists():
+            (folder / name).replace(out / name)
     manifest.write(out)
     shutil.rmtree(folder)
     return manifest
@@ -160,8 +162,10 @@ def _plan(
             }
         )  # fmt: skip
     reasons = Counter(entry.reason.partition(":")[0] for entry in skipped)
-    lines = (json.dumps({"path": e.path, "reason": e.reason}, ensure_ascii=False) for e in skipped)
-    write_text(folder / SKIPPED, "".join(line + "\n" for line in lines))
+    _write_lines(folder / SKIPPED, skipped)
+    notes = [entry for report in reports.values() for entry in report.notes]
+    if notes:
+        _write_lines(folder / NOTES, notes)
     manifest = {
         "classes": sorted({name for report in reports.values() for name in report.classes}),
         "skipped": len(skipped),
@@ -175,6 +179,11 @@ def _plan(
         folder / _PLAN,
         {"remove": _files_of(out), "cleared": False, "shards": shards, "manifest": manifest},
     )
+
+
+def _write_lines(path: Path, entries: list[Skipped]) -> None:
+    lines = (json.dumps({"path": e.path, "reason": e.reason}, ensure_ascii=False) for e in entries)
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _reports(folder: Path, listing: Listing, out: Path) -> dict[tuple[str, int], BlockReport]:
@@ -220,7 +229,10 @@ def _files_of(out: Path) -> list[str]:
     except UsageError:  # damaged: by the names that shards have
         numbered = "*-[0-9][0-9][0-9][0-9][0-9][0-9]"
         shards = [*out.glob(f"{numbered}.tar"), *out.glob(f"{numbered}.index.json")]
-    return [path.relative_to(out).as_posix() for path in (out / MANIFEST, out / SKIPPED, *shards)]
+    return [
+        path.relative_to(out).as_posix()
+        for path in (out / MANIFEST, out / SKIPPED, out / NOTES, *shards)
+    ]
 
 
 @dataclass(frozen=True)
