@@ -335,7 +335,7 @@ def _samples(members: Sequence[tuple[str, Place]]) -> Iterator[tuple[str, str, P
         stem, _, last = name.rpartition(".")
         return stem, last.lower()
 
-    first = {}
+    first: dict[str, tuple[str, str, Place]] = {}
     for name, place in images:
         key, suffix = own_key(name)
         if "." not in suffix:

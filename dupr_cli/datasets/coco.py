@@ -107,13 +107,21 @@ def read_coco(file: Path) -> CocoSet:
     return parse_coco(read_json(file), file)
 
 
-def parse_coco(content: Mapping[str, Any], file: Path) -> CocoSet:
-    """The same of a file's content; `file` is for messages. See `read_coco`."""
+def parse_coco(
+    content: Mapping[str, Any], file: Path, usable: dict[str, list[dict[str, Any]]] | None = None
+) -> CocoSet:
+    """The same of a file's content; `file` is for messages. See `read_coco`.
+
+    usable: gets the rows that were taken, with ids and numbers as COCO writes them and categories
+    of one name as one.
+    """
     left_out: list[str] = []
     categories = _Rows(_listed(content, "categories", file), "category", "name", left_out)
     by_id = sorted(categories.found.items(), key=lambda item: _order(item[0]))
     names = {category: str(row["name"]) for category, row in by_id}
     images = _Rows(_listed(content, "images", file), "image", "file_name", left_out)
+    first = {name: category for category, name in reversed(names.items())}
+    rows: list[dict[str, Any]] = []
     objects: dict[ImageId, list[Box]] = defaultdict(list)
     reasons: dict[ImageId, list[str]] = defaultdict(list)
     remarks: dict[ImageId, list[str]] = defaultdict(list)
@@ -142,8 +150,13 @@ def parse_coco(content: Mapping[str, Any], file: Path) -> CocoSet:
             )
             objects[image].append(box)
             remarks[image] += lost
+            if usable is not None:
+                rows.append(_as_coco(annotation, image, first[box.name], box))
         except UsageError as error:
             reasons[image].append(str(error))
+    if usable is not None:
+        usable["annotations"], usable["images"] = rows, list(images.found.values())
+        usable["categories"] = [categories.found[category] for category in first.values()]
     return CocoSet(
         file,
         names,
@@ -277,6 +290,20 @@ def _box(
     return box, remarks
 
 
+def _as_coco(
+    annotation: Mapping[str, Any], image: ImageId, category: ImageId, box: Box
+) -> dict[str, Any]:
+    row = {name: value for name, value in annotation.items() if name in ("id", *box.details)}
+    return {
+        **row,
+        **box.details,
+        "image_id": image,
+        "category_id": category,
+        "bbox": [_as_number(value) for value in annotation["bbox"]],
+        "iscrowd": int(box.crowd),
+    }
+
+
 def _crowd(value: object, where: str) -> bool:
     text = str(value).strip().lower()
     if text in ("1", "1.0", "true"):
@@ -364,10 +391,9 @@ def coco_files(folder: Path) -> list[Path]:
     """The JSON of each split of a COCO folder; none where it is no such folder."""
     if not folder.is_dir():
         return []
-    listed = _json_files(folder / "annotations")
-    instances = [file for file in listed if file.name.startswith(_INSTANCES)]
-    if instances or listed:
-        return instances or [file for file in listed if _looks_like_coco(file)]
+    listed = [file for file in _json_files(folder / "annotations") if _looks_like_coco(file)]
+    if listed:
+        return listed
     places = [folder, *split_folders(folder)]
     beside = [p / name for p in places for name in _BESIDE if (p / name).is_file()]
     found = [file for file in beside if _looks_like_coco(file)]
@@ -384,6 +410,8 @@ def _json_files(folder: Path) -> list[Path]:
 
 def _looks_like_coco(file: Path) -> bool:
     """Whether the names of COCO's lists are at the start or the end of a file."""
+    if file.name.startswith(_INSTANCES):
+        return True
     with file.open("rb") as opened:
         start = opened.read(_PEEKED)
         opened.seek(max(0, file.stat().st_size - _PEEKED))

@@ -1,4 +1,4 @@
-"""How exports of labelling tools are laid out: folders that are splits, and the walk over images."""
+"""Folders of images and labels: which of them are splits, and the walk over all images."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Picture:
 
     @cached_property
     def orientation(self) -> int:
-        """1 to 8. Of some PNG it is behind the pixels, which are decoded then and raise as `rgb`."""
+        """1 to 8. A PNG's may lie behind its pixels, which are decoded then; raises as `rgb`."""
         if self.image.format == "PNG" and "exif" not in self.image.info:
             self.image.load()
         return _tag(self.image)
@@ -140,7 +140,14 @@ def _grey(image: Image.Image, deep: bool, limits: tuple[float, float] | None) ->
             raise _unknown(f"values of {kind} from {low:g} to {high:g}")
         limits = (0.0, fitting[0])
     shares = (values.astype(np.float64) - limits[0]) / (limits[1] - limits[0])
-    return Image.fromarray((255 * np.nan_to_num(shares).clip(0, 1) + 0.5).astype(np.uint8))
+    grey = (255 * np.nan_to_num(shares).clip(0, 1) + 0.5).astype(np.uint8)
+    greys = np.count_nonzero(np.bincount(grey.ravel()))
+    if greys <= 2 < len(np.unique(values)):
+        raise UnknownRangeError(
+            f"black and white do not fit: values from {low:g} to {high:g} become one or two greys "
+            f"between {limits[0]:g} and {limits[1]:g} (recipe key: image.range)"
+        )
+    return Image.fromarray(grey)
 
 
 def _unknown(found: str) -> UnknownRangeError:

@@ -90,7 +90,7 @@ def placed(labels: Labels, stored: Size, orientation: int, new: Size | None = No
 
 
 def said(notes: Sequence[tuple[str, str]]) -> list[str]:
-    """Notes of many images, (image, note) each, as a line for each kind: how many, and the first."""
+    """Notes of many images, (image, note) each: a line for each kind, how many and the first."""
     first: dict[str, str] = {}
     counts = Counter(note.partition(":")[0] for _, note in notes)
     for image, note in notes:

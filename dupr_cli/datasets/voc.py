@@ -180,9 +180,9 @@ class VocTree:
                 f"UTF-8 where it names none?"
             ) from error
         others = self._files(image_id.rpartition(".")[0]) if is_image_name(image_id) else []
-        if len(others) > 1 and (stated := self._stated_name(image_id)) in others:
-            if stated not in self._files(image_id):
-                raise RunError(f"{path}: the annotation is of {stated}, and this image has none.")
+        stated = self._stated_name(image_id) if len(others) > 1 else ""
+        if stated in others and stated not in self._files(image_id):
+            raise RunError(f"{path}: the annotation is of {stated}, and this image has none.")
         width, height = (_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
         size = (int(width), int(height)) if width >= 1 and height >= 1 else None
         boxes, left_out = list[Box](), list[str]()
@@ -291,9 +291,9 @@ def _is_year(folder: Path) -> bool:
 
 
 def _unlisted_tree(folder: Path) -> VocTree | None:
-    for images, annotations in _PAIRS:
-        if (folder / images).is_dir() and _is_annotated(folder / annotations):
-            return VocTree(folder, images, annotations)
+    for images, labels in _PAIRS:
+        if (folder / images).is_dir() and _is_annotated(folder / labels):
+            return VocTree(folder, images, labels)
     return VocTree(folder, ".", ".") if _is_annotated(folder) else None
 
 

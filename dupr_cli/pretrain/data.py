@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dupr_cli.artifacts.shards import ShardSet
+from dupr_cli.datasets.pixels import IMAGE_ERRORS, open_picture
 from dupr_cli.errors import DuprError, RunError
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 from dupr_cli.runtime.parallel import World
@@ -66,10 +67,8 @@ def crop_and_resize(image: Image.Image, crop: Crop, size: int) -> Image.Image:
 
 
 def decode(data: bytes) -> Image.Image:
-    """RGB image from the bytes of a sample. Raises OSError or ValueError when they are damaged."""
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """Upright RGB image from the bytes of a sample. Raises one of IMAGE_ERRORS when it is none."""
+    return open_picture(io.BytesIO(data)).rgb()
 
 
 def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> NDArray[np.int64]:
@@ -168,7 +167,7 @@ class ViewPairs(Dataset[ViewPairBatch | DuprError]):
             try:
                 image = decode(sample.image)
                 break
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except IMAGE_ERRORS as error:
                 problems.append(f"{sample.key}: {error}")
         else:
             raise RunError(

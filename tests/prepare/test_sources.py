@@ -28,9 +28,10 @@ from pycocotools.coco import COCO
 from torchvision.datasets import CocoDetection, VOCDetection
 
 from dupr_cli import prepare
-from dupr_cli.artifacts.labels import Box, Placement, decode_mask, encode_mask
+from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Manifest, open_shards
+from dupr_cli.datasets.placement import Placement, decode_mask, encode_mask
 from dupr_cli.datasets.voc import VocTree
 from dupr_cli.errors import UsageError
 from dupr_cli.recipe import PrepareRecipe, load_recipe

@@ -13,10 +13,21 @@ from PIL import Image
 from dupr_cli.artifacts.shard_files import Sample, shard_name, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.datasets.voc import VocTree
+from dupr_cli.progress import SilentReporter
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 
 KitObject = tuple[str, int, int, int, int]  # class, xmin, ymin, xmax, ymax as VOC counts
+
+
+class Listening(SilentReporter):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warning(self, message: str) -> None:
+        self.said.append(message)
 
 
 def annotation_xml(objects: list[KitObject], difficult: bool = False) -> str:

@@ -51,21 +51,24 @@ def plain_key(name: str) -> str:
 
 
 def apart(entries: Iterable[Entry], notes: list[str]) -> Iterator[Entry]:
-    """The entries, an image of two splits under a key of its own in the second: both are kept.
+    """The entries, a key of two splits as another one in the second: what repeats within a split
+    is listed twice, but splits may overlap.
 
-    What overlaps is added to `notes`.
+    Images that are in two splits are counted in `notes`.
     """
-    first: dict[int, str] = {}
+    first: dict[int, tuple[str, int]] = {}
     again: Counter[tuple[str, str]] = Counter()
     for entry in entries:
-        before = first.setdefault(hash(entry.sample_key), entry.split)
+        mine = (entry.split, hash(entry.name))
+        before, name = first.setdefault(hash(entry.sample_key), mine)
         if before != entry.split:
-            again[before, entry.split] += 1
+            again[before, entry.split] += name == mine[1]
             entry = replace(entry, key=f"{entry.split}-{entry.sample_key}")
         yield entry
     notes += [
         f"{count} images of the split {later} are in {before} too, and stay in both"
         for (before, later), count in again.items()
+        if count
     ]
 
 

@@ -44,6 +44,9 @@ class CocoSource(BuiltIn):
         files = [self.path] if self.path.is_file() else coco_files(self.path)
         if not files:
             raise UsageError(f"{self.path}: there is no annotations/instances_*.json.")
+        if self.options.splits is None:
+            # Other JSON beside COCO's own is of something else.
+            files = [f for f in files if f.name.startswith("instances_")] or files
         by_split: dict[str, Path] = {}
         for file in files:
             split = coco_split(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from dupr_cli.artifacts.files import is_image_name
@@ -28,10 +29,7 @@ class FolderSource(BuiltIn):
     def _walked(self) -> Iterator[str]:
         """The images; `notes` then say what lies among them and is not taken."""
         self.notes, found = [], list[str]()
-        for name in walk(
-            self.path, self.out, lambda place, names: _add_labels(found, place, names)
-        ):
-            yield name
+        yield from walk(self.path, self.out, partial(_add_labels, found))
         if found:
             self.notes.append(labels_not_taken(str(self.path), found))
         packed = archives(self.path)
