@@ -119,7 +119,12 @@ def parse_coco(
     categories = _Rows(_listed(content, "categories", file), "category", "name", left_out)
     by_id = sorted(categories.found.items(), key=lambda item: _order(item[0]))
     names = {category: str(row["name"]) for category, row in by_id}
-    images = _Rows(_listed(content, "images", file), "image", "file_name", left_out)
+    listed = _listed(content, "images", file)
+    images = _Rows(listed, "image", "file_name", left_out)
+    if listed and not images.found:
+        raise UsageError(
+            f"{file}: none of {len(listed)} images can be used; for example {left_out[-1]}."
+        )
     first = {name: category for category, name in reversed(names.items())}
     rows: list[dict[str, Any]] = []
     objects: dict[ImageId, list[Box]] = defaultdict(list)
