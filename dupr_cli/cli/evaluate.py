@@ -106,7 +106,7 @@ def voc(
         typer.Option(
             "--data",
             metavar="VOC_TREE_OR_SHARDS",
-            help="A VOCdevkit, one year's folder, or labelled shards.",
+            help="A VOCdevkit, one year's folder, COCO's or YOLO's layout, or labelled shards.",
         ),
     ],
     out: Out,

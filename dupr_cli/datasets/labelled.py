@@ -194,8 +194,8 @@ def open_labelled(
     Boxes are clipped to the image, those left without area are dropped; images and labels that
     cannot be used are left out: all of it is reported as warnings.
     masks: keep the objects' outlines, and ask for them.
-    Raises UsageError when there is no such set or split, it has no images or no boxes, and RunError
-    naming the first image when none can be used.
+    Raises UsageError when there is no such set or split, it has no images, or none of them can be
+    used.
     """
     source = open_source(address, splits)
     annotations, sizes, numbers = list[Annotation](), list[int](), list[int]()
@@ -219,9 +219,9 @@ def open_labelled(
             numbers.append(number)
             notes += [(image_id, note) for note in (*found.notes, *further)]
             task.advance()
-    if not annotations:
-        raise errors[0]
     where = f"{address}, split {named}"
+    if not annotations:
+        raise UsageError(f"{where}: no image can be used; the first of {len(errors)}: {errors[0]}")
     warnings = [*source.notes, *(f"{where}: {text}" for text in said(notes))]
     if errors:
         warnings.insert(

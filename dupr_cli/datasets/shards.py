@@ -11,7 +11,7 @@ from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import MANIFEST, ShardSet
 from dupr_cli.datasets.layout import has_images
 from dupr_cli.datasets.placement import Labels
-from dupr_cli.errors import UsageError
+from dupr_cli.errors import RunError
 
 
 def holds_shards(folder: Path) -> bool:
@@ -36,8 +36,6 @@ class ShardSplit:
         self._shards = shards
         self.ids = list(shards.keys())
         self.notes: list[str] = []
-        if len(shards):
-            self._require_labels(0)
 
     def place(self, number: int) -> str:
         shard, _ = self._shards.place(number)
@@ -47,12 +45,10 @@ class ShardSplit:
         return io.BytesIO(self._shards[number].image)
 
     def labels(self, number: int) -> Labels:
-        return self._require_labels(number)
-
-    def _require_labels(self, number: int) -> Labels:
+        """Raises RunError where a sample has none."""
         labels = labels_of(self._shards.described(number))
         if labels is None:
-            raise UsageError(
+            raise RunError(
                 f"{self.place(number)} has no boxes (no {self.ids[number]}.boxes.json). A labelled "
                 f"set is needed: a VOC tree, or the shards that `dupr prepare` makes of one."
             )

@@ -91,7 +91,7 @@ class VocTree:
         unquoted = [text[1:-1] for text in (line, plain) if re.fullmatch(r"(['\"]).*\1", text)]
         base = plain.replace("\\", "/").rpartition("/")[2]
         for image_id in (line, plain, *unquoted, base):
-            if self._files(image_id) or self._annotation_path(image_id).is_file():
+            if self._files(image_id) or self.is_annotated(image_id):
                 return image_id
         return plain
 
@@ -158,6 +158,9 @@ class VocTree:
         if not path.is_file() and is_image_name(name):
             return folder / f"{name.rpartition('.')[0]}.xml"
         return path
+
+    def is_annotated(self, image_id: str) -> bool:
+        return self._annotation_path(image_id).is_file()
 
     def boxes(self, image_id: str) -> list[Box]:
         """Objects of one image; see `labels`."""
@@ -314,7 +317,7 @@ def trees_of_split(trees: Sequence[VocTree], split: str, address: str) -> list[t
         known = sorted({name for tree in of_year for name in tree.splits})
         years = ", ".join(tree.root.name for tree in trees)
         raise UsageError(
-            f"{address}: there is no split {split}; ImageSets/Main of {years} has "
+            f"{address}: there is no split {split!r}; ImageSets/Main of {years} has "
             f"{', '.join(known) or 'no lists'}."
         )
     return found

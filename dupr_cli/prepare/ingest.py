@@ -125,7 +125,7 @@ def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> I
         sha256.hexdigest() if stays else "",
     )
     look_ = _look(pixels, raw.data) if look else 0
-    return Ingested(sample, sha256.digest(), look_, found.notes if found else ())
+    return Ingested(sample, sha256.digest(), look_, found.notes if found else raw.remarks)
 
 
 def _open(data: bytes) -> Picture:

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from dupr_cli.artifacts.shards import open_shards
-from dupr_cli.errors import RunError, UsageError
+from dupr_cli.errors import UsageError
 from dupr_cli.pretrain.data import decode
 from dupr_cli.probe.data import open_classified
 from dupr_cli.progress import SilentReporter
@@ -328,6 +328,18 @@ def test_labels_in_an_archive_are_counted(tmp_path: Path) -> None:
         opened.writestr("a.xml", voc_xml(BOX, SIZE))
     said = prepared(tmp_path / "a.zip", tmp_path / "out")
     assert "1 label files were not taken" in said
+
+
+def test_images_that_are_not_labelled_yet_are_taken_without_labels(tmp_path: Path) -> None:
+    labelimg_voc(tmp_path / "set")
+    picture(tmp_path / "set/c.jpg", 3)
+    said = prepared(tmp_path / "set", tmp_path / "out")
+    assert counts(tmp_path / "out") == {"train": 3}
+    assert "no annotation: 1 in all; the first: c" in said
+    for root in (tmp_path / "set", tmp_path / "out"):
+        read = from_tree(root)
+        assert read.images.ids == ["a", "b"]
+        assert "1 of 3 images were left out" in read.said
 
 
 def test_two_images_of_one_annotation_are_no_two_objects(tmp_path: Path) -> None:
@@ -731,5 +743,5 @@ def test_what_is_no_labelled_set_is_said(tmp_path: Path) -> None:
 def test_labels_that_are_no_text_cost_that_image(tmp_path: Path) -> None:
     root = yolo(tmp_path / "set", {"names": ["red"]})
     (root / "labels/train/a.txt").write_bytes(b"\xff\xff\x00")
-    with pytest.raises(RunError, match=r"a\.txt: the file is not UTF-8 text"):
+    with pytest.raises(UsageError, match=r"a\.txt: the file is not UTF-8 text"):
         from_tree(root)

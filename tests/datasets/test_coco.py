@@ -83,7 +83,6 @@ def test_everything_is_as_pycocotools_reads_it(shared_data: Path) -> None:
         (("annotations", 1, "category_id"), 99, "annotation 6: its category_id is 99; .* 1, 18"),
         (("annotations", 1, "image_id"), 99, "annotation 6: its image_id is 99, but no image"),
         (("annotations", 1, "area"), "big", "annotation 6: its area is 'big'"),
-        (("images", 1, "id"), 7, "image 7: another image has the same id"),
         (("images", 1, "file_name"), None, "image number 2: an id and a file_name are needed"),
         (("categories", 1, "id"), 18, "category 18: another category has the same id"),
         (("categories", 1), {"name": "cat"}, "category number 2: an id and a name are needed"),
@@ -103,6 +102,14 @@ def test_a_bad_row_costs_that_row_and_is_named(
     taken = sum(len(image.objects) for image in coco.images)
     named = [reason for reason in coco.all_left_out if reason.startswith("annotation")]
     assert taken + len(named) == 2
+
+
+def test_images_of_one_id_are_left_out_and_named(tmp_path: Path) -> None:
+    damaged = content()
+    damaged["images"] += [{"id": 3, "file_name": "c.jpg"}, dict(damaged["images"][0])]
+    coco = read_coco(written(tmp_path, damaged))
+    assert [image.id for image in coco.images] == [7]
+    assert coco.left_out == ("image 3: another image has the same id; give each its own",)
 
 
 @pytest.mark.parametrize(

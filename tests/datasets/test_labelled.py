@@ -107,7 +107,9 @@ def test_without_a_usable_image_the_first_is_the_error(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     for file in (tree / "Annotations").iterdir():
         file.unlink()
-    with pytest.raises(RunError, match=r"img000.xml.*missing"):
+    with pytest.raises(
+        UsageError, match=r"no image can be used; the first of 8: .*img000.xml.*missing"
+    ):
         open_labelled(str(tree), ["train"], SilentReporter())
 
 
@@ -154,7 +156,7 @@ def test_shards_without_splits_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "problem"), [("empty", "lists no images"), ("tset", "no split tset.*train, val")]
+    ("split", "problem"), [("empty", "lists no images"), ("tset", "no split 'tset'.*train, val")]
 )
 def test_split_without_images_is_refused(tmp_path: Path, split: str, problem: str) -> None:
     tree = make_tree(tmp_path)

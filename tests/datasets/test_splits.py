@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
-from dupr_cli.errors import RunError, UsageError
+from dupr_cli.errors import UsageError
 from dupr_cli.metrics import Detections, score
 from dupr_cli.progress import SilentReporter
 from tests.support.labelled_scenes import (
@@ -235,10 +235,10 @@ def test_damaged_cityscapes_is_named(tmp_path: Path) -> None:
         opened(root, "val")
     labels = root / "gtFine/train/ulm/ulm_1_2_gtFine_instanceIds.png"
     labels.write_bytes(labels.read_bytes()[:40])
-    with pytest.raises(RunError, match=r"instanceIds\.png: the annotation cannot be decoded"):
+    with pytest.raises(UsageError, match=r"instanceIds\.png: the annotation cannot be decoded"):
         opened(root, "train")
     labels.unlink()
-    with pytest.raises(RunError, match=r"instanceIds\.png: the annotation is missing"):
+    with pytest.raises(UsageError, match=r"instanceIds\.png: the annotation is missing"):
         opened(root, "train")
 
 

@@ -106,7 +106,7 @@ def test_voc_07_and_12_as_torchvision_reads_them(shared_data: Path, tmp_path: Pa
 
 def test_a_split_that_voc_does_not_have_is_named(shared_data: Path, tmp_path: Path) -> None:
     tree = shared_data / "voc_animals_160px"
-    with pytest.raises(UsageError, match=r"no split 2007/train; ImageSets/Main of VOC2012 has"):
+    with pytest.raises(UsageError, match=r"no split '2007/train'; ImageSets/Main of VOC2012 has"):
         prepared(tree, tmp_path / "out", "source.splits=[2007/train]")
 
 

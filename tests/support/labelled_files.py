@@ -58,7 +58,7 @@ def save(path: Path, image: Image.Image, orientation: int | None, xmp: bool = Fa
         "png": "PNG",
         "bmp": "BMP",
     }
-    format_ = kind[path.suffix.lower()[1:]]
+    format_ = kind[path.suffix.lower()[1:].replace("jpeg", "jpg")]
     lossy = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
     options: dict[str, object] = dict(lossy.get(format_, {}))
     if orientation is not None and not xmp:

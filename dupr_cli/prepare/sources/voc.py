@@ -74,4 +74,9 @@ class VocSource(BuiltIn):
         """Raises RunError when the annotation is missing or damaged."""
         root, image_id = entry.place
         tree = self._trees[root]
-        return RawImage.of(tree.image_path(image_id).read_bytes(), tree.labels(image_id))
+        if not tree.has_lists and not tree.is_annotated(image_id):
+            # LabelImg writes no file for an image that nobody has labelled yet.
+            remark = "no annotation: the image is taken without labels"
+            return RawImage(tree.image_path(image_id).read_bytes(), remarks=(remark,))
+        labels = tree.labels(image_id)
+        return RawImage.of(tree.image_path(image_id).read_bytes(), labels)
