@@ -312,8 +312,9 @@ def _carry_out(
         notes.append(note)
     if dry_run:
         plan = stage.plan(
-            recipe, weights, data, out, device=device, processes=processes, notes=notes
-        )
+            recipe, weights, data, out, device=device, processes=processes, notes=notes,
+            reporter=reporter,
+        )  # fmt: skip
         show_plan(recipe, plan)
         return None
     if processes > 1 and "RANK" not in os.environ:

@@ -514,7 +514,10 @@ class CocoSplit:
                 f"Put the images there."
             )
         self._folder, self._images = folder, coco.images
-        self.ids = [image.file_name for image in coco.images]
+        # Roboflow's folders may each have an image of the same name.
+        of_split = file.name in _BESIDE and split_named(file.parent.name) and not root.is_file()
+        above = f"{file.parent.name}/" if of_split else ""
+        self.ids = [above + image.file_name for image in coco.images]
         self.notes = coco.notes
 
     def place(self, number: int) -> str:

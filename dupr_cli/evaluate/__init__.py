@@ -30,6 +30,7 @@ def plan(
     device: str = "auto",
     processes: int = 1,
     notes: Sequence[str] = (),
+    reporter: Reporter | None = None,
 ) -> EvaluatePlan:
     """Check everything that `run` needs and say what it would do.
 
@@ -39,7 +40,7 @@ def plan(
     from dupr_cli.runtime.devices import choose_device
 
     chosen = choose_device(device)
-    return prepare_comparison(recipe, weights, data, out, chosen, processes, notes).plan()
+    return prepare_comparison(recipe, weights, data, out, chosen, processes, notes, reporter).plan()
 
 
 def run(

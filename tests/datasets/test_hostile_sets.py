@@ -51,7 +51,7 @@ class Photograph:
     def decidable(self) -> bool:
         """Whether the stated size tells what the labels were drawn on."""
         sideways = self.orientation in (5, 6, 7, 8)
-        return sideways and self.stated and abs(self.width - self.height) > 1
+        return sideways and self.stated and self.width != self.height
 
 
 @st.composite
@@ -94,17 +94,17 @@ def written(root: Path, kind: str, photos: list[Photograph]) -> list[Path]:
         (root / "Annotations").mkdir()
         (root / "ImageSets/Main").mkdir(parents=True)
         (root / "ImageSets/Main/train.txt").write_text("\n".join(stems))
-        for stem, box, size in zip(stems, boxes, sizes, strict=True):
-            (root / f"Annotations/{stem}.xml").write_text(voc_xml(box, size))
+        for stem, box, stated in zip(stems, boxes, sizes, strict=True):
+            (root / f"Annotations/{stem}.xml").write_text(voc_xml(box, stated))
     elif kind == "coco":
         (root / "annotations").mkdir()
         content = coco_json([file.name for file in files], boxes, sizes)
         (root / "annotations/instances_train.json").write_text(json.dumps(content))
     else:
         (root / "labels/train").mkdir(parents=True)
-        for stem, box, size in zip(stems, boxes, sizes, strict=True):
-            assert size is not None
-            (root / f"labels/train/{stem}.txt").write_text(yolo_line(box, size))
+        for stem, box, stated in zip(stems, boxes, sizes, strict=True):
+            assert stated is not None
+            (root / f"labels/train/{stem}.txt").write_text(yolo_line(box, stated))
         (root / "data.yaml").write_text("train: images/train\nnames: [red]\n")
     return files
 

@@ -78,7 +78,7 @@ def test_boxes_without_area_are_dropped_and_reported(tmp_path: Path) -> None:
     reporter = Listening()
     images = open_labelled(str(tmp_path), ["train"], reporter)
     assert images.annotations[1].boxes.tolist() == [[79, 59, 96, 72]]
-    cut, dropped = reporter.said
+    cut, dropped = reporter.warnings
     assert "box cut: 1 in all; the first: bad" in cut
     assert "box dropped: 2 in all; the first: bad" in dropped
 
@@ -90,9 +90,10 @@ def test_an_image_that_is_missing_is_left_out_and_named(tmp_path: Path) -> None:
     images = open_labelled(str(tree), ["train"], reporter)
     assert len(images) == 7
     assert "img003" not in images.ids
-    assert "1 of 8 images were left out" in reporter.said[0]
-    assert "img003.jpg: the image is missing" in reporter.said[0]
-    assert np.array_equal(images.image(3), Image.open(tree / "JPEGImages" / "img004.png"))
+    assert "1 of 8 images were left out" in reporter.warnings[0]
+    assert "img003.jpg: the image is missing" in reporter.warnings[0]
+    with Image.open(tree / "JPEGImages" / "img004.png") as following:
+        assert np.array_equal(np.asarray(images.image(3)), np.asarray(following))
 
 
 def test_an_image_whose_annotation_is_missing_is_left_out_and_named(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_an_image_whose_annotation_is_missing_is_left_out_and_named(tmp_path: Pa
     (tree / "Annotations" / "img003.xml").unlink()
     reporter = Listening()
     assert len(open_labelled(str(tree), ["train"], reporter)) == 7
-    assert "img003.xml: the annotation is missing" in reporter.said[0]
+    assert "img003.xml: the annotation is missing" in reporter.warnings[0]
 
 
 def test_without_a_usable_image_the_first_is_the_error(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_an_object_without_a_class_is_left_out_and_named(tmp_path: Path) -> None
     reporter = Listening()
     images = open_labelled(str(tmp_path), ["train"], reporter)
     assert images.annotations[0].names == ("red",)
-    assert "an object has no class name" in reporter.said[0]
+    assert "an object has no class name" in reporter.warnings[0]
 
 
 def test_an_image_that_is_cut_off_is_named(tmp_path: Path) -> None:

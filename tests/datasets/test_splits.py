@@ -145,7 +145,7 @@ def test_a_bad_row_of_coco_is_a_warning(
     reporter = Listening()
     images = open_labelled(str(tmp_path), ["train2017"], reporter)
     assert len(images) >= 2
-    assert any(re.search(f"train2017.*{problem}", warning) for warning in reporter.said)
+    assert any(re.search(f"train2017.*{problem}", warning) for warning in reporter.warnings)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_images_that_are_elsewhere_or_missing_are_named(tmp_path: Path) -> None:
     (tmp_path / "train2017" / "train2017_2.png").unlink()
     reporter = Listening()
     assert len(open_labelled(str(tmp_path), ["train2017"], reporter)) == 2
-    assert "1 of 3 images were left out" in reporter.said[0]
-    assert "train2017_2.png: the image is missing" in reporter.said[0]
+    assert "1 of 3 images were left out" in reporter.warnings[0]
+    assert "train2017_2.png: the image is missing" in reporter.warnings[0]
     (tmp_path / "train2017").rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=r"train2017_1\.png, is in none of .*train2017"):
         opened(tmp_path, "train2017")
@@ -196,7 +196,7 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     reporter = Listening()
     open_labelled(str(tmp_path), ["train2017"], reporter)
     assert re.search(
-        r"mask left out: 1 .*\[10, 10\], height x width, the image of", reporter.said[0]
+        r"mask left out: 1 .*\[10, 10\], height x width, the image of", reporter.warnings[0]
     )
     edit(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))
     with pytest.raises(UsageError, match=r"2017_1\.png: an object has no mask.*detector\.model"):
@@ -257,7 +257,7 @@ def test_voc_annotation_that_is_no_text_is_named(tmp_path: Path, content: bytes)
     (tree / "Annotations" / "img003.xml").write_bytes(content)
     reporter = Listening()
     assert len(open_labelled(str(tree), ["train"], reporter)) == 7
-    assert re.search(r"1 of 8 .*img003\.xml: not valid XML.*encoding", reporter.said[0])
+    assert re.search(r"1 of 8 .*img003\.xml: not valid XML.*encoding", reporter.warnings[0])
 
 
 def test_voc_annotation_in_another_stated_encoding_is_read(tmp_path: Path) -> None:
@@ -290,4 +290,4 @@ def test_voc_corner_that_is_no_number_is_named(tmp_path: Path, value: str) -> No
     assert len(images) == 8
     assert images.annotations[0].names == ()
     problem = r"label left out: 1 in all.*img000\.xml: object '\w+': bndbox/ymax is .* a number"
-    assert re.search(problem, reporter.said[0])
+    assert re.search(problem, reporter.warnings[0])

@@ -18,8 +18,7 @@ from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
 from dupr_cli.errors import UsageError
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import EvaluateRecipe
-from tests.datasets.test_labelled import Listening
-from tests.support.labelled_scenes import COLOURS, make_tree
+from tests.support.labelled_scenes import COLOURS, Listening, make_tree
 
 
 def recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:

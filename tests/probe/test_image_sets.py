@@ -24,9 +24,8 @@ from dupr_cli.probe.data import (
 from dupr_cli.probe.image_readers import square_around
 from dupr_cli.progress import SilentReporter
 from tests.conftest import encode, noise_image, write_shards
-from tests.datasets.test_labelled import Listening
 from tests.support.class_images import HUES, class_folders, class_shards, picture
-from tests.support.labelled_scenes import make_tree, shards_of
+from tests.support.labelled_scenes import Listening, make_tree, shards_of
 
 SILENT = SilentReporter()
 

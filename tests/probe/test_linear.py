@@ -22,9 +22,9 @@ from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import ProbeRecipe
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.probe import LogisticSection
-from tests.datasets.test_labelled import Listening
 from tests.probe.test_knn import clusters
 from tests.support.class_images import HUES, class_folders, probe_recipe
+from tests.support.labelled_scenes import Listening
 
 CPU = torch.device("cpu")
 

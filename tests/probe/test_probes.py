@@ -24,10 +24,9 @@ from dupr_cli.probe.features import extract, freeze_backbone, measure_random
 from dupr_cli.progress import SilentReporter, Task
 from dupr_cli.recipe import recipe_yaml
 from tests.conftest import write_shards
-from tests.datasets.test_labelled import Listening
 from tests.support.class_images import HUES, class_folders, class_shards, probe_recipe
 from tests.support.command_line import dupr
-from tests.support.labelled_scenes import COLOURS, make_tree
+from tests.support.labelled_scenes import COLOURS, Listening, make_tree
 
 
 @pytest.fixture(scope="module")

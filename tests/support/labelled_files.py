@@ -59,8 +59,11 @@ def save(path: Path, image: Image.Image, orientation: int | None, xmp: bool = Fa
         "bmp": "BMP",
     }
     format_ = kind[path.suffix.lower()[1:].replace("jpeg", "jpg")]
-    lossy = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
-    options: dict[str, object] = dict(lossy.get(format_, {}))
+    lossy: dict[str, dict[str, object]] = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True},
+    }
+    options = dict(lossy.get(format_, {}))
     if orientation is not None and not xmp:
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -154,7 +157,7 @@ class Read:
 def from_tree(address: Path, split: str = "train", masks: bool = False) -> Read:
     reporter = Listening()
     images = open_labelled(str(address), [split], reporter, masks=masks)
-    return Read(images, "\n".join(reporter.said))
+    return Read(images, "\n".join(reporter.warnings))
 
 
 def from_shards(source: Path, out: Path, *overrides: str, split: str = "train") -> Read:
@@ -168,7 +171,7 @@ def prepared(source: Path, out: Path, *overrides: str) -> str:
     reporter = Listening()
     recipe = load_recipe(PrepareRecipe, None, list(overrides))
     prepare.run(recipe, source, out, workers=1, reporter=reporter)
-    return "\n".join(reporter.said)
+    return "\n".join(reporter.warnings)
 
 
 def counts(out: Path) -> dict[str, int]:

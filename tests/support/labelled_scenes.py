@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -13,7 +14,7 @@ from PIL import Image
 from dupr_cli.artifacts.shard_files import Sample, shard_name, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.datasets.voc import VocTree
-from dupr_cli.progress import SilentReporter
+from dupr_cli.progress import SilentReporter, Task
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 
@@ -21,13 +22,24 @@ KitObject = tuple[str, int, int, int, int]  # class, xmin, ymin, xmax, ymax as V
 
 
 class Listening(SilentReporter):
-    """Keeps the warnings."""
+    """Keeps what is said: the warnings, and all of it with the names of tasks."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.warnings: list[str] = []
+
+    def info(self, message: str) -> None:
+        self.said.append(message)
 
     def warning(self, message: str) -> None:
         self.said.append(message)
+        self.warnings.append(message)
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        self.said.append(description)
+        with super().task(description, total, unit, done) as task:
+            yield task
 
 
 def annotation_xml(objects: list[KitObject], difficult: bool = False) -> str:
