@@ -132,6 +132,10 @@ class YoloSet:
             found.setdefault(split, []).extend(places)
         return found or _plain_splits(self.root)
 
+    def is_there(self, split: str) -> bool:
+        """Whether any place of a split exists."""
+        return any(path.exists() for given in self.splits[split] for path in self._places(given))
+
     def images(self, split: str) -> Iterator[str]:
         """Paths of the images of a split, relative to the root where they are below it.
 
@@ -169,9 +173,10 @@ class YoloSet:
         plain = _plain(given)
         places = [self.root / plain, self._folder / plain]
         # Roboflow writes ../train/images for train/images; other paths are of another machine.
-        inner = plain.removeprefix("../")
-        places += [self.root / inner, *_tails(self.root, plain)]
-        return places
+        places.append(self.root / plain.removeprefix("../"))
+        # `images` alone is the end of too many paths.
+        ends = _tails(self.root, plain)
+        return places + (ends if Path(plain).suffix else ends[:-1])
 
     def _listed(self, line: str, folder: Path) -> Path:
         """The image of a line of a list."""

@@ -68,9 +68,9 @@ class ImageSection(Section):
     """How much of an image that stays as it is, is decoded to see that it is whole: all of it; all
     of every 20th, by a hash of its key, and the header of the others; the header."""
     range: tuple[float, float] | None = None
-    """Values that become black and white, of images with more than 8 bits or of floats. By default
-    a 16 bit image uses all its depth and floats run from 0 to 1; where they clearly do not (12 bits
-    in 16, counts), nobody can say which values are meant, and the image is skipped."""
+    """Values that become black and white, of images with more than 8 bits. By default a 16 bit
+    image uses all its depth, floats run from 0 to 1 or 255, integers of 32 bits from 0 to 255; an
+    image that does not fill a quarter of that, or exceeds it, is skipped."""
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
     """Images of more pixels (width x height) are skipped before they are decoded."""
 

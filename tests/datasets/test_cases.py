@@ -140,6 +140,13 @@ def test_paths_of_data_yaml_lead_to_the_images(tmp_path: Path, given: object) ->
     assert both(root, tmp_path / "out2", "val") == [[EDGES]]
 
 
+def test_a_test_split_that_was_not_exported_is_said(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "set", {"test": "../test/images", "names": ["red"]})
+    said = prepared(root, tmp_path / "out")
+    assert counts(tmp_path / "out") == {"train": 1}
+    assert "the test split of data.yaml is not there" in said
+
+
 @pytest.mark.parametrize("shape", [[4, 2], [4, 3], [17, 3]])
 def test_pose_labels_are_a_box_and_keypoints(tmp_path: Path, shape: list[int]) -> None:
     points = [(0.25, 0.25), (0.5, 0.5)] + [(0.0, 0.0)] * (shape[0] - 2)

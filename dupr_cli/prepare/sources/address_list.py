@@ -57,8 +57,8 @@ class ListSource(BuiltIn):
 
     def _address(self, line: str) -> str:
         """The path or address of a line; a label behind it, as ImageNet's lists have, is none."""
-        if is_remote(line):
-            return line
+        if is_remote(line) or (is_image_name(line) and "\\" not in line):
+            return line  # without asking the file system for each of millions
         address, _, label = line.rpartition(" ")
         for given in (line, address.strip()) if label.isdigit() and address.strip() else (line,):
             for name in (given, given.replace("\\", "/").removeprefix("./")):
@@ -70,7 +70,8 @@ class ListSource(BuiltIn):
         with self.path.open(encoding=encoding_of(self.path), newline="") as file:
             head = file.readline()
             file.seek(0)
-            rows = csv.reader(file, delimiter=max("\t;,", key=head.count))
+            tabs = self.path.suffix.lower() == ".tsv"
+            rows = csv.reader(file, delimiter="\t" if tabs else max(",;\t", key=head.count))
             names = next(rows, [])
             column = self._numbered(names)
             if column is None:  # no header: the first line is an image's

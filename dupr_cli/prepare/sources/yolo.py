@@ -31,6 +31,10 @@ class YoloSource(BuiltIn):
     def _listed(self) -> Iterator[Entry]:
         for given in self.options.splits or list(self._set.splits):
             split = given if given in self._set.splits else split_named(given) or given
+            if split == "test" and not self.options.splits and not self._set.is_there(split):
+                # Roboflow names a test split in data.yaml also where it has exported none.
+                self.notes.append(f"{self.path}: the test split of data.yaml is not there")
+                continue
             for name in self._set.images(split):
                 yield Entry(name, None, split)
 
