@@ -117,7 +117,8 @@ def score_files(
         else:
             scores = score(metric, labels.truths, found, labels.classes, ious)
     except ValueError as error:
-        raise UsageError(f"{data}, split {split}: {error}.") from error
+        said = "; ".join([str(error), *notes])
+        raise UsageError(f"{data}, split {split}: {said}.") from error
     scored = Scored(
         metric=metric,
         metric_name=METRIC_NAMES[metric],
