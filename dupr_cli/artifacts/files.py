@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_KNOWN = """
+    .jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm
+    .avif .jp2 .tga
+"""
+IMAGE_SUFFIXES = frozenset(_KNOWN.split())
 
 
 def fsync_directory(folder: Path) -> None:
@@ -108,6 +113,13 @@ def named(folder: Path, matches: Callable[[str], bool]) -> list[Path]:
     """
     with os.scandir(folder) as entries:
         return sorted(folder / entry.name for entry in entries if matches(entry.name))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of that name holds an image: by its suffix, in any case, and not hidden."""
+    base = name.rpartition("/")[2]
+    stem, dot, suffix = base.rpartition(".")
+    return bool(stem) and not base.startswith(".") and dot + suffix.lower() in IMAGE_SUFFIXES
 
 
 def sha256_file(path: Path) -> str:

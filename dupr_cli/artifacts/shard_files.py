@@ -14,19 +14,18 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dupr_cli.artifacts.files import fsync_directory, naming, write_text
+from dupr_cli.artifacts.files import fsync_directory, is_image_name, naming, write_text
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError
 
 FORMAT_VERSION = 1  # of the index
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # What dupr writes into <key>.json; a source's own <key>.json keeps everything else.
 _INFO = ("source", "width", "height", "sha256", "class")
 
@@ -69,25 +68,36 @@ def sample_from_json(
     key: str,
     extension: str,
     image: bytes,
-    info: Mapping[str, Any],
-    objects: Sequence[Mapping[str, Any]] | None,
-    extras: Mapping[str, bytes] | None = None,
+    info: object,
+    boxes: object,
+    extras: Mapping[str, bytes],
 ) -> Sample:
     """A sample out of its members; dupr did not need to write them.
 
-    Raises KeyError, TypeError or ValueError when `objects` are not those of a shard.
+    info: of <key>.json; what is no object of JSON is kept under "json". boxes: of <key>.boxes.json.
+    Raises KeyError, TypeError or ValueError when its objects are not those of a shard.
     """
+    values = info if isinstance(info, dict) else {} if info is None else {"json": info}
+    own = {name: values.get(name) for name in _INFO}
+    label = own["class"] if isinstance(own["class"], str) else None
+    kept = {name: value for name, value in values.items() if name not in _INFO}
+    if label is None and own["class"] is not None:
+        kept["class"] = own["class"]
+    objects = None
+    # Others call a member of their own so.
+    if isinstance(boxes, dict) and isinstance(boxes.get("objects"), list):
+        objects = tuple(Box.from_json(value) for value in boxes["objects"])
     return Sample(
         key,
         extension,
         image,
-        source=str(info.get("source", "")),
-        width=_whole(info.get("width")),
-        height=_whole(info.get("height")),
-        boxes=None if objects is None else tuple(Box.from_json(value) for value in objects),
-        label=info["class"] if isinstance(info.get("class"), str) else None,
-        info={name: value for name, value in info.items() if name not in _INFO},
-        extras=extras or {},
+        source=str(own["source"] or ""),
+        width=_whole(own["width"]),
+        height=_whole(own["height"]),
+        boxes=objects,
+        label=label,
+        info=kept,
+        extras=extras,
     )
 
 
@@ -277,8 +287,7 @@ def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
     address: where the tar was copied from, for the message.
     """
     index = ShardIndex(bytes=path.stat().st_size)
-    by_key: dict[str, int] = {}
-    others: dict[str, dict[str, Place]] = {}  # may come before or without their image
+    members: list[tuple[str, Place]] = []
     last = "its start"
     try:
         with tarfile.open(path, mode="r:") as tar:
@@ -286,29 +295,70 @@ def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
                 if not member.isfile():
                     continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
-                place = (member.offset_data, member.size)
                 if member.offset_data + member.size > index.bytes:
                     raise tarfile.ReadError("unexpected end of data")
-                if suffix in IMAGE_EXTENSIONS and key not in by_key:
-                    by_key[key] = len(index.keys)
-                    index.keys.append(key)
-                    index.extensions.append(suffix)
-                    index.images.append(place)
-                else:
-                    others.setdefault(key, {})[suffix] = place
+                members.append((member.name, (member.offset_data, member.size)))
                 last = f"member {member.name}"
     except (tarfile.TarError, EOFError) as error:
         raise RunError(
             f"{address or path}: the shard is cut off or damaged after {last}: {error}. "
             f"Copy it again or make it anew."
         ) from error
+    others: dict[str, dict[str, Place]] = {}
+    for key, suffix, place in _samples(members):
+        if key not in others:
+            others[key] = {}
+            index.keys.append(key)
+            index.extensions.append(suffix)
+            index.images.append(place)
+        else:
+            others[key][suffix] = place
     for key in index.keys:
-        members = others.get(key, {})
-        index.infos.append(members.pop("json", None))
-        index.boxes.append(members.pop("boxes.json", None))
-        if members:
-            index.extras[key] = members
+        of_key = others[key]
+        index.infos.append(of_key.pop("json", None))
+        index.boxes.append(of_key.pop("boxes.json", None))
+        if of_key:
+            index.extras[key] = of_key
     return index
+
+
+def _samples(members: Sequence[tuple[str, Place]]) -> Iterator[tuple[str, str, Place]]:
+    """Key, suffix and place of the members that have an image, the image of each key first.
+
+    A key ends at the first dot of the file's name, as WebDataset has it; where no image has that
+    key, the dots belong to the key: a.v1.jpg and a.v2.jpg are two images, but beside a.jpg the
+    image a.mask.png is a member of it.
+    """
+    images = [(name, place) for name, place in members if is_image_name(name)]
+    plain = {key for name, _ in images for key, suffix in [_first_dot(name)] if "." not in suffix}
+
+    def own_key(name: str) -> tuple[str, str]:
+        key, suffix = _first_dot(name)
+        if key in plain:
+            return key, suffix.lower()
+        stem, _, last = name.rpartition(".")
+        return stem, last.lower()
+
+    first: dict[str, tuple[str, str, Place]] = {}
+    for name, place in images:
+        key, suffix = own_key(name)
+        if "." not in suffix:
+            first.setdefault(key, (name, suffix, place))
+    yield from ((key, suffix, place) for key, (_, suffix, place) in first.items())
+    taken = {name for name, _, _ in first.values()}
+    for name, place in members:
+        if name in taken:
+            continue
+        key, suffix = _first_dot(name)
+        while key not in first and "." in suffix:  # a.v1.cls belongs to a.v1.jpg
+            part, _, suffix = suffix.partition(".")
+            key = f"{key}.{part}"
+        if key in first:
+            yield key, suffix.lower(), place
+
+
+def _first_dot(name: str) -> tuple[str, str]:
+    """Key and suffix of a member as WebDataset parts its name; its folders belong to the key."""
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, suffix

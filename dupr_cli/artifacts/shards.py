@@ -4,6 +4,7 @@
     OUT/train-000000.index.json  key, offset and length of every member: random access
     OUT/manifest.json            splits, shards with sample count, bytes, sha256; skipped; recipe
     OUT/skipped.jsonl            one line per file left out: path, reason
+    OUT/notes.jsonl              one line per label left out or in doubt, where there are some
 
 The manifest is written last and marks the set as whole. Shards that dupr did not write (no
 manifest, no index) are indexed by one scan when they are opened. docs/formats.md has every field.
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from dupr_cli.artifacts.files import named, write_bytes, write_json
+from dupr_cli.artifacts.files import write_bytes, write_json
 from dupr_cli.artifacts.remote import (
     AbsentError,
     cache_folder,
@@ -42,6 +43,7 @@ from dupr_cli.errors import RunError, UsageError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
+NOTES = "notes.jsonl"
 # Marks an output folder whose shards are still being written, and holds what it takes.
 UNFINISHED = ".prepare"
 
@@ -280,8 +282,8 @@ class ShardSet:
                 key,
                 index.extensions[position],
                 pixels or b"",
-                json.loads(info) if info else {},
-                json.loads(boxes)["objects"] if boxes else None,
+                json.loads(info) if info else None,
+                json.loads(boxes) if boxes else None,
                 {suffix: self._read(shard, place, key) for suffix, place in others.items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -291,11 +293,6 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}}
-
-
-def is_shard_folder(path: Path) -> bool:
-    """Whether a folder holds shards: a manifest, or tars and no loose images beside them."""
-    return (path / MANIFEST).is_file() or bool(named(path, lambda name: name.endswith(".tar")))
 
 
 def open_shards(address: str, split: str | None = None) -> ShardSet:
@@ -344,9 +341,7 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
 
 def _with_images(opened: ShardSet) -> ShardSet:
     if not len(opened):
-        raise UsageError(
-            f"{opened.name}: the shards hold no images (members named <key>.jpg, .png or .webp)."
-        )
+        raise UsageError(f"{opened.name}: the shards hold no images (members such as <key>.jpg).")
     return opened
 
 

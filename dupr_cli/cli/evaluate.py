@@ -102,7 +102,7 @@ def voc(
         typer.Option(
             "--data",
             metavar="VOC_TREE_OR_SHARDS",
-            help="A VOCdevkit, one year's folder, or labelled shards.",
+            help="A VOCdevkit, one year's folder, COCO's or YOLO's layout, or labelled shards.",
         ),
     ],
     out: Out,
@@ -245,7 +245,7 @@ def _carry_out(
         # What is wrong is said once, here, before any process is started.
         plan = stage.plan(
             recipe, weights, data, out, device=common.device, processes=processes,
-            overwrite=common.overwrite, notes=notes,
+            overwrite=common.overwrite, notes=notes, reporter=reporter,
         )  # fmt: skip
         if common.dry_run:
             return Planned(recipe, plan)

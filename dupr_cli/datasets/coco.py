@@ -5,91 +5,230 @@
     coco.images[0].file_name    # images in the order of the file
     coco.images[0].objects      # tuple of `labels.Box`: pixel edges, crowd; details["area"],
                                 # ["segmentation"], ["id"] and whatever else COCO says of it
+    coco.left_out               # rows that are no object or image, and why
     image_folder(coco)          # where the images lie, None when they are in no usual place
 
-COCO's box is x, y, width, height; here it is x, y, x + width, y + height. Boxes without area, or of
-negative width or height, are kept as they are: what to do with them is the caller's choice.
+COCO's box is x, y, width, height; here it is x, y, x + width, y + height. Boxes without area are
+kept as they are: what to do with them is the caller's choice. Ids and numbers may be written as
+text, null means that there is none, and one bad row costs that row.
 
-Sources: the COCO data format (cocodataset.org, Data format), the layout of COCO 2017.
+Sources: the COCO data format (cocodataset.org, Data format), the layout of COCO 2017, and the
+exports of Roboflow (train/_annotations.coco.json), FiftyOne (labels.json, data/), Label Studio
+(result.json, images/) and CVAT (annotations/instances_default.json).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeGuard
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeGuard
+from urllib.parse import unquote
 
+from dupr_cli.artifacts.files import named
 from dupr_cli.artifacts.labels import Box
+from dupr_cli.datasets.layout import split_folders, split_named
+from dupr_cli.datasets.placement import Labels
 from dupr_cli.errors import UsageError
 
 ImageId = int | str
 
 _INSTANCES, _KEYPOINTS = "instances_", "person_keypoints_"
-_SPLITS = ("train", "val", "test")
+_OTHERS = (_KEYPOINTS, "captions_", "panoptic_", "stuff_", "image_info_")
+# What tools call the JSON of a folder, which says nothing of its split.
+_BESIDE = ("_annotations.coco.json", "labels.json", "result.json")
+# Images that are looked for when the folder of all is.
+_LOOKED_FOR = 50
+_PEEKED = 1 << 16
 
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image and its objects. width, height: pixels, None where the file does not say."""
+    """One image and its objects. width, height: pixels, None where the file does not say.
+
+    left_out, remarks: as in `Labels`.
+    """
 
     id: ImageId
     file_name: str
     width: int | None
     height: int | None
     objects: tuple[Box, ...]
+    left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> Labels:
+        size = (self.width, self.height) if self.width and self.height else None
+        return Labels(self.objects, size, left_out=self.left_out, remarks=self.remarks)
 
 
 @dataclass(frozen=True)
 class CocoSet:
-    """One JSON file. categories: names by id, in order of ids; empty where nothing is labelled."""
+    """One JSON file. categories: names by id, in order of ids; empty where nothing is labelled.
+
+    left_out: rows of the file that belong to none of its images, and why.
+    """
 
     file: Path
-    categories: dict[int, str]
+    categories: dict[ImageId, str]
     images: tuple[CocoImage, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def classes(self) -> list[str]:
-        return list(self.categories.values())
+        """Names, each once: some tools give a name to several categories."""
+        return list(dict.fromkeys(self.categories.values()))
+
+    @property
+    def all_left_out(self) -> list[str]:
+        return [*self.left_out, *(reason for image in self.images for reason in image.left_out)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be known of the file as a whole."""
+        if not self.left_out:
+            return []
+        return [
+            f"{self.file}: {len(self.left_out)} rows belong to no image and were left out; the "
+            f"first: {self.left_out[0]}"
+        ]
 
 
 def read_coco(file: Path) -> CocoSet:
     """The file as a whole.
 
-    Raises UsageError, naming the file and the annotation's id, for what is not as COCO has it:
-    JSON that cannot be read, categories or images without an id or twice under one, annotations of
-    an unknown category or image, boxes and segmentations that are none.
+    Raises UsageError, naming the file, for JSON that cannot be read or is not as COCO has it. Rows
+    that cannot be used are left out, each with its reason.
     """
     return parse_coco(read_json(file), file)
 
 
-def parse_coco(content: Mapping[str, Any], file: Path) -> CocoSet:
-    """The same of a file's content; `file` is for messages. See `read_coco`."""
-    try:
-        categories = {c["id"]: str(c["name"]) for c in content.get("categories") or []}
-        categories = dict(sorted(categories.items()))
-        images = {image["id"]: image for image in content["images"]}
-        if len(categories) < len(content.get("categories") or []):
-            raise UsageError(f"{file}: two categories have the same id; give each its own.")
-        if len(images) < len(content["images"]):
-            raise UsageError(f"{file}: two images have the same id; give each its own.")
-        objects: dict[ImageId, list[Box]] = defaultdict(list)
-        for number, annotation in enumerate(content.get("annotations") or []):
-            where = f"{file}: annotation {annotation.get('id', f'number {number + 1}')}"
-            image = annotation.get("image_id")
-            if image not in images:
-                raise UsageError(
-                    f"{where}: its image_id is {image!r}, but no image of the file has that id."
-                )
-            objects[image].append(_box(annotation, categories, where))
-        return CocoSet(file, categories, tuple(_image(i, objects) for i in images.values()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+def parse_coco(
+    content: Mapping[str, Any], file: Path, usable: dict[str, list[dict[str, Any]]] | None = None
+) -> CocoSet:
+    """The same of a file's content; `file` is for messages. See `read_coco`.
+
+    usable: gets the rows that were taken, with ids and numbers as COCO writes them and categories
+    of one name as one.
+    """
+    left_out: list[str] = []
+    categories = _Rows(_listed(content, "categories", file), "category", "name", left_out)
+    by_id = sorted(categories.found.items(), key=lambda item: _order(item[0]))
+    names = {category: str(row["name"]) for category, row in by_id}
+    listed = _listed(content, "images", file)
+    images = _Rows(listed, "image", "file_name", left_out)
+    if listed and not images.found:
         raise UsageError(
-            f"{file}: not as COCO writes it: {type(error).__name__}: {error}."
-        ) from error
+            f"{file}: none of {len(listed)} images can be used; for example {left_out[-1]}."
+        )
+    first = {name: category for category, name in reversed(names.items())}
+    rows: list[dict[str, Any]] = []
+    objects: dict[ImageId, list[Box]] = defaultdict(list)
+    reasons: dict[ImageId, list[str]] = defaultdict(list)
+    remarks: dict[ImageId, list[str]] = defaultdict(list)
+    for number, annotation in enumerate(_listed(content, "annotations", file), 1):
+        if not isinstance(annotation, dict):
+            left_out.append(f"annotation number {number}: it is no object but {annotation!r}")
+            continue
+        where = f"annotation {annotation.get('id', f'number {number}')}"
+        image = images.known(annotation.get("image_id"))
+        if image is None:
+            left_out.append(
+                f"{where}: its image_id is {annotation.get('image_id')!r}, but no image of the "
+                f"file has that id"
+            )
+            continue
+        try:
+            category = categories.known(annotation.get("category_id"))
+            if category is None:
+                raise UsageError(
+                    f"{where}: its category_id is {annotation.get('category_id')!r}; the file's "
+                    f"categories are {', '.join(map(str, names)) or 'none'}"
+                )
+            row = images.found[image]
+            box, lost = _box(
+                annotation, names[category], (row.get("height"), row.get("width")), where
+            )
+            objects[image].append(box)
+            remarks[image] += lost
+            if usable is not None:
+                rows.append(_as_coco(annotation, image, first[box.name], box))
+        except UsageError as error:
+            reasons[image].append(str(error))
+    if usable is not None:
+        usable["annotations"], usable["images"] = rows, list(images.found.values())
+        usable["categories"] = [categories.found[category] for category in first.values()]
+    return CocoSet(
+        file,
+        names,
+        tuple(
+            CocoImage(
+                image, str(row["file_name"]), _side(row.get("width")), _side(row.get("height")),
+                tuple(objects.get(image, ())), tuple(reasons.get(image, ())),
+                tuple(remarks.get(image, ())),
+            )
+            for image, row in images.found.items()
+        ),
+        tuple(left_out),
+    )  # fmt: skip
+
+
+class _Rows:
+    """Images or categories by their ids, which annotations may write as text or the other way."""
+
+    def __init__(self, rows: list[Any], what: str, needed: str, left_out: list[str]) -> None:
+        self.found: dict[ImageId, dict[str, Any]] = {}
+        twice: set[ImageId] = set()
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not _is_id(row.get("id")) or not _filled(row, needed):
+                left_out.append(f"{what} number {number}: an id and a {needed} are needed")
+                continue
+            if row["id"] in self.found and self.found[row["id"]] != row:
+                twice.add(row["id"])
+            self.found.setdefault(row["id"], row)
+        for one in twice:
+            # Nobody can say which of them the annotations mean.
+            del self.found[one]
+            left_out.append(f"{what} {one}: another {what} has the same id; give each its own")
+        texts = Counter(map(_id_text, self.found))
+        self._by_text = {_id_text(i): i for i in self.found if texts[_id_text(i)] == 1}
+
+    def known(self, value: object) -> ImageId | None:
+        """The id that a row means; None where it means none."""
+        if not _is_id(value):
+            return None
+        return value if value in self.found else self._by_text.get(_id_text(value))
+
+
+def _is_id(value: object) -> TypeGuard[ImageId]:
+    whole = isinstance(value, float) and value.is_integer()
+    return (isinstance(value, int | str) and not isinstance(value, bool)) or whole
+
+
+def _id_text(value: ImageId) -> str:
+    return str(int(value) if isinstance(value, float) else value).strip()
+
+
+def _filled(row: Mapping[str, Any], name: str) -> bool:
+    return row.get(name) is not None and str(row[name]).strip() != ""
+
+
+def _order(value: ImageId) -> tuple[float, str]:
+    text = _id_text(value)
+    return (int(text), "") if text.isascii() and text.isdigit() else (math.inf, text)
+
+
+def _listed(content: Mapping[str, Any], name: str, file: Path) -> list[Any]:
+    value = content.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UsageError(f"{file}: not as COCO writes it: `{name}` is no list.")
+    return value
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -103,34 +242,80 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _image(image: Mapping[str, Any], objects: Mapping[ImageId, list[Box]]) -> CocoImage:
-    return CocoImage(
-        image["id"],
-        str(image["file_name"]),
-        image.get("width"),
-        image.get("height"),
-        tuple(objects.get(image["id"], ())),
+def _side(value: object) -> int | None:
+    number = _as_number(value)
+    return int(number) if is_number(number) and number >= 1 else None
+
+
+def _as_number(value: object) -> object:
+    """A number that is written as text, as a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _box(
+    annotation: Mapping[str, Any], name: str, sides: tuple[Any, Any], where: str
+) -> tuple[Box, list[str]]:
+    """An object, and what of it is not taken. Raises UsageError when it is none."""
+    bbox = annotation.get("bbox")
+    x, y, width, height = coco_box(
+        [_as_number(v) for v in bbox] if isinstance(bbox, list) else bbox, where
     )
-
-
-def _box(annotation: Mapping[str, Any], categories: Mapping[int, str], where: str) -> Box:
-    category = annotation.get("category_id")
-    if not isinstance(category, int) or category not in categories:
-        raise UsageError(
-            f"{where}: its category_id is {category!r}; the file's categories are "
-            f"{', '.join(map(str, categories)) or 'none'}."
-        )
-    x, y, width, height = coco_box(annotation.get("bbox"), where)
-    check_segmentation(annotation.get("segmentation", []), where)
-    area = annotation.get("area", 0)
-    if not is_number(area):
-        raise UsageError(f"{where}: its area is {area!r}, but a number is needed.")
+    if width < 0 or height < 0:
+        raise UsageError(f"{where}: its bbox is {bbox!r}, of a negative width or height")
     own = ("bbox", "image_id", "category_id", "iscrowd")
-    return Box(
-        categories[category], x, y, x + width, y + height,
-        crowd=bool(annotation.get("iscrowd", 0)),
-        details={name: value for name, value in annotation.items() if name not in own},
+    details = {k: v for k, v in annotation.items() if k not in own and v is not None}
+    if "area" in details:
+        details["area"] = _as_number(details["area"])
+        if not is_number(details["area"]):
+            raise UsageError(f"{where}: its area is {annotation['area']!r}, but a number is needed")
+    remarks = []
+    if "segmentation" in details:
+        try:
+            details["segmentation"] = _segmentation(details["segmentation"], sides, where)
+        except UsageError as error:
+            remarks.append(f"mask left out: {error}")
+            details["segmentation"] = None
+        if not details["segmentation"]:
+            del details["segmentation"]
+    points = details.get("keypoints")
+    if points is not None and not (
+        isinstance(points, list) and len(points) % 3 == 0 and all(map(is_number, points))
+    ):
+        remarks.append(f"keypoints left out: {where}: they are not x, y, visibility of each")
+        del details["keypoints"]
+    box = Box(
+        name, x, y, x + width, y + height, crowd=_crowd(annotation.get("iscrowd"), where),
+        details=details,
     )  # fmt: skip
+    return box, remarks
+
+
+def _as_coco(
+    annotation: Mapping[str, Any], image: ImageId, category: ImageId, box: Box
+) -> dict[str, Any]:
+    row = {name: value for name, value in annotation.items() if name in ("id", *box.details)}
+    return {
+        **row,
+        **box.details,
+        "image_id": image,
+        "category_id": category,
+        "bbox": [_as_number(value) for value in annotation["bbox"]],
+        "iscrowd": int(box.crowd),
+    }
+
+
+def _crowd(value: object, where: str) -> bool:
+    text = str(value).strip().lower()
+    if text in ("1", "1.0", "true"):
+        return True
+    if value is None or text in ("0", "0.0", "false", ""):
+        return False
+    raise UsageError(f"{where}: its iscrowd is {value!r}; 0 or 1 is needed")
 
 
 def coco_box(value: object, where: str) -> tuple[float, float, float, float]:
@@ -138,22 +323,42 @@ def coco_box(value: object, where: str) -> tuple[float, float, float, float]:
     if isinstance(value, list) and len(value) == 4 and all(map(is_number, value)):
         return value[0], value[1], value[2], value[3]
     raise UsageError(
-        f"{where}: its bbox is {value!r}; four numbers are needed: x, y, width, height."
+        f"{where}: its bbox is {value!r}; four numbers are needed: x, y, width, height"
     )
 
 
-def check_segmentation(value: object, where: str) -> None:
-    """Raises UsageError, beginning with `where`, unless these are polygons or a run-length mask."""
+def _segmentation(value: object, sides: tuple[Any, Any], where: str) -> object:
+    """Polygons or a run-length mask; sides: height and width of the image, where it says so.
+
+    Raises UsageError, beginning with `where`, for anything else.
+    """
     if isinstance(value, Mapping):
-        size = value.get("size")
-        sides = isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) for s in size)
-        if sides and isinstance(value.get("counts"), str | list):
-            return
-    elif isinstance(value, list) and all(isinstance(p, list) and len(p) % 2 == 0 for p in value):
-        return
+        size, counts = value.get("size"), value.get("counts")
+        known = [_side(side) for side in sides]
+        if not (
+            isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) for s in size)
+        ):
+            pass
+        elif None not in known and size != known:
+            raise UsageError(
+                f"{where}: its mask is of {size}, height x width, the image of {known}"
+            )
+        elif isinstance(counts, str):
+            return value
+        elif isinstance(counts, list) and all(isinstance(c, int) and c >= 0 for c in counts):
+            if sum(counts) == size[0] * size[1]:
+                return value
+            raise UsageError(f"{where}: its mask is of {sum(counts)} pixels, not of {size}")
+    elif isinstance(value, list):
+        flat = len(value) >= 6 and all(map(is_number, value))  # some tools write one polygon bare
+        polygons = [value] if flat else value
+        if all(
+            isinstance(p, list) and len(p) % 2 == 0 and all(map(is_number, p)) for p in polygons
+        ):
+            return polygons
     raise UsageError(
         f"{where}: its segmentation is neither polygons [[x, y, x, y, ...], ...] nor a mask "
-        f'{{"size": [height, width], "counts": ...}}.'
+        f'{{"size": [height, width], "counts": ...}}'
     )
 
 
@@ -188,14 +393,68 @@ def with_keypoints(coco: CocoSet) -> CocoSet:
 
 
 def coco_files(folder: Path) -> list[Path]:
-    """annotations/instances_*.json of a COCO folder, by name; none where it is no such folder."""
-    return sorted((folder / "annotations").glob(f"{_INSTANCES}*.json"))
+    """The JSON of each split of a COCO folder; none where it is no such folder."""
+    if not folder.is_dir():
+        return []
+    listed = [file for file in _json_files(folder / "annotations") if _looks_like_coco(file)]
+    if listed:
+        return listed
+    places = [folder, *split_folders(folder)]
+    beside = [p / name for p in places for name in _BESIDE if (p / name).is_file()]
+    found = [file for file in beside if _looks_like_coco(file)]
+    return found or [file for file in _json_files(folder) if _looks_like_coco(file)]
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """JSON of a folder that may be of objects: COCO's keypoints and captions are not."""
+    if not folder.is_dir():
+        return []
+    files = named(folder, lambda name: name.lower().endswith(".json") and name[0] != ".")
+    return [file for file in files if not file.name.startswith(_OTHERS)]
+
+
+def _looks_like_coco(file: Path) -> bool:
+    """Whether the names of COCO's lists are at the start or the end of a file."""
+    if file.name.startswith(_INSTANCES):
+        return True
+    with file.open("rb") as opened:
+        start = opened.read(_PEEKED)
+        opened.seek(max(0, file.stat().st_size - _PEEKED))
+        text = (start + opened.read()).replace(b"\0", b"")
+    return b'"images"' in text and any(
+        name in text for name in (b'"annotations"', b'"categories"', b'"image_id"')
+    )
 
 
 def coco_split(file: Path) -> str:
-    """train of instances_train2017.json; the file's own name where it says nothing."""
+    """train of instances_train2017.json and of train/labels.json, val of valid/...; else the
+    file's own name, or train where that is what a tool calls any file."""
     name = _plain_name(file)
-    return next((split for split in _SPLITS if name.startswith(split)), name)
+    if file.name in _BESIDE:
+        return split_named(file.parent.name) or "train"
+    return split_named(name) or name
+
+
+def find_split(files: Sequence[Path], split: str) -> list[Path]:
+    """The files of a split: train2017 of that name, or train of any of a train split."""
+    exact = [f for f in files if split in (f.stem, _plain_name(f))]
+    return exact or [file for file in files if coco_split(file) in (split, split_named(split))]
+
+
+def coco_split_file(root: Path, split: str) -> Path:
+    """The JSON of a split: `train2017`, or `train` where no other file is of a train split.
+
+    Raises UsageError for an unknown split, or one that several files could be.
+    """
+    files = coco_files(root)
+    found = find_split(files, split)
+    if len(found) != 1:
+        known = (coco_split(f) if f.name in _BESIDE else _plain_name(f) for f in files)
+        raise UsageError(
+            f"{root}: there is no split {split!r} (annotations/instances_{split}.json or "
+            f"annotations/{split}.json); annotations/ has {', '.join(known)}."
+        )
+    return found[0]
 
 
 def coco_root(file: Path) -> Path:
@@ -206,16 +465,66 @@ def coco_root(file: Path) -> Path:
 def image_folders(file: Path) -> list[Path]:
     """The usual places of a file's images."""
     root, year = coco_root(file), _plain_name(file)
-    return [root / year, root / "images" / year, root / "images", root, file.parent]
+    names = [year, f"images/{year}", "images", "data", "."]
+    return list(dict.fromkeys([*(root / name for name in names), file.parent]))
 
 
 def image_folder(coco: CocoSet, places: Sequence[Path] | None = None) -> Path | None:
-    """The first place, of the usual ones by default, that has the first image; None where none."""
+    """The first place, of the usual ones by default, that has one of the first images; None where
+    none has."""
     for place in places or image_folders(coco.file):
-        if not coco.images or (place / coco.images[0].file_name).is_file():
+        some = coco.images[:_LOOKED_FOR]
+        if not coco.images or any(image_path(place, i.file_name).is_file() for i in some):
             return place
     return None
 
 
+def image_path(folder: Path, file_name: str) -> Path:
+    """The file of an image in a folder: as it is written, else as another system or a server of
+    labels would write it. It need not exist."""
+    path = folder / file_name
+    if path.is_file():
+        return path
+    plain = unquote(file_name.replace("\\", "/")).rpartition(":")[2]
+    parts = [part for part in PurePosixPath(plain).parts if part not in ("/", "..")]
+    tails = (folder.joinpath(*parts[start:]) for start in range(len(parts)))
+    return next((tail for tail in tails if tail.is_file()), path)
+
+
 def _plain_name(file: Path) -> str:
     return file.stem.removeprefix(_INSTANCES).removeprefix(_KEYPOINTS)
+
+
+class CocoSplit:
+    """Images of one JSON of COCO: `train2017` is annotations/instances_train2017.json.
+
+    `train` is too, where no other file of annotations/ is of a train split. Images go by their file
+    names: ids begin anew in every file of many tools.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        file = root if root.is_file() else coco_split_file(root, split)
+        coco = read_coco(file)
+        places = [*([] if root.is_file() else [root / split]), *image_folders(file)]
+        folder = image_folder(coco, places)
+        if folder is None:
+            looked = ", ".join(str(place) for place in dict.fromkeys(places))
+            raise UsageError(
+                f"{file}: its first image, {coco.images[0].file_name}, is in none of {looked}. "
+                f"Put the images there."
+            )
+        self._folder, self._images = folder, coco.images
+        # Roboflow's folders may each have an image of the same name.
+        of_split = file.name in _BESIDE and split_named(file.parent.name) and not root.is_file()
+        above = f"{file.parent.name}/" if of_split else ""
+        self.ids = [above + image.file_name for image in coco.images]
+        self.notes = coco.notes
+
+    def place(self, number: int) -> str:
+        return str(image_path(self._folder, self._images[number].file_name))
+
+    def image(self, number: int) -> BinaryIO:
+        return Path(self.place(number)).open("rb")
+
+    def labels(self, number: int) -> Labels:
+        return self._images[number].labels

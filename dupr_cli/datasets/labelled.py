@@ -1,9 +1,10 @@
 """Labelled sets: images with boxes, and masks, from wherever they lie, seen the same way.
 
 Opening a set reads every annotation and image header once, so that what is wrong with the data is
-said before any training: missing files, boxes without area, classes. Pixels are decoded later, one
-image at a time. Images and boxes are upright (EXIF orientation applied, as `dupr prepare` does),
-boxes are pixel edges, 0-based and half-open, inside the image.
+said before any training: an image that cannot be used is left out, named and counted, and so is a
+label. Pixels are decoded later, one image at a time. Images and boxes are upright and placed as
+`dupr prepare` places them (`pixels`, `placement`), boxes are pixel edges, 0-based and half-open,
+inside the image.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dupr_cli.artifacts.labels import Box, Placement
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
+from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture, open_picture
+from dupr_cli.datasets.placement import Placed, placed, said
 from dupr_cli.datasets.splits import LabelSource, open_source
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.metrics.types import Rle, Truth
 from dupr_cli.progress import Reporter
-
-_ORIENTATION = 274  # EXIF tag
 
 # COCO's forms of a mask: polygons [x, y, x, y, ...], or run lengths {size, counts}.
 Outline = list[list[float]] | dict[str, Any]
@@ -111,9 +111,8 @@ class LabelledSet:
 
     def image(self, position: int) -> Image.Image:
         """Upright RGB image. Raises RunError naming it when it cannot be read or decoded."""
-        with _opened(self._source, self._numbers[position]) as (image, _):
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with _opened(self._source, self._numbers[position]) as (picture, _):
+            return picture.rgb()
 
     def read(self, position: int) -> bytes:
         """The image's file, as it is."""
@@ -168,17 +167,19 @@ class LabelledSet:
 
 
 @contextmanager
-def _opened(source: LabelSource, number: int) -> Iterator[tuple[Image.Image, int]]:
+def _opened(source: LabelSource, number: int) -> Iterator[tuple[Picture, int]]:
     """An image whose pixels are not decoded yet, and the size of its file in bytes."""
     try:
-        with source.image(number) as file, Image.open(file) as image:
-            yield image, file.seek(0, io.SEEK_END)
+        with source.image(number) as file:
+            picture = open_picture(file)
+            size = file.seek(0, io.SEEK_END)
+            yield picture, size
     except FileNotFoundError:
         raise RunError(
             f"{source.place(number)}: the image is missing, but the split lists it. Put it there, "
             f"or take it off the list."
         ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         raise RunError(
             f"{source.place(number)}: the image cannot be decoded ({error}). Replace it, or take "
             f"it out of the set."
@@ -188,77 +189,78 @@ def _opened(source: LabelSource, number: int) -> Iterator[tuple[Image.Image, int
 def open_labelled(
     address: str, splits: Sequence[str], reporter: Reporter, *, masks: bool = False
 ) -> LabelledSet:
-    """Splits of a labelled set, joined; see label_sources.py for what can be one.
+    """Splits of a labelled set, joined; see splits.py for what can be one.
 
-    Boxes are clipped to the image, those left without area are dropped; both are reported.
+    Boxes are clipped to the image, those left without area are dropped; images and labels that
+    cannot be used are left out: all of it is reported as warnings.
     masks: keep the objects' outlines, and ask for them.
-    Raises UsageError when there is no such set or split, it has no images or no boxes, and
-    RunError naming the file when an image or annotation is missing or damaged.
+    Raises UsageError when there is no such set or split, it has no images, or none of them can be
+    used.
     """
     source = open_source(address, splits)
-    annotations, sizes = [], []
-    clipped: list[str] = []
-    dropped: list[str] = []
+    annotations, sizes, numbers = list[Annotation](), list[int](), list[int]()
+    notes, errors = list[tuple[str, str]](), list[RunError]()
     named = " + ".join(splits)
     with reporter.task(f"read {named}", len(source.ids), "images") as task:
         for number, image_id in enumerate(source.ids):
-            boxes = source.boxes(number)
-            if not all(box.name for box in boxes):
-                raise RunError(
-                    f"{address}: image {image_id}: an object has no class name; give it one."
-                )
-            if masks and not all("segmentation" in box.details for box in boxes):
+            try:
+                found, upright, size = _read(source, number)
+            except RunError as error:
+                errors.append(error)
+                continue
+            if masks and not all("segmentation" in box.details for box in found.boxes):
                 raise UsageError(
                     f"{address}: image {image_id}: an object has no mask, and the detector of the "
                     f"recipe is trained on masks. Set detector.model to one without."
                 )
-            with _opened(source, number) as (image, size):
-                stored = image.size
-                orientation = image.getexif().get(_ORIENTATION, 1)
-            annotations.append(
-                _annotate(image_id, boxes, stored, orientation, clipped, dropped, masks)
-            )
+            annotation, further = _annotate(image_id, found, upright, masks)
+            annotations.append(annotation)
             sizes.append(size)
+            numbers.append(number)
+            notes += [(image_id, note) for note in (*found.notes, *further)]
             task.advance()
-    for images, what in (
-        (clipped, "reached out of the image and were cut at its edge"),
-        (dropped, "had no area inside the image and were dropped"),
-    ):
-        if images:
-            reporter.warning(
-                f"{address}, split {named}: {len(images)} boxes {what}; the first is in "
-                f"{images[0]}."
-            )
-    return LabelledSet(
-        address, named, tuple(annotations), tuple(sizes), source, tuple(range(len(sizes)))
-    )
+    where = f"{address}, split {named}"
+    if not annotations:
+        raise UsageError(f"{where}: no image can be used; the first of {len(errors)}: {errors[0]}")
+    warnings = [*source.notes, *(f"{where}: {text}" for text in said(notes))]
+    if errors:
+        warnings.insert(
+            0, f"{where}: {len(errors)} of {len(source.ids)} images were left out; the first: "
+            f"{errors[0]}"
+        )  # fmt: skip
+    for warning in warnings:
+        reporter.warning(warning)
+    return LabelledSet(address, named, tuple(annotations), tuple(sizes), source, tuple(numbers))
+
+
+def _read(source: LabelSource, number: int) -> tuple[Placed, tuple[int, int], int]:
+    """The objects of an image, its upright size, and the bytes of its file. Raises RunError."""
+    labels = source.labels(number)
+    with _opened(source, number) as (picture, size):
+        if picture.is_wide:
+            picture.rgb()  # only its pixels tell whether they can be used
+        stored, orientation, upright = picture.stored, picture.orientation, picture.upright
+    try:
+        return placed(labels, stored, orientation), upright, size
+    except RunError as error:
+        raise RunError(f"{source.place(number)}: {error}.") from error
 
 
 def _annotate(
-    image_id: str,
-    boxes: Sequence[Box],
-    stored: tuple[int, int],
-    orientation: int,
-    clipped: list[str],
-    dropped: list[str],
-    masks: bool,
-) -> Annotation:
-    """Boxes of the stored image, upright and inside the image.
-
-    clipped, dropped: get the image's id for every box that was changed or left out.
-    """
-    upright = Placement.upright(orientation, *stored)
-    turned = [upright.box(box) for box in boxes]
-    corners = np.array([box.corners for box in turned], dtype=np.float64).reshape(-1, 4)
-    width, height = stored[::-1] if orientation >= 5 else stored
+    image_id: str, found: Placed, size: tuple[int, int], masks: bool
+) -> tuple[Annotation, list[str]]:
+    """Objects inside the image, and a note for every box that was changed or left out."""
+    corners = np.array([box.corners for box in found.boxes], dtype=np.float64).reshape(-1, 4)
+    width, height = size
     inside = corners.clip(0, [width, height, width, height])
     has_area = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
-    clipped += [image_id] * int(np.count_nonzero((inside != corners).any(axis=1) & has_area))
-    dropped += [image_id] * int(np.count_nonzero(~has_area))
-    kept = [box for box, keep in zip(turned, has_area, strict=True) if keep]
+    cut = int(np.count_nonzero((inside != corners).any(axis=1) & has_area))
+    notes = ["box cut: it reached out of the image and was cut at its edge"] * cut
+    notes += ["box dropped: it had no area inside the image"] * int(np.count_nonzero(~has_area))
+    kept = [box for box, keep in zip(found.boxes, has_area, strict=True) if keep]
     sides = (inside[:, 2:] - inside[:, :2])[has_area]
     areas = [box.details.get("area", area) for box, area in zip(kept, sides.prod(1), strict=True)]
-    return Annotation(
+    annotation = Annotation(
         image_id,
         width,
         height,
@@ -269,3 +271,4 @@ def _annotate(
         np.array(areas, dtype=np.float64),
         tuple(box.details["segmentation"] for box in kept) if masks else None,
     )
+    return annotation, notes

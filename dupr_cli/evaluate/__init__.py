@@ -40,6 +40,7 @@ def plan(
     processes: int = 1,
     overwrite: bool = False,
     notes: Sequence[str] = (),
+    reporter: Reporter | None = None,
 ) -> EvaluatePlan:
     """Check everything that `run` needs and say what it would do. Nothing is changed.
 
@@ -50,7 +51,7 @@ def plan(
     weights, data = as_addresses(weights, "weights"), as_address(data, "data")
     out = as_path(out, "out")
     chosen = choose_device(device)
-    comparison = prepare_comparison(recipe, weights, data, out, chosen, processes, notes)
+    comparison = prepare_comparison(recipe, weights, data, out, chosen, processes, notes, reporter)
     if not overwrite:
         comparison.claim().check(out)
     return comparison.plan()

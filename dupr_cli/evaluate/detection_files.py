@@ -28,13 +28,16 @@ from dupr_cli.artifacts.files import write_json, write_text
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.results import RESULTS, Results, image_ids_digest
 from dupr_cli.datasets.coco import (
+    CocoSet,
     coco_box,
+    coco_files,
+    coco_split_file,
     is_number,
     parse_coco,
     read_json,
 )
-from dupr_cli.datasets.splits import VocSource, coco_annotations, coco_split_file
-from dupr_cli.datasets.voc import find_voc_trees
+from dupr_cli.datasets.text import read_text
+from dupr_cli.datasets.voc import VocSplit, find_voc_trees
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.results_table import DetectionRow, detections_from_rows
 from dupr_cli.metrics import METRIC_NAMES, Detections, Metric, Points, Scores, Truth, score
@@ -70,7 +73,8 @@ class _Labels:
     """Annotations to score against. ids: of the images as an evaluation has them. names: as text
     files have them, without year and suffix.
 
-    content: of COCO's JSON, None for a VOC tree. category_ids: of the classes, in their order.
+    content: the usable rows of COCO's JSON, None for a VOC tree. coco: what was read of it.
+    left_out: annotations that could not be used, and why.
     """
 
     data: str
@@ -79,8 +83,9 @@ class _Labels:
     names: list[str]
     classes: list[str]
     truths: list[Truth]
+    left_out: list[str]
     content: dict[str, Any] | None = None
-    category_ids: tuple[int, ...] = ()
+    coco: CocoSet | None = None
 
 
 def score_files(
@@ -110,13 +115,15 @@ def score_files(
         found = _from_results(content, files[0], labels)
     notes += _notes(labels, found)
     try:
-        if content is not None and not own_rows and labels.content and metric == "coco":
-            metric, scores, further = _as_pycocotools(labels.content, content, ious)
+        if content is not None and not own_rows and labels.coco and metric == "coco":
+            assert labels.content is not None
+            metric, scores, further = _as_pycocotools(labels.content, labels.coco, content, ious)
             notes += further
         else:
             scores = score(metric, labels.truths, found, labels.classes, ious)
     except ValueError as error:
-        raise UsageError(f"{data}, split {split}: {error}.") from error
+        said = "; ".join([str(error), *notes])
+        raise UsageError(f"{data}, split {split}: {said}.") from error
     scored = Scored(
         metric=metric,
         metric_name=METRIC_NAMES[metric],
@@ -135,7 +142,10 @@ def score_files(
 
 
 def _as_pycocotools(
-    content: Mapping[str, Any], results: Sequence[Mapping[str, Any]], ious: Sequence[float]
+    content: Mapping[str, Any],
+    coco: CocoSet,
+    results: Sequence[Mapping[str, Any]],
+    ious: Sequence[float],
 ) -> tuple[Metric, Scores, list[str]]:
     """Of masks too, where everything has one; which of both it was, and notes."""
     masks, notes = any("segmentation" in row for row in results), []
@@ -148,7 +158,14 @@ def _as_pycocotools(
             "they are numbered anew"
         )
     # COCO.loadRes takes rows with a caption or keypoints for results of another task.
-    rows = [{key: row[key] for key in _RESULT_KEYS if key in row} for row in results]
+    first = {name: category for category, name in reversed(coco.categories.items())}
+    rows = [
+        {
+            **{key: row[key] for key in _RESULT_KEYS if key in row},
+            "category_id": first[coco.categories[row["category_id"]]],
+        }
+        for row in results
+    ]
     boxes = coco_json_scores(content, rows, "bbox", ious)
     if not masks or missing:
         return "coco", boxes, notes
@@ -214,12 +231,14 @@ def _read_labels(data: str, split: str) -> _Labels:
     path = Path(data)
     trees = find_voc_trees(path)
     if trees:
-        source = VocSource(trees, split, data)
-        boxes = [source.boxes(number) for number in range(len(source.ids))]
+        source = VocSplit(trees, split, data)
+        labels = [source.labels(number) for number in range(len(source.ids))]
+        boxes = [of_image.boxes for of_image in labels]
         classes = sorted({box.name for of_image in boxes for box in of_image})
         truths = [_truth(of_image, classes) for of_image in boxes]
-        return _Labels(data, split, source.ids, source.names, classes, truths)
-    if coco_annotations(path):
+        left_out = [reason for of_image in labels for reason in of_image.left_out]
+        return _Labels(data, split, source.ids, source.names, classes, truths, left_out)
+    if coco_files(path):
         path = coco_split_file(path, split)
     if not path.exists():
         raise UsageError(f"{data}: there is no such file or folder.")
@@ -229,7 +248,8 @@ def _read_labels(data: str, split: str) -> _Labels:
             f"folder, or the file itself)."
         )
     content = read_json(path)
-    coco = parse_coco(content, path)
+    usable: dict[str, Any] = {}
+    coco = parse_coco(content, path, usable)
     classes = coco.classes
     return _Labels(
         data,
@@ -238,8 +258,9 @@ def _read_labels(data: str, split: str) -> _Labels:
         [Path(image.file_name).stem for image in coco.images],
         classes,
         [_truth(image.objects, classes) for image in coco.images],
-        content,
-        tuple(coco.categories),
+        coco.all_left_out,
+        {**content, **usable},
+        coco,
     )
 
 
@@ -323,7 +344,7 @@ def _from_text(files: Sequence[Path], labels: _Labels) -> list[Detections]:
         if label in seen:
             raise UsageError(f"{file} and {seen[label]} are both of {labels.classes[label]}.")
         seen[label] = file
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in enumerate(read_text(file).splitlines(), 1):
             where = f"{file}, line {number}"
             parts = line.split()
             if not parts:
@@ -351,13 +372,6 @@ def _class_of(file: Path, labels: _Labels) -> int:
     return labels.classes.index(max(fitting, key=len))
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file}: not UTF-8 text ({error}).") from error
-
-
 def _numbers(parts: Sequence[str], where: str, line: str) -> list[float]:
     try:
         values = [float(part) for part in parts]
@@ -383,16 +397,18 @@ def _read_list(file: Path) -> list[dict[str, Any]]:
 def _from_results(
     content: Sequence[Mapping[str, Any]], file: Path, labels: _Labels
 ) -> list[Detections]:
-    if labels.content is None:
+    if labels.content is None or labels.coco is None:
         raise UsageError(
             f"{file}: COCO's results name images and categories by the ids of COCO's JSON; give "
             f"that as --data."
         )
-    images = {image["id"]: number for number, image in enumerate(labels.content["images"])}
+    images = {image.id: number for number, image in enumerate(labels.coco.images)}
     sizes = {
         image["id"]: [image.get(side) for side in _SIDES] for image in labels.content["images"]
     }
-    classes = {category: number for number, category in enumerate(labels.category_ids)}
+    classes = {
+        category: labels.classes.index(name) for category, name in labels.coco.categories.items()
+    }
     rows = []
     for number, row in enumerate(content, 1):
         where = f"{file}: detection {number}"
@@ -470,6 +486,10 @@ def _notes(labels: _Labels, found: Sequence[Detections]) -> list[str]:
     if blank:
         notes.insert(
             0, f"{blank} of the {len(found)} images have no detection; their objects are missed"
+        )
+    if labels.left_out:
+        notes.append(
+            f"{len(labels.left_out)} annotations were left out; the first: {labels.left_out[0]}"
         )
     empty = sum(int((d.boxes[:, 2:] <= d.boxes[:, :2]).any(axis=1).sum()) for d in found)
     if empty:

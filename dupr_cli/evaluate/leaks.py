@@ -19,6 +19,7 @@ from PIL import Image
 from dupr_cli.artifacts.hashes import count_bits, perceptual_hash
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.datasets.labelled import LabelledSet
+from dupr_cli.datasets.pixels import IMAGE_ERRORS, open_picture
 from dupr_cli.progress import Reporter
 from dupr_cli.runtime.loader import in_batches, load
 
@@ -78,10 +79,11 @@ class _Printing:
         data = images[number].image if isinstance(images, ShardSet) else images.read(number)
         digest = hashlib.sha256(data).digest()
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.draft("L", (128, 128))  # a JPEG is decoded at an eighth where that does
-                return _Print(digest, perceptual_hash(image))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            picture = open_picture(io.BytesIO(data))
+            scale = max(1.0, min(picture.upright) / 128)  # a JPEG is decoded at an eighth then
+            small = (round(picture.upright[0] / scale), round(picture.upright[1] / scale))
+            return _Print(digest, perceptual_hash(picture.rgb(small, Image.Resampling.BOX)))
+        except IMAGE_ERRORS:
             return _Print(digest, None)
 
 

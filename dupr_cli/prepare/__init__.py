@@ -17,7 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dupr_cli.artifacts.shards import MANIFEST, SKIPPED, UNFINISHED, Manifest
+from dupr_cli.artifacts.shards import MANIFEST, NOTES, SKIPPED, UNFINISHED, Manifest
+from dupr_cli.datasets.placement import said
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.assembly import assemble, is_planned
 from dupr_cli.prepare.blocks import Work, blocks_folder, read_report
@@ -57,7 +58,8 @@ def plan(
         raise nothing_found(source)
     size = recipe.shard.max_samples
     shards = sum(-(-count // size) for count in entries.values())
-    return PreparePlan(source, kind, standing.action, entries, shards, str(out))
+    notes = _notes(made)
+    return PreparePlan(source, kind, standing.action, entries, shards, str(out), notes)
 
 
 def run(
@@ -109,6 +111,8 @@ def run(
             reporter.info(f"{out}: {standing.changes.describe('new')}; their shards are added")
         with _without_traces(work.folder, task), _alone(work.folder, task):
             listing = _listing(work, made, standing.action == "append", reporter)
+            for note in _notes(made):
+                reporter.warning(note)
             blocks = listing.blocks()
             if task is not None:
                 blocks = blocks[task[0] - 1 :: task[1]]
@@ -231,7 +235,22 @@ def _assemble(work: Work, listing: Listing, reporter: Reporter) -> PrepareResult
             f"{manifest.skipped - before} of {listing.total} images were left out, for example "
             f"{first['path']}: {first['reason']}; {out / SKIPPED} lists them"
         )
+    for line in _label_notes(out):
+        reporter.warning(f"{line}; {out / NOTES} lists them")
     return _result(out, manifest)
+
+
+def _notes(source: ImageSource) -> list[str]:
+    # Sources of other packages may have none.
+    return list(getattr(source, "notes", ()))
+
+
+def _label_notes(out: Path) -> list[str]:
+    """What a finished preparation has to say of labels: how many of each kind, and the first."""
+    if not (out / NOTES).is_file():
+        return []
+    with (out / NOTES).open(encoding="utf-8") as lines:
+        return said([(entry["path"], entry["reason"]) for entry in map(json.loads, lines)])
 
 
 def _result(out: Path, manifest: Manifest) -> PrepareResult:

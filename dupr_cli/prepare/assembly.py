@@ -24,6 +24,7 @@ from dupr_cli.artifacts.files import atomic_file, write_json, write_text
 from dupr_cli.artifacts.shard_files import ShardIndex, ShardWriter, index_path, shard_name
 from dupr_cli.artifacts.shards import (
     MANIFEST,
+    NOTES,
     SKIPPED,
     Manifest,
     ShardEntry,
@@ -51,7 +52,7 @@ from dupr_cli.runtime.output import remove
 _PLAN = "plan.json"
 # Records of all samples, for finding duplicates among images that are added later.
 RECORDS = "records.bin"
-_BESIDE = (SKIPPED, SOURCE, RECORDS)  # files of a set beside its shards and manifest
+_BESIDE = (SKIPPED, NOTES, SOURCE, RECORDS)  # files of a set beside its shards and manifest
 
 
 @dataclass(frozen=True)
@@ -175,15 +176,15 @@ def _plan(
             }
         )  # fmt: skip
     reasons = Counter(entry.reason.partition(":")[0] for entry in skipped)
-    lines = [json.dumps({"path": e.path, "reason": e.reason}, ensure_ascii=False) for e in skipped]
     classes = {name for report in reports.values() for name in report.classes}
-    earlier = ""
+    notes = [entry for report in reports.values() for entry in report.notes]
     if base is not None:
         reasons.update(base.skip_reasons)
         classes |= set(base.classes)
-        earlier = (out / SKIPPED).read_text() if (out / SKIPPED).exists() else ""
         _join_records(folder, out)
-    write_text(folder / SKIPPED, earlier + "".join(line + "\n" for line in lines))
+    _write_lines(folder / SKIPPED, skipped, out if base else None)
+    if notes:
+        _write_lines(folder / NOTES, notes, out if base else None)
     records.write(folder / RECORDS, np.array(dropped, np.int64))
     manifest = {
         "classes": sorted(classes),
@@ -218,6 +219,16 @@ def _join_records(folder: Path, out: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     joined.replace(new)
+
+
+def _write_lines(path: Path, entries: list[Skipped], base: Path | None) -> None:
+    """One line of JSON for each entry, behind those of the set in `base`."""
+    earlier = base / path.name if base else None
+    lines = [earlier.read_text(encoding="utf-8")] if earlier and earlier.exists() else []
+    for entry in entries:
+        values = {"path": entry.path, "reason": entry.reason}
+        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
 
 
 def _reports(folder: Path, listing: Listing, out: Path) -> dict[tuple[str, int], BlockReport]:

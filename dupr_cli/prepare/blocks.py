@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -58,12 +58,16 @@ class Work:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """A finished block. parts: its tars, most often one; none where no image could be used."""
+    """A finished block. parts: its tars, most often one; none where no image could be used.
+
+    notes: on the labels of its images, one for each label.
+    """
 
     images: int
     parts: list[ShardEntry]
     skipped: list[Skipped]
     classes: list[str]
+    notes: list[Skipped] = field(default_factory=list)
 
 
 def block_name(split: str, number: int) -> str:
@@ -87,7 +91,8 @@ def read_report(folder: Path, split: str, number: int) -> BlockReport | None:
         if samples and (blocks / f"{name}.records").stat().st_size != samples * RECORD.itemsize:
             return None
         skipped = [Skipped(*pair) for pair in values["skipped"]]
-        return BlockReport(values["images"], parts, skipped, values["classes"])
+        notes = [Skipped(*pair) for pair in values.get("notes", [])]
+        return BlockReport(values["images"], parts, skipped, values["classes"], notes)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -129,6 +134,7 @@ def _write_block(
     name, blocks = block_name(split, number), blocks_folder(work.folder)
     parts, limit = list[ShardEntry](), work.recipe.shard.max_bytes
     skipped, classes, keys = list[Skipped](), set[str](), dict[str, bytes]()
+    notes = list[Skipped]()
     records = np.zeros(len(entries), RECORD)
     writer = _writer(blocks, name, 0)
 
@@ -158,6 +164,7 @@ def _write_block(
                 close_part()
                 writer = _writer(blocks, name, len(parts))
             writer.add(sample)
+            notes += [Skipped(sample.source, note) for note in found.notes]
             classes |= {box.name for box in sample.boxes or ()}
             row = records[sum(part.samples for part in parts) + len(writer) - 1]
             row["key"] = _short(hashlib.sha256(sample.key.encode()).digest())
@@ -168,11 +175,15 @@ def _write_block(
     except BaseException:
         writer.abandon()
         raise
-    report = BlockReport(len(entries), parts, skipped, sorted(classes))
+    report = BlockReport(len(entries), parts, skipped, sorted(classes), notes)
     write_bytes(blocks / f"{name}.records", records[: sum(p.samples for p in parts)].tobytes())
     write_json(
         blocks / f"{name}.json",
-        {**asdict(report), "skipped": [[entry.path, entry.reason] for entry in skipped]},
+        {
+            **asdict(report),
+            "skipped": [[entry.path, entry.reason] for entry in skipped],
+            "notes": [[entry.path, entry.reason] for entry in notes],
+        },
     )
     return report
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.shards import open_shards
+from dupr_cli.datasets.pixels import open_picture
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -70,10 +70,10 @@ def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
             sample = shards[number]
             size += len(sample.image)
             try:
-                image = Image.open(io.BytesIO(sample.image))
-                sizes.append(image.size)
+                picture = open_picture(io.BytesIO(sample.image))
+                sizes.append(picture.upright)
                 if number % every == 0:
-                    values = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3) / 255
+                    values = np.asarray(picture.rgb(), dtype=np.float64).reshape(-1, 3) / 255
                     sums += [values.sum(0), (values**2).sum(0)]
                     pixels += len(values)
             # Decoders of damaged files raise whatever their parsing ran into.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -10,7 +10,7 @@ class PreparePlan:
     """What a preparation will do, before it does it.
 
     action: begin, continue, append, replace, or nothing where the set is complete. items: images to
-    read, by split.
+    read, by split. notes: what of the source is not taken.
     """
 
     source: str
@@ -19,6 +19,7 @@ class PreparePlan:
     items: dict[str, int]
     shards: int
     out: str
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

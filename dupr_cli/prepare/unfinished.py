@@ -20,8 +20,8 @@ from dupr_cli.runtime.output import remove
 
 _STATE = "state.json"
 _FILES = (
-    "plan.json", "listing.json", "skipped.jsonl", "source.jsonl.gz", "records.bin", "*.lock",
-    ".*.tmp", "listing/*.jsonl", "listing/*.starts", "listing/*.bucket-*", "blocks/*.tar",
+    "plan.json", "listing.json", "skipped.jsonl", "notes.jsonl", "source.jsonl.gz", "records.bin",
+    "*.lock", ".*.tmp", "listing/*.jsonl", "listing/*.starts", "listing/*.bucket-*", "blocks/*.tar",
     "blocks/*.index.json", "blocks/*.records", "blocks/*-*.json", "blocks/.*.tmp",
     "unpacked/*.tar", "unpacked/*.lock", "unpacked/.*.tmp",
 )  # fmt: skip

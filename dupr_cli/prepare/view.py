@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import open_shards
+from dupr_cli.datasets.pixels import open_picture
 
 _CELL, _CAPTION, _GAP = 200, 18, 6
 _GROUND, _INK = "#eeeeee", "#222222"
@@ -58,17 +59,15 @@ def _short(text: str) -> str:
 
 def _cell(sample: Sample) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(sample.image))
-        width, height = image.size
-        image.draft("RGB", (2 * _CELL, 2 * _CELL))
-        cell = image.convert("RGB")
+        picture = open_picture(io.BytesIO(sample.image))
+        scale = _CELL / max(picture.upright)
+        width, height = (max(1, round(side * scale)) for side in picture.upright)
+        cell = picture.rgb((width, height), Image.Resampling.BICUBIC)
     # Decoders of damaged files raise whatever their parsing ran into.
     except Exception:
         cell = Image.new("RGB", (_CELL, _CELL), "#cc3333")
         ImageDraw.Draw(cell).text((8, 8), "does not decode", "white")
         return cell
-    scale = _CELL / max(width, height)
-    cell = cell.resize((max(1, round(width * scale)), max(1, round(height * scale))))
     draw = ImageDraw.Draw(cell)
     for box in sample.boxes or ():
         corners = [value * scale for value in box.corners]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dupr_cli.artifacts.shards import ShardSet
+from dupr_cli.datasets.pixels import IMAGE_ERRORS, open_picture
 from dupr_cli.errors import RunError
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 from dupr_cli.runtime.loader import load
@@ -30,10 +31,8 @@ SampleRequest = tuple[int, int]  # epoch, sample number
 
 
 def decode(data: bytes) -> Image.Image:
-    """RGB image from the bytes of a sample. Raises OSError or ValueError when they are damaged."""
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """Upright RGB image from the bytes of a sample. Raises one of IMAGE_ERRORS when it is none."""
+    return open_picture(io.BytesIO(data)).rgb()
 
 
 def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> NDArray[np.int64]:
@@ -122,7 +121,7 @@ class ViewPairs:
             try:
                 image = decode(sample.image)
                 break
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except IMAGE_ERRORS as error:
                 problems.append(f"{sample.key}: {error}")
         else:
             raise RunError(

@@ -21,14 +21,15 @@ from PIL import Image
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
 from dupr_cli.artifacts.shard_files import Sample
-from dupr_cli.artifacts.shards import MANIFEST, Manifest, ShardSet, is_shard_folder, open_shards
+from dupr_cli.artifacts.shards import MANIFEST, Manifest, ShardSet, open_shards
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
+from dupr_cli.datasets.layout import walk
+from dupr_cli.datasets.shards import holds_shards
+from dupr_cli.datasets.text import read_text
 from dupr_cli.datasets.voc import find_voc_trees
 from dupr_cli.errors import UsageError
 from dupr_cli.probe.image_readers import Files, ImageReader, ObjectCrops, Samples, Whole
 from dupr_cli.progress import Reporter
-
-_IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"])
 
 LIMIT_TRAIN, LIMIT_TEST = range(2)  # streams of random numbers, told apart by the seed's last word
 
@@ -112,7 +113,7 @@ def splits_of(address: str) -> list[str] | None:
         return list(Manifest.read(path).splits)
     if is_remote(address) and not address.endswith(".tar"):
         return []  # of a manifest that is read when it is opened, which names them
-    if path.is_dir() and not is_shard_folder(path):
+    if path.is_dir() and not holds_shards(path):
         folders = [folder.name for folder in _folders(path)]
         if "train" in folders and _folders(path / "train"):
             return folders
@@ -215,7 +216,7 @@ def _class_files(address: str, split: str, classes: Sequence[str]) -> dict[str, 
             file = tree.root / "ImageSets" / "Main" / f"{name}_{split}.txt"
             if not file.is_file():
                 continue
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(read_text(file).splitlines(), 1):
                 words = line.split()
                 if not words:
                     continue
@@ -380,7 +381,7 @@ def _classified_shards(address: str, split: str | None, shards: ShardSet) -> Ima
 def _is_shards(address: str) -> bool:
     if is_remote(address) or address.endswith(".tar"):
         return True
-    return Path(address).is_dir() and is_shard_folder(Path(address))
+    return Path(address).is_dir() and holds_shards(Path(address))
 
 
 def _one_split(address: str, split: str | None) -> str:
@@ -411,9 +412,4 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _images_under(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(place, name)
-            if path.suffix.lower() in _IMAGE_SUFFIXES and not name.startswith("."):
-                yield path
+    return (folder / name for name in walk(folder))

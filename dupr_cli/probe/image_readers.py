@@ -1,6 +1,6 @@
 """Where the pixels of probed images lie: files, shards, labelled sets, and objects cut out of them.
 
-Everything is decoded upright (EXIF orientation applied), one image at a time.
+Everything is decoded upright, one image at a time.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.datasets.labelled import LabelledSet
+from dupr_cli.datasets.pixels import IMAGE_ERRORS, open_picture
 from dupr_cli.errors import RunError
 
 
@@ -103,10 +104,8 @@ def square_around(corners: Sequence[float], width: int, height: int) -> tuple[in
 
 def _decode(file: Path | io.BytesIO, place: str) -> Image.Image:
     try:
-        with Image.open(file) as image:
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return open_picture(file).rgb()
+    except IMAGE_ERRORS as error:
         raise RunError(
             f"{place}: the image cannot be decoded ({error}). Replace it, or take it out of the "
             f"set."

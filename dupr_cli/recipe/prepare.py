@@ -71,8 +71,18 @@ class ImageSection(Section):
     verify: Literal["full", "sampled", "header"] = "full"
     """How much of an image that stays as it is, is decoded to see that it is whole: all of it; all
     of every 20th, by a hash of its key, and the header of the others; the header."""
+    range: tuple[float, float] | None = None
+    """Values that become black and white, of images with more than 8 bits. By default a 16 bit
+    image uses all its depth, floats run from 0 to 1 or 255, integers of 32 bits from 0 to 255; an
+    image that does not fill a quarter of that, or exceeds it, is skipped."""
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
     """Images of more pixels (width x height) are skipped before they are decoded."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.range is not None and not self.range[0] < self.range[1]:
+            reject("range", f"it is {list(self.range)}, but the first has to be below the second")
+        return self
 
     @model_validator(mode="after")
     def _one_side(self) -> Self:

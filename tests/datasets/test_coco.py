@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +85,21 @@ def test_cocos_own_images_are_as_pycocotools_reads_them(shared_data: Path) -> No
     ("place", "value", "message"),
     [
         (("annotations", 0, "bbox"), [1, 2, 3], r"annotation 5: its bbox is \[1, 2, 3\]; four"),
-        (("annotations", 0, "bbox"), [1, 2, "3", 4], "annotation 5: its bbox"),
+        (("annotations", 0, "bbox"), [1, 2, "x", 4], "annotation 5: its bbox"),
         (("annotations", 0, "bbox"), [1, 2, float("nan"), 4], "annotation 5: its bbox"),
+        (("annotations", 0, "bbox"), [9, 9, -3, 4], "annotation 5: .* negative width or height"),
         (("annotations", 0, "bbox"), None, "annotation 5: its bbox is None"),
+        (("annotations", 0, "iscrowd"), "maybe", "annotation 5: its iscrowd is 'maybe'"),
         (("annotations", 1, "category_id"), 99, "annotation 6: its category_id is 99; .* 1, 18"),
         (("annotations", 1, "image_id"), 99, "annotation 6: its image_id is 99, but no image"),
         (("annotations", 1, "area"), "big", "annotation 6: its area is 'big'"),
-        (("annotations", 0, "segmentation"), [[1, 2, 3]], "annotation 5: its segmentation"),
-        (("annotations", 0, "segmentation"), {"counts": "0"}, "annotation 5: its segmentation"),
-        (("images", 1, "id"), 7, "two images have the same id"),
-        (("categories", 1, "id"), 18, "two categories have the same id"),
-        (("categories", 1), {"name": "cat"}, "not as COCO writes it: KeyError: 'id'"),
-        (("annotations", 0), 5, "not as COCO writes it"),
+        (("images", 1, "file_name"), None, "image number 2: an id and a file_name are needed"),
+        (("categories", 1, "id"), 18, "category 18: another category has the same id"),
+        (("categories", 1), {"name": "cat"}, "category number 2: an id and a name are needed"),
+        (("annotations", 0), 5, "annotation number 1: it is no object but 5"),
     ],
 )
-def test_damage_is_named_with_file_and_annotation(
+def test_a_bad_row_costs_that_row_and_is_named(
     tmp_path: Path, place: tuple[str | int, ...], value: object, message: str
 ) -> None:
     damaged: Any = content()
@@ -106,8 +107,34 @@ def test_damage_is_named_with_file_and_annotation(
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
-    with pytest.raises(UsageError, match=rf"instances_val2017\.json: .*{message}"):
-        read_coco(written(tmp_path, damaged))
+    coco = read_coco(written(tmp_path, damaged))
+    assert any(re.search(message, reason) for reason in coco.all_left_out), coco.all_left_out
+    taken = sum(len(image.objects) for image in coco.images)
+    named = [reason for reason in coco.all_left_out if reason.startswith("annotation")]
+    assert taken + len(named) == 2
+
+
+def test_images_of_one_id_are_left_out_and_named(tmp_path: Path) -> None:
+    damaged = content()
+    damaged["images"] += [{"id": 3, "file_name": "c.jpg"}, dict(damaged["images"][0])]
+    coco = read_coco(written(tmp_path, damaged))
+    assert [image.id for image in coco.images] == [7]
+    assert coco.left_out == ("image 3: another image has the same id; give each its own",)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[[1, 2, 3]], {"counts": "0"}, "abc", {"size": [3, 4], "counts": [0, 12]},
+     {"size": [30, 40], "counts": [0, 7]}],
+)  # fmt: skip
+def test_a_bad_mask_costs_the_mask_and_is_named(tmp_path: Path, mask: object) -> None:
+    damaged = content()
+    damaged["annotations"][0]["segmentation"] = mask
+    (image, _) = read_coco(written(tmp_path, damaged)).images
+    assert len(image.objects) == 2
+    assert "segmentation" not in image.objects[0].details
+    (remark,) = image.remarks
+    assert remark.startswith("mask left out: annotation 5: ")
 
 
 @pytest.mark.parametrize("data", [b"{", b"\xff\xfe\x00", b"[]", b'{"a": 1}'])

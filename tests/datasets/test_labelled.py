@@ -78,41 +78,62 @@ def test_boxes_without_area_are_dropped_and_reported(tmp_path: Path) -> None:
     reporter = Listening()
     images = open_labelled(str(tmp_path), ["train"], reporter)
     assert images.annotations[1].boxes.tolist() == [[79, 59, 96, 72]]
-    _, cut, dropped = reporter.said
-    assert "1 boxes" in cut
-    assert "cut" in cut
-    assert "bad" in cut
-    assert "2 boxes" in dropped
-    assert "dropped" in dropped
+    cut, dropped = reporter.warnings
+    assert "box cut: 1 in all; the first: bad" in cut
+    assert "box dropped: 2 in all; the first: bad" in dropped
 
 
-def test_missing_image_is_named(tmp_path: Path) -> None:
+def test_an_image_that_is_missing_is_left_out_and_named(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     (tree / "JPEGImages" / "img003.png").unlink()
-    with pytest.raises(RunError, match=r"img003.*missing"):
-        open_labelled(str(tree), ["train"], SilentReporter())
+    reporter = Listening()
+    images = open_labelled(str(tree), ["train"], reporter)
+    assert len(images) == 7
+    assert "img003" not in images.ids
+    assert "1 of 8 images were left out" in reporter.warnings[0]
+    assert "img003.jpg: the image is missing" in reporter.warnings[0]
+    with Image.open(tree / "JPEGImages" / "img004.png") as following:
+        assert np.array_equal(np.asarray(images.image(3)), np.asarray(following))
 
 
-def test_missing_annotation_is_named(tmp_path: Path) -> None:
+def test_an_image_whose_annotation_is_missing_is_left_out_and_named(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     (tree / "Annotations" / "img003.xml").unlink()
-    with pytest.raises(RunError, match=r"img003.xml.*missing"):
+    reporter = Listening()
+    assert len(open_labelled(str(tree), ["train"], reporter)) == 7
+    assert "img003.xml: the annotation is missing" in reporter.warnings[0]
+
+
+def test_without_a_usable_image_the_first_is_the_error(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path)
+    for file in (tree / "Annotations").iterdir():
+        file.unlink()
+    with pytest.raises(
+        UsageError, match=r"no image can be used; the first of 8: .*img000.xml.*missing"
+    ):
         open_labelled(str(tree), ["train"], SilentReporter())
 
 
-def test_object_without_a_class_is_named(tmp_path: Path) -> None:
+def test_an_object_without_a_class_is_left_out_and_named(tmp_path: Path) -> None:
     add_image(tmp_path, "a", [])
-    (tmp_path / "Annotations" / "a.xml").write_text(annotation_xml([("", 1, 1, 9, 9)]))
+    objects = [("", 1, 1, 9, 9), ("red", 1, 1, 9, 9)]
+    (tmp_path / "Annotations" / "a.xml").write_text(annotation_xml(objects))
     add_split(tmp_path, "train", ["a"])
-    with pytest.raises(RunError, match="image a: an object has no class name"):
-        open_labelled(str(tmp_path), ["train"], SilentReporter())
+    reporter = Listening()
+    images = open_labelled(str(tmp_path), ["train"], reporter)
+    assert images.annotations[0].names == ("red",)
+    assert "an object has no class name" in reporter.warnings[0]
 
 
-def test_image_that_is_cut_off_is_named(tmp_path: Path) -> None:
+def test_an_image_that_is_cut_off_is_named(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     path = tree / "JPEGImages" / "img003.png"
-    path.write_bytes(path.read_bytes()[:120])
-    with pytest.raises(RunError, match=r"img003.png.*decoded"):
+    bitmap = path.with_suffix(".bmp")
+    with Image.open(path) as image:
+        image.save(bitmap)
+    path.unlink()
+    bitmap.write_bytes(bitmap.read_bytes()[:2000])
+    with pytest.raises(RunError, match=r"img003.bmp.*decoded"):
         open_labelled(str(tree), ["train"], SilentReporter()).image(3)
 
 

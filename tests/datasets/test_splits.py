@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
-from dupr_cli.errors import RunError, UsageError
+from dupr_cli.errors import UsageError
 from dupr_cli.metrics import Detections, score
 from dupr_cli.progress import SilentReporter
 from tests.support.labelled_scenes import (
@@ -24,6 +25,7 @@ from tests.support.labelled_scenes import (
     make_coco,
     make_tree,
 )
+from tests.support.reporters import Listening
 
 SCENES: list[list[KitObject]] = [
     [("red", 11, 21, 30, 50), ("blue", 61, 1, 96, 40)],
@@ -93,8 +95,8 @@ def test_splits_are_joined(tmp_path: Path) -> None:
     assert len(images) == 4
     assert images.ids[3] == "val2017_1.png"
     assert images.split == "train2017 + val2017"
-    with pytest.raises(UsageError, match=r"lists image train2017_1\.png twice"):
-        opened(tmp_path, "train2017", "train2017")
+    with pytest.raises(UsageError, match=r"image train2017_1\.png is in the split 'train'"):
+        opened(tmp_path, "train2017", "train")
 
 
 def test_short_name_of_a_split(tmp_path: Path) -> None:
@@ -131,15 +133,30 @@ def test_ground_truth_with_masks_as_detections_scores_100(tmp_path: Path) -> Non
         (lambda c: c["annotations"][0].update(category_id=7), r"annotation 100: its category_id"),
         (lambda c: c["annotations"][0].update(image_id=77), r"annotation 100: its image_id is 77"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 100: its bbox"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), r"its bbox"),
         (lambda c: c["annotations"][0].update(segmentation="abc"), r"its segmentation"),
+        (lambda c: c["images"][0].pop("file_name"), r"image number 1: an id and a file_name"),
+    ],
+)
+def test_a_bad_row_of_coco_is_a_warning(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], problem: str
+) -> None:
+    coco_tree(tmp_path)
+    edit(tmp_path, change)
+    reporter = Listening()
+    images = open_labelled(str(tmp_path), ["train2017"], reporter)
+    assert len(images) >= 2
+    assert any(re.search(f"train2017.*{problem}", warning) for warning in reporter.warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
         (lambda c: c.pop("images"), r"COCO's JSON is an object with images"),
-        (lambda c: c["images"][0].pop("file_name"), r"not as COCO writes it.*file_name"),
-        (lambda c: c["images"].append(c["images"][0]), r"two images have the same id"),
+        (lambda c: c.update(images=5), r"not as COCO writes it: `images` is no list"),
         (lambda c: c["images"].clear() or c["annotations"].clear(), r"lists no images"),
     ],
 )
-def test_damaged_coco_is_named(
+def test_a_file_that_is_not_coco_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], problem: str
 ) -> None:
     coco_tree(tmp_path)
@@ -163,8 +180,10 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_images_that_are_elsewhere_or_missing_are_named(tmp_path: Path) -> None:
     coco_tree(tmp_path)
     (tmp_path / "train2017" / "train2017_2.png").unlink()
-    with pytest.raises(RunError, match=r"train2017_2\.png: the image is missing"):
-        opened(tmp_path, "train2017")
+    reporter = Listening()
+    assert len(open_labelled(str(tmp_path), ["train2017"], reporter)) == 2
+    assert "1 of 3 images were left out" in reporter.warnings[0]
+    assert "train2017_2.png: the image is missing" in reporter.warnings[0]
     (tmp_path / "train2017").rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=r"train2017_1\.png, is in none of .*train2017"):
         opened(tmp_path, "train2017")
@@ -174,8 +193,11 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     coco_tree(tmp_path)
     other = {"size": [10, 10], "counts": [0, 100]}
     edit(tmp_path, lambda c: c["annotations"][0].update(segmentation=other))
-    with pytest.raises(RunError, match=r"2017_1\.png: a mask is of \[10, 10\].*\[72, 96\]"):
-        opened(tmp_path, "train2017", masks=True).masks(0)
+    reporter = Listening()
+    open_labelled(str(tmp_path), ["train2017"], reporter)
+    assert re.search(
+        r"mask left out: 1 .*\[10, 10\], height x width, the image of", reporter.warnings[0]
+    )
     edit(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))
     with pytest.raises(UsageError, match=r"2017_1\.png: an object has no mask.*detector\.model"):
         opened(tmp_path, "train2017", masks=True)
@@ -213,10 +235,10 @@ def test_damaged_cityscapes_is_named(tmp_path: Path) -> None:
         opened(root, "val")
     labels = root / "gtFine/train/ulm/ulm_1_2_gtFine_instanceIds.png"
     labels.write_bytes(labels.read_bytes()[:40])
-    with pytest.raises(RunError, match=r"instanceIds\.png: the annotation cannot be decoded"):
+    with pytest.raises(UsageError, match=r"instanceIds\.png: the annotation cannot be decoded"):
         opened(root, "train")
     labels.unlink()
-    with pytest.raises(RunError, match=r"instanceIds\.png: the annotation is missing"):
+    with pytest.raises(UsageError, match=r"instanceIds\.png: the annotation is missing"):
         opened(root, "train")
 
 
@@ -233,8 +255,9 @@ def test_damaged_cityscapes_is_named(tmp_path: Path) -> None:
 def test_voc_annotation_that_is_no_text_is_named(tmp_path: Path, content: bytes) -> None:
     tree = make_tree(tmp_path)
     (tree / "Annotations" / "img003.xml").write_bytes(content)
-    with pytest.raises(RunError, match=r"img003\.xml: not valid XML.*encoding"):
-        opened(tree, "train")
+    reporter = Listening()
+    assert len(open_labelled(str(tree), ["train"], reporter)) == 7
+    assert re.search(r"1 of 8 .*img003\.xml: not valid XML.*encoding", reporter.warnings[0])
 
 
 def test_voc_annotation_in_another_stated_encoding_is_read(tmp_path: Path) -> None:
@@ -249,7 +272,7 @@ def test_voc_annotation_in_another_stated_encoding_is_read(tmp_path: Path) -> No
 def test_voc_list_that_is_no_text_is_named(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     (tree / "ImageSets" / "Main" / "train.txt").write_bytes("Zürich\n".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"train\.txt: the list is not UTF-8 text"):
+    with pytest.raises(UsageError, match=r"train\.txt: the file is not UTF-8 text"):
         opened(tree, "train")
     (tree / "ImageSets" / "Main" / "train.txt").write_bytes(b"\xef\xbb\xbfimg000\n")
     assert opened(tree, "train").ids == ["img000"]
@@ -262,5 +285,9 @@ def test_voc_corner_that_is_no_number_is_named(tmp_path: Path, value: str) -> No
     text = file.read_text()
     start = text.index("<ymax>")
     file.write_text(f"{text[:start]}<ymax>{value}{text[text.index('</ymax>') :]}")
-    with pytest.raises(RunError, match=r"img000\.xml: object '\w+': bndbox/ymax is .* a number"):
-        opened(tree, "train")
+    reporter = Listening()
+    images = open_labelled(str(tree), ["train"], reporter)
+    assert len(images) == 8
+    assert images.annotations[0].names == ()
+    problem = r"label left out: 1 in all.*img000\.xml: object '\w+': bndbox/ymax is .* a number"
+    assert re.search(problem, reporter.warnings[0])

@@ -241,7 +241,7 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     red = tree / "comp4_det_val_red.txt"
     red.write_bytes("img008 0.5 1 1 20 20 Zürich".encode("latin-1"))
-    refused(r"val_red\.txt: not UTF-8", red, "--data", tree)
+    refused(r"val_red\.txt: the file is not UTF-8", red, "--data", tree)
     red.write_text("img008 0.5 1 1 20 20\n")
     again = tree / "comp3_det_val_red.txt"
     again.write_text("")

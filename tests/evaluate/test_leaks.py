@@ -14,6 +14,7 @@ from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.evaluate.leaks import find_leaks
 from dupr_cli.progress import SilentReporter
+from tests.support.labelled_files import save
 from tests.support.labelled_scenes import add_split, annotation_xml
 
 
@@ -50,6 +51,18 @@ def shards(folder: Path, images: dict[str, bytes]) -> str:
     entry = ShardEntry("train-000000.tar", len(index), index.bytes, index.sha256)
     Manifest({"train": [entry]}, [], 0, {}, "", {}, "", "").write(folder)
     return str(folder)
+
+
+def test_a_photograph_that_its_camera_turned_is_found_upright(tmp_path: Path) -> None:
+    root = tmp_path / "VOC"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    save(root / "JPEGImages/a.jpg", picture(1).transpose(Image.Transpose.ROTATE_90), 6)
+    (root / "Annotations/a.xml").write_text(annotation_xml([("thing", 10, 10, 60, 60)]))
+    add_split(root, "val", ["a"])
+    photograph = open_labelled(str(root), ["val"], SilentReporter())
+    upright = shards(tmp_path / "seen", {"upright": jpeg(picture(1))})
+    assert find_leaks(photograph, upright, 0, SilentReporter()).test_images == 1
 
 
 def test_copies_and_resized_copies_are_found_and_nothing_else(

@@ -246,7 +246,7 @@ CHANGED: dict[str, Callable[[int], tuple[str, bytes]]] = {
         ".png", encode(noise_image(n).quantize(32), "PNG", transparency=3)
     ),
     "16 bit": lambda n: (
-        ".png", encode(Image.fromarray(np.full((20, 30), 257 * (n % 200), np.uint16)), "PNG")
+        ".png", encode(Image.fromarray(np.full((20, 30), 257 * (100 + n % 100), np.uint16)), "PNG")
     ),
     "animated": lambda n: (
         ".gif", encode(noise_image(n), "GIF", save_all=True, append_images=[noise_image(n + 1)])

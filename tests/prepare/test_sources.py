@@ -28,9 +28,10 @@ from pycocotools.coco import COCO
 from torchvision.datasets import CocoDetection, VOCDetection
 
 from dupr_cli import prepare
-from dupr_cli.artifacts.labels import Box, Placement, decode_mask, encode_mask
+from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Manifest, open_shards
+from dupr_cli.datasets.placement import Placement, decode_mask, encode_mask
 from dupr_cli.datasets.voc import VocTree
 from dupr_cli.errors import UsageError
 from dupr_cli.recipe import PrepareRecipe, load_recipe
@@ -105,7 +106,7 @@ def test_voc_07_and_12_as_torchvision_reads_them(shared_data: Path, tmp_path: Pa
 
 def test_a_split_that_voc_does_not_have_is_named(shared_data: Path, tmp_path: Path) -> None:
     tree = shared_data / "voc_animals_160px"
-    with pytest.raises(UsageError, match=r"no split 2007/train; ImageSets/Main of VOC2012 has"):
+    with pytest.raises(UsageError, match=r"no split '2007/train'; ImageSets/Main of VOC2012 has"):
         prepared(tree, tmp_path / "out", "source.splits=[2007/train]")
 
 
@@ -241,7 +242,7 @@ def test_keypoints_name_pixels(way: int, x: int, y: int) -> None:
     [
         ("[]", "is an object with images"),
         ("{", "cannot be read as JSON"),
-        ('{"images": [{"id": 1}]}', "not as COCO writes it"),
+        ('{"images": [{"id": 1}]}', "none of 1 images can be used.*an id and a file_name"),
         ('{"images": [{"id": 1, "file_name": "gone.jpg"}]}', "is not in .*source.images=FOLDER"),
     ],
 )
@@ -313,14 +314,17 @@ def test_yolo_polygons_and_wrong_lines(tmp_path: Path) -> None:
     (tmp_path / "y/labels/b.txt").write_text("0 0.5 0.5 0.1 0.1\n7 0.5 0.5 0.1 0.1\n")
     (tmp_path / "y/labels/c.txt").write_text("0 0.5 half 0.1 0.1\n")
     found = prepared(tmp_path / "y", tmp_path / "out")
-    (sample,) = found["train"]
-    assert sample.boxes is not None
-    assert sample.boxes[0].name == "dog"
-    assert sample.boxes[0].corners == (10, 10, 30, 20)
-    assert sample.boxes[0].details["segmentation"] == [[10, 10, 30, 10, 20, 20]]
-    skipped = (tmp_path / "out/skipped.jsonl").read_text()
-    assert "b.txt, line 2: not a label of YOLO" in skipped
-    assert "c.txt, line 1: not a label of YOLO" in skipped
+    polygon, one, none = found["train"]
+    assert polygon.boxes is not None
+    assert polygon.boxes[0].name == "dog"
+    assert polygon.boxes[0].corners == (10, 10, 30, 20)
+    assert polygon.boxes[0].details["segmentation"] == [[10, 10, 30, 10, 20, 20]]
+    assert [len(sample.boxes or ()) for sample in (one, none)] == [1, 0]
+    notes = (tmp_path / "out/notes.jsonl").read_text().splitlines()
+    assert len(notes) == 2
+    assert "label left out: " in notes[0]
+    assert "b.txt, line 2: class 7 has no name" in notes[0]
+    assert "c.txt, line 1: not a label of YOLO" in notes[1]
 
 
 # --- folders, archives, shards, lists --------------------------------------------------------

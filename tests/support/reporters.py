@@ -9,16 +9,18 @@ from dupr_cli.progress import SilentReporter, Task
 
 
 class Listening(SilentReporter):
-    """said: infos, warnings and names of tasks, in their order."""
+    """Keeps what is said: the warnings, and all of it with the names of tasks."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.warnings: list[str] = []
 
     def info(self, message: str) -> None:
         self.said.append(message)
 
     def warning(self, message: str) -> None:
         self.said.append(message)
+        self.warnings.append(message)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from dupr_cli.artifacts.files import IMAGE_SUFFIXES
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.errors import UsageError
 from dupr_cli.plugins import SOURCES, load_plugin
-from dupr_cli.prepare.sources.base import IMAGE_SUFFIXES, BuiltIn, Entry, ImageSource, RawImage
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, ImageSource, RawImage
 from dupr_cli.recipe.prepare import SourceSection
 
 __all__ = ["Entry", "ImageSource", "RawImage", "make_source", "recognise"]

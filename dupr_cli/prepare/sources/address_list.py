@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dupr_cli.artifacts.files import is_image_name
 from dupr_cli.artifacts.remote import AbsentError, fetch_bytes, is_remote
+from dupr_cli.datasets.text import encoding_of, not_text
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, stamp_of
 
 # Of old lists of addresses a good part is gone for good; half a minute for each would be weeks.
 _ATTEMPTS = 3
@@ -35,29 +37,53 @@ class ListSource(BuiltIn):
         return suffix in (".txt", ".csv", ".tsv", ".parquet") and not is_remote(address)
 
     def entries(self) -> Iterator[Entry]:
-        return map(Entry, self._addresses())
+        for address in self._addresses():
+            stamp = "" if is_remote(address) else stamp_of(self.path.parent / address)
+            yield Entry(address, stamp=stamp)
 
     def _addresses(self) -> Iterator[str]:
         readers = {".csv": self._csv, ".tsv": self._csv, ".parquet": self._parquet}
         try:
             yield from readers.get(self.path.suffix.lower(), self._text)()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{self.path}: the list is not UTF-8 text: {error}.") from error
+        except UnicodeError as error:
+            raise not_text(self.path, error) from error
 
     def _text(self) -> Iterator[str]:
-        with self.path.open(encoding="utf-8") as lines:
+        with self.path.open(encoding=encoding_of(self.path)) as lines:
             for line in lines:
-                if line.strip():
-                    yield line.strip()
+                if line.strip() and not self._is_comment(line.strip()):
+                    yield self._address(line.strip())
+
+    def _is_comment(self, line: str) -> bool:
+        return line.startswith("#") and not (self.path.parent / line).is_file()
+
+    def _address(self, line: str) -> str:
+        """The path or address of a line; a label behind it, as ImageNet's lists have, is none."""
+        if is_remote(line) or (is_image_name(line) and "\\" not in line):
+            return line  # without asking the file system for each of millions
+        address, _, label = line.rpartition(" ")
+        for given in (line, address.strip()) if label.isdigit() and address.strip() else (line,):
+            for name in (given, given.replace("\\", "/").removeprefix("./")):
+                if (self.path.parent / name).is_file():
+                    return name
+        return line
 
     def _csv(self) -> Iterator[str]:
-        tabs = self.path.suffix.lower() == ".tsv"
-        with self.path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t" if tabs else ",")
-            column = self._column(list(rows.fieldnames or []))
+        with self.path.open(encoding=encoding_of(self.path), newline="") as file:
+            head = file.readline()
+            file.seek(0)
+            tabs = self.path.suffix.lower() == ".tsv"
+            rows = csv.reader(file, delimiter="\t" if tabs else max(",;\t", key=head.count))
+            names = next(rows, [])
+            column = self._numbered(names)
+            if column is None:  # no header: the first line is an image's
+                column = next((n for n, value in enumerate(names) if is_image_name(value)), None)
+                if column is None or self.options.column:
+                    raise self._no_column(names)
+                yield self._address(names[column].strip())
             for row in rows:
-                if row[column]:
-                    yield row[column]
+                if len(row) > column and row[column].strip():
+                    yield self._address(row[column].strip())
 
     def _parquet(self) -> Iterator[str]:
         try:
@@ -67,19 +93,30 @@ class ListSource(BuiltIn):
                 f"{self.path}: reading Parquet needs pyarrow: pip install 'dupr-cli[hf]'."
             ) from None
         opened: Any = parquet.ParquetFile(self.path)
-        column = self._column(opened.schema_arrow.names)
+        names = opened.schema_arrow.names
+        number = self._numbered(names)
+        if number is None:
+            raise self._no_column(names)
+        column = names[number]
         for batch in opened.iter_batches(columns=[column], batch_size=10_000):
             yield from (value for value in batch.column(0).to_pylist() if value)
 
-    def _column(self, names: list[str]) -> str:
-        wanted = self.options.column
-        found = [name for name in ([wanted] if wanted else _COLUMNS) if name in names]
-        if not found:
-            raise UsageError(
-                f"{self.path}: no column {wanted or ', '.join(_COLUMNS)}; it has "
-                f"{', '.join(names) or 'none'}. Name it with --set source.column=NAME."
-            )
-        return found[0]
+    def _numbered(self, names: list[str]) -> int | None:
+        """Number of the column of images; None where no column is called so."""
+        plain = [name.strip().lower() for name in names]
+        wanted = [self.options.column] if self.options.column else _COLUMNS
+        for name in wanted:
+            if name in names:
+                return names.index(name)
+            if name.lower() in plain:
+                return plain.index(name.lower())
+        return None
+
+    def _no_column(self, names: list[str]) -> UsageError:
+        return UsageError(
+            f"{self.path}: no column {self.options.column or ', '.join(_COLUMNS)}; it has "
+            f"{', '.join(names) or 'none'}. Name it with --set source.column=NAME."
+        )
 
     def read(self, entry: Entry) -> RawImage:
         if not is_remote(entry.name):

@@ -16,15 +16,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock
 
-from dupr_cli.artifacts.files import atomic_file, named
+from dupr_cli.artifacts.files import atomic_file, is_image_name, named
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED
+from dupr_cli.datasets.layout import has_images, is_label_name
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.prepare.sources.base import IMAGE_SUFFIXES, BuiltIn, Entry, RawImage
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, labels_not_taken
 
 _OPEN: dict[str, Callable[[Path], Any]] = {
     ".tar.gz": gzip.open,
@@ -65,19 +66,29 @@ class ArchiveSource(BuiltIn):
     def recognises(cls, address: str) -> bool:
         path = Path(address)
         found = archives(path)
-        if not found or (path.is_dir() and _loose_images(path)):
+        # Beside images an archive is something else: a devkit, a backup of labels.
+        if not found or (path.is_dir() and has_images(path)):
             return False
         return not (found[0].suffix == ".tar" and _is_shard(found[0]))
 
     def entries(self) -> Iterator[Entry]:
+        self.notes, labels = [], list[str]()
         for archive in archives(self.path):
             try:
-                yield from _members(archive)
+                for name, place, stamp in _members(archive):
+                    if is_image_name(name):
+                        place = [archive.name, *place]
+                        yield Entry(f"{archive.name}/{name}", place, stamp=stamp)
+                    elif is_label_name(name):
+                        labels.append(f"{archive.name}/{name}")
             except _DAMAGED as error:
                 raise UsageError(
                     f"{archive}: the archive is cut off or damaged: {error}. Copy it again, or "
                     f"unpack what is left of it and prepare that."
                 ) from error
+
+        if labels:
+            self.notes.append(f"{labels_not_taken(self.address, labels)}, of the unpacked files")
 
     def read(self, entry: Entry) -> RawImage:
         archive, *place = entry.place
@@ -104,11 +115,6 @@ class ArchiveSource(BuiltIn):
         return plain
 
 
-def _loose_images(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(_wanted(entry.name) and entry.is_file() for entry in entries)
-
-
 def _decompressed(path: Path) -> IO[bytes]:
     name = path.name.lower()
     opened: IO[bytes] = next(o for suffix, o in _OPEN.items() if name.endswith(suffix))(path)
@@ -120,19 +126,14 @@ def _open_zip(path: Path, _process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _wanted(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def _members(archive: Path) -> Iterator[Entry]:
+def _members(archive: Path) -> Iterator[tuple[str, list[Any], str]]:
+    """Names of the files in an archive, what it takes to read them, and their stamps."""
     name = archive.name.lower()
     if name.endswith(".zip"):
         with zipfile.ZipFile(archive) as opened:
             for info in opened.infolist():
-                if not info.is_dir() and _wanted(info.filename):
-                    place: list[Any] = [archive.name, info.filename]
-                    yield Entry(f"{archive.name}/{info.filename}", place)
+                if not info.is_dir():
+                    yield info.filename, [info.filename], f"{info.file_size}:{info.CRC:08x}"
         return
     with (
         archive.open("rb") if name.endswith(".tar") else _decompressed(archive) as file,
@@ -140,6 +141,6 @@ def _members(archive: Path) -> Iterator[Entry]:
     ):
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
-            if member.isfile() and _wanted(member.name):
-                place = [archive.name, member.offset_data, member.size]
-                yield Entry(f"{archive.name}/{member.name}", place)
+            if member.isfile():
+                place: list[Any] = [member.offset_data, member.size]
+                yield member.name, place, f"{member.size}:{member.mtime}"

@@ -10,19 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from dupr_cli.artifacts.labels import Box
+from dupr_cli.datasets.placement import Labels, Size
 from dupr_cli.recipe.prepare import SourceSection
-
-_KNOWN = """
-    .jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm
-    .avif .jp2 .tga
-"""
-IMAGE_SUFFIXES = frozenset(_KNOWN.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +64,70 @@ def plain_key(name: str) -> str:
     return name.replace("/", "_").replace(".", "_")
 
 
+def apart(entries: Iterable[Entry], notes: list[str]) -> Iterator[Entry]:
+    """The entries, a key of two splits as another one in the second: what repeats within a split
+    is listed twice, but splits may overlap.
+
+    Images that are in two splits are counted in `notes`.
+    """
+    first: dict[int, tuple[str, int]] = {}
+    again: Counter[tuple[str, str]] = Counter()
+    for entry in entries:
+        mine = (entry.split, hash(entry.name))
+        before, name = first.setdefault(hash(entry.sample_key), mine)
+        if before != entry.split:
+            again[before, entry.split] += name == mine[1]
+            entry = replace(entry, key=f"{entry.split}-{entry.sample_key}")
+        yield entry
+    notes += [
+        f"{count} images of the split {later} are in {before} too, and stay in both"
+        for (before, later), count in again.items()
+        if count
+    ]
+
+
 @dataclass(frozen=True)
 class RawImage:
     """An image as the source has it.
 
     boxes: None where the source has no labels; in pixels of the image as it is stored, or, where
     `upright`, as it is seen after its EXIF orientation. unit: boxes are shares of width and height.
-    size: (width, height) that the labels were made for, where the source says. label: class of the
-    whole image. source: where the image came from in the first place, if not from here. info,
-    extras: see `Sample`.
+    size: (width, height) that the labels were made for, where the source says. left_out, remarks:
+    as in `Labels`. label: class of the whole image. source: where the image came from in the first
+    place, if not from here. info, extras: see `Sample`.
     """
 
     data: bytes
     boxes: tuple[Box, ...] | None = None
     upright: bool = False
     unit: bool = False
-    size: tuple[int, int] | None = None
+    size: Size | None = None
     label: str | None = None
     source: str = ""
     info: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, bytes] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, data: bytes, labels: Labels | None) -> RawImage:
+        """An image with the labels that a reader of `datasets` gives, None where it has none."""
+        return cls(data) if labels is None else cls(data, **vars(labels))
+
+    @property
+    def labels(self) -> Labels | None:
+        if self.boxes is None:
+            return None
+        return Labels(self.boxes, self.size, self.upright, self.unit, self.left_out, self.remarks)
+
+
+def labels_not_taken(address: str, found: Sequence[str]) -> str:
+    """What is said of files that look like labels where a source takes images alone."""
+    return (
+        f"{address}: {len(found)} label files were not taken, the first is {found[0]}: this is no "
+        f"layout of labels that is known, and its images are taken without. Lay them out as VOC, "
+        f"COCO or YOLO, or name theirs with --set source.kind=voc, coco or yolo"
+    )
 
 
 class ImageSource(Protocol):
@@ -100,6 +140,8 @@ class ImageSource(Protocol):
     labelled: bool
     # Whether reading waits for a server rather than for this machine.
     remote: bool
+    # What should be known of the source as a whole, complete when all entries were listed.
+    notes: list[str]
 
     def __init__(self, address: str, options: SourceSection, out: Path) -> None:
         """address: as given to `dupr prepare`. out: where shards go; not part of the source."""
@@ -124,6 +166,7 @@ class BuiltIn(ImageSource):
 
     def __init__(self, address: str, options: SourceSection, out: Path) -> None:
         self.address, self.options, self.out = address, options, out
+        self.notes = []
         self.path = Path(address)
 
     @classmethod

@@ -1,11 +1,11 @@
-"""COCO's JSON: boxes, crowds, polygons, masks and keypoints, and the images they are of.
-
-Sources: the COCO data format (cocodataset.org, Data format), the layout of COCO 2017.
-"""
+"""COCO's JSON: boxes, crowds, polygons, masks and keypoints, and the images they are of."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dupr_cli.artifacts.labels import Box
@@ -14,17 +14,28 @@ from dupr_cli.datasets.coco import (
     coco_files,
     coco_root,
     coco_split,
+    find_split,
     image_folder,
     image_folders,
+    image_path,
     read_coco,
     with_keypoints,
 )
+from dupr_cli.datasets.placement import Labels
 from dupr_cli.errors import UsageError
-from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, key_of, plain_key
+from dupr_cli.prepare.sources.base import (
+    BuiltIn,
+    Entry,
+    RawImage,
+    apart,
+    key_of,
+    plain_key,
+    stamp_of,
+)
 
 
 class CocoSource(BuiltIn):
-    """One JSON file, or a folder with annotations/instances_*.json and a folder of each split."""
+    """One JSON file, or a folder with one for each split, as COCO or another tool has them."""
 
     labelled = True
 
@@ -32,13 +43,20 @@ class CocoSource(BuiltIn):
     def recognises(cls, address: str) -> bool:
         path = Path(address)
         if path.is_file():
-            return path.suffix == ".json"
+            return path.suffix.lower() == ".json"
         return bool(coco_files(path))
 
     def entries(self) -> Iterator[Entry]:
+        self.notes = []
+        return apart(self._listed(), self.notes)
+
+    def _listed(self) -> Iterator[Entry]:
         files = [self.path] if self.path.is_file() else coco_files(self.path)
         if not files:
             raise UsageError(f"{self.path}: there is no annotations/instances_*.json.")
+        if self.options.splits is None:
+            # Other JSON beside COCO's own is of something else.
+            files = [f for f in files if f.name.startswith("instances_")] or files
         by_split: dict[str, Path] = {}
         for file in files:
             split = coco_split(file)
@@ -48,30 +66,37 @@ class CocoSource(BuiltIn):
                     f"you want as SOURCE."
                 )
             by_split[split] = file
-        wanted = self.options.splits or list(by_split)
-        for split in wanted:
-            if split not in by_split:
+        for given in self.options.splits or list(by_split):
+            found = find_split(files, given)
+            if not found:
                 raise UsageError(
-                    f"{self.path}: there is no split {split}; it has {', '.join(by_split)}."
+                    f"{self.path}: there is no split {given}; it has {', '.join(by_split)}."
                 )
-            yield from self._entries_of(by_split[split], split)
+            yield from self._entries_of(found[0], coco_split(found[0]))
 
     def _entries_of(self, file: Path, split: str) -> Iterator[Entry]:
         coco = with_keypoints(read_coco(file))
+        self.notes += coco.notes
         folder = self._folder(coco)
-        unique = len({Path(image.file_name).stem for image in coco.images}) == len(coco.images)
+        stems = {Path(image.file_name.replace("\\", "/")).stem for image in coco.images}
         for image in coco.images:
-            path = folder / image.file_name
+            path = image_path(folder, image.file_name)
             if not path.is_relative_to(self._root):
                 raise UsageError(f"{file}: image {image.id}: {path} is not below {self._root}.")
+            name = path.relative_to(self._root).as_posix()
+            labels = image.labels
             place = {
-                "file": path.relative_to(self._root).as_posix(),
-                "size": [image.width, image.height],
+                "file": name,
+                "size": labels.size,
                 "id": image.id,
-                "objects": [box.to_json() for box in image.objects] if coco.categories else None,
+                "objects": [box.to_json() for box in labels.boxes] if coco.categories else None,
+                "left_out": labels.left_out,
+                "remarks": labels.remarks,
             }
-            key = plain_key(Path(image.file_name).stem) if unique else key_of(image.file_name)
-            yield Entry(str(place["file"]), place, split, key)
+            unique = len(stems) == len(coco.images)
+            key = plain_key(path.stem) if unique else key_of(name)
+            described = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()
+            yield Entry(name, place, split, key, f"{stamp_of(path)},{described[:16]}")
 
     @property
     def _root(self) -> Path:
@@ -81,7 +106,7 @@ class CocoSource(BuiltIn):
         return coco_root(self.path) if self.path.is_file() else self.path
 
     def _folder(self, coco: CocoSet) -> Path:
-        """Where the images lie: the folder given, or the first usual place that has the first."""
+        """Where the images lie: the folder given, or the first usual place that has one."""
         given = self.options.images
         places = [Path(given)] if given else image_folders(coco.file)
         found = image_folder(coco, places)
@@ -95,11 +120,13 @@ class CocoSource(BuiltIn):
 
     def read(self, entry: Entry) -> RawImage:
         place = entry.place
-        objects = place["objects"]
-        width, height = place["size"]
-        return RawImage(
-            (self._root / place["file"]).read_bytes(),
-            None if objects is None else tuple(Box.from_json(value) for value in objects),
-            size=(width, height) if width and height else None,
-            info={"id": place["id"]},
+        data, info = (self._root / place["file"]).read_bytes(), {"id": place["id"]}
+        if place["objects"] is None:
+            return RawImage(data, info=info)
+        labels = Labels(
+            tuple(Box.from_json(value) for value in place["objects"]),
+            tuple(place["size"]) if place["size"] else None,
+            left_out=tuple(place["left_out"]),
+            remarks=tuple(place["remarks"]),
         )
+        return replace(RawImage.of(data, labels), info=info)

@@ -4,47 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from dupr_cli.errors import UsageError
-from dupr_cli.prepare.sources.base import IMAGE_SUFFIXES, BuiltIn, Entry, RawImage, stamp_of
+from dupr_cli.artifacts.files import is_image_name
+from dupr_cli.datasets.layout import is_label_name, walk
+from dupr_cli.prepare.sources.archive import archives
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, labels_not_taken, stamp_of
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
-
-
-def walk(root: Path, exclude: Path | None = None) -> Iterator[str]:
-    """Paths of the images under `root`, relative to it, in the order of their names.
-
-    One folder at a time is in memory. Hidden files and folders, and `exclude`, are left out.
-    Raises UsageError when a folder cannot be read.
-    """
-    excluded = exclude.resolve() if exclude else None
-    waiting = [""]
-    while waiting:
-        place = waiting.pop()
-        if place and not place.endswith("/"):
-            yield place
-            continue
-        folder = root / place
-        if place and excluded is not None and folder.resolve() == excluded:
-            continue
-        try:
-            with os.scandir(folder) as found:
-                names = [_name(entry) for entry in found if not entry.name.startswith(".")]
-        except OSError as error:
-            raise UsageError(
-                f"{folder}: the folder cannot be read: {error.strerror}. Make it readable, or move "
-                f"it out of the source."
-            ) from error
-        waiting += [place + name for name in sorted((n for n in names if n), reverse=True)]
-
-
-def _name(entry: os.DirEntry[str]) -> str:
-    """Name of an image, of a folder with / behind it, or nothing."""
-    if entry.is_dir(follow_symlinks=False):
-        return f"{entry.name}/"
-    # Without a Path for each of a million names.
-    return entry.name if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES else ""  # noqa: PTH122
 
 
 class FolderSource(BuiltIn):
@@ -55,11 +23,36 @@ class FolderSource(BuiltIn):
         return Path(address).is_dir()
 
     def entries(self) -> Iterator[Entry]:
-        for name in walk(self.path, self.out):
+        for name in self._walked():
             yield Entry(name, stamp=stamp_of(self.path / name))
+
+    def _walked(self) -> Iterator[str]:
+        """The images; `notes` then say what lies among them and is not taken."""
+        self.notes, found = [], list[str]()
+        yield from walk(self.path, self.out, partial(_add_labels, found))
+        if found:
+            self.notes.append(labels_not_taken(str(self.path), found))
+        packed = archives(self.path)
+        if packed:
+            self.notes.append(
+                f"{self.path}: {len(packed)} archives beside the images were not taken, the first "
+                f"is {packed[0].name}; --set source.kind=archive takes them instead"
+            )
 
     def read(self, entry: Entry) -> RawImage:
         return RawImage((self.path / entry.name).read_bytes())
+
+
+def _add_labels(found: list[str], place: str, names: list[str]) -> None:
+    """Add the files of a folder that look like labels, also because an image has their name."""
+    texts = [name for name in names if name.lower().endswith((".xml", ".txt", ".json", ".csv"))]
+    if texts:
+        images = {name.rpartition(".")[0] for name in names if is_image_name(name)}
+        found += sorted(
+            place + name
+            for name in texts
+            if name.rpartition(".")[0] in images or is_label_name(place + name)
+        )
 
 
 class ClassFolderSource(FolderSource):
@@ -76,16 +69,24 @@ class ClassFolderSource(FolderSource):
 
     def entries(self) -> Iterator[Entry]:
         with_splits = self.recognises(self.address)
-        wanted = self.options.splits
-        for name in walk(self.path, self.out):
+        wanted, others = self.options.splits, list[str]()
+        for name in self._walked():
             split, _, rest = name.partition("/")
             if not with_splits:
                 split, rest = "train", name
-            elif split not in _SPLITS and wanted is None:
+            if wanted is not None and split not in wanted:
                 continue
-            if "/" in rest and (wanted is None or split in wanted):
+            if "/" in rest and (wanted is not None or not with_splits or split in _SPLITS):
                 stamp = stamp_of(self.path / name)
                 yield Entry(name, PurePosixPath(rest).parts[0], split, stamp=stamp)
+            else:
+                others.append(name)
+        if others:
+            self.notes.append(
+                f"{self.path}: {len(others)} images are in no folder of a class and were not "
+                f"taken, the first is {others[0]}; --set source.kind=folder takes all, without "
+                f"classes"
+            )
 
     def read(self, entry: Entry) -> RawImage:
         return RawImage((self.path / entry.name).read_bytes(), label=entry.place)

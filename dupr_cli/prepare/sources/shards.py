@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dupr_cli.artifacts.remote import is_remote
@@ -10,11 +11,11 @@ from dupr_cli.artifacts.shards import (
     MANIFEST,
     Manifest,
     ShardSet,
-    is_shard_folder,
     open_shards,
 )
+from dupr_cli.datasets.shards import holds_shards, labels_of
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key, stamp_of
 from dupr_cli.recipe.prepare import SourceSection
 
 
@@ -38,7 +39,7 @@ class ShardSource(BuiltIn):
         path = Path(address)
         if is_remote(address) or "{" in address:
             return not address.lower().endswith((".txt", ".csv", ".parquet"))
-        return path.suffix == ".tar" or (path.is_dir() and is_shard_folder(path))
+        return path.suffix == ".tar" or (path.is_dir() and holds_shards(path))
 
     def _open(self, split: str | None) -> ShardSet:
         if split not in self._opened:
@@ -61,17 +62,19 @@ class ShardSource(BuiltIn):
             shards = self._open(split)
             number = 0
             for shard, tar in enumerate(shards.shards):
-                for key in shards.index(shard).keys:
+                index = shards.index(shard)
+                stamp = index.sha256[:16] or stamp_of(tar)
+                for key in index.keys:
                     name = f"{tar.name}/{key}"
-                    yield Entry(name, [split, number], split or "train", plain_key(key))
+                    place = [split, number]
+                    yield Entry(name, place, split or "train", plain_key(key), stamp)
                     number += 1
 
     def read(self, entry: Entry) -> RawImage:
         split, number = entry.place
         sample = self._open(split).whole(number)
-        return RawImage(
-            sample.image,
-            sample.boxes,
+        return replace(
+            RawImage.of(sample.image, labels_of(sample)),
             label=sample.label,
             source=sample.source,
             info=sample.info,

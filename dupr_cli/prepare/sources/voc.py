@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
-from dupr_cli.datasets.voc import VocTree, find_voc_trees
+from dupr_cli.datasets.layout import SPLITS
+from dupr_cli.datasets.voc import VocTree, find_voc_trees, trees_of_split
 from dupr_cli.errors import UsageError
-from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, apart, plain_key, stamp_of
 
 
 class VocSource(BuiltIn):
-    """Images and annotations of a VOC tree."""
+    """Images and annotations of a VOC tree, or of the folders that LabelImg and Roboflow write."""
 
     labelled = True
 
@@ -20,59 +22,62 @@ class VocSource(BuiltIn):
         path = Path(address)
         return path.is_dir() and bool(find_voc_trees(path))
 
-    def entries(self) -> Iterator[Entry]:
+    @cached_property
+    def _trees(self) -> dict[str, VocTree]:
+        """By their folder within the source."""
         trees = find_voc_trees(self.path)
         if not trees:
             raise UsageError(
-                f"{self.path}: there is no VOC tree (JPEGImages, Annotations, ImageSets/Main)."
+                f"{self.path}: there is no VOC tree (JPEGImages, Annotations, ImageSets/Main), and "
+                f"no XML beside images."
             )
-        for split, parts in self._wanted(trees).items():
+        return {tree.root.relative_to(self.path).as_posix(): tree for tree in trees}
+
+    def entries(self) -> Iterator[Entry]:
+        self.notes = []
+        return apart(self._listed(), self.notes)
+
+    def _listed(self) -> Iterator[Entry]:
+        for split, parts in self._wanted().items():
             found = False
-            for tree, list_ in parts:
+            for root, list_ in parts:
+                tree = self._trees[root]
                 # Years number their images apart, except 2008 to 2012, whose ids begin with the
                 # year.
-                prefix = f"{tree.root.name}_" if len(trees) > 1 else ""
-                root = tree.root.relative_to(self.path).as_posix()
+                prefix = f"{tree.root.name}_" if len(self._trees) > 1 else ""
                 for image_id in tree.image_ids(list_):
                     found = True
                     name = f"{root}/{image_id}" if root != "." else image_id
-                    yield Entry(name, [root, image_id], split, plain_key(f"{prefix}{image_id}"))
+                    key, stamp = plain_key(f"{prefix}{image_id}"), stamp_of(*tree.files(image_id))
+                    yield Entry(name, [root, image_id], split, key, stamp)
             if not found:
                 raise UsageError(f"{self.path}: the split {split} lists no images.")
 
-    def _wanted(self, trees: list[VocTree]) -> dict[str, list[tuple[VocTree, str]]]:
-        """Splits of the shards, each with the lists of the tree that make it up."""
+    def _wanted(self) -> dict[str, list[tuple[str, str]]]:
+        """Splits of the shards, each with the trees and their lists that make it up."""
+        trees = list(self._trees.values())
         available = {split for tree in trees for split in tree.splits}
         wanted = self.options.splits
         if wanted is None:
-            wanted = [s for s in ("train", "val", "test") if s in available]
+            wanted = [s for s in SPLITS if s in available]
             if not {"train", "val"} & set(wanted) and "trainval" in available:
                 wanted = ["trainval", *wanted]
             wanted = wanted or sorted(available)
-        joined: dict[str, list[tuple[VocTree, str]]] = {}
+        joined: dict[str, list[tuple[str, str]]] = {}
         for name in wanted:
-            year, _, split = name.rpartition("/")
-            parts = [
-                (tree, split)
-                for tree in trees
-                if tree.root.name.endswith(year) and split in tree.splits
-            ]
-            if not parts:
-                years = ", ".join(tree.root.name for tree in trees)
-                raise UsageError(
-                    f"{self.path}: the VOC tree has no split {name}; ImageSets/Main of {years} has "
-                    f"{', '.join(sorted(available)) or 'no lists'}."
-                )
-            joined.setdefault(split, []).extend(parts)
-        if not joined:
-            raise UsageError(f"{self.path}: ImageSets/Main has no lists of images.")
+            parts = trees_of_split(trees, name, str(self.path))
+            joined.setdefault(parts[0][1], []).extend(
+                (tree.root.relative_to(self.path).as_posix(), split) for tree, split in parts
+            )
         return joined
 
     def read(self, entry: Entry) -> RawImage:
         """Raises RunError when the annotation is missing or damaged."""
         root, image_id = entry.place
-        tree = VocTree(self.path / root)
-        annotation = tree.annotation(image_id)
-        return RawImage(
-            tree.image_path(image_id).read_bytes(), tuple(annotation.boxes), size=annotation.size
-        )
+        tree = self._trees[root]
+        if not tree.has_lists and not tree.is_annotated(image_id):
+            # LabelImg writes no file for an image that nobody has labelled yet.
+            remark = "no annotation: the image is taken without labels"
+            return RawImage(tree.image_path(image_id).read_bytes(), remarks=(remark,))
+        labels = tree.labels(image_id)
+        return RawImage.of(tree.image_path(image_id).read_bytes(), labels)

@@ -1,0 +1,55 @@
+"""Shards as a labelled set or as plain images, written by dupr or by anyone."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+from dupr_cli.artifacts.files import named
+from dupr_cli.artifacts.shard_files import Sample
+from dupr_cli.artifacts.shards import MANIFEST, ShardSet
+from dupr_cli.datasets.layout import has_images
+from dupr_cli.datasets.placement import Labels
+from dupr_cli.errors import RunError
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder holds shards: a manifest, or tars and no loose images at any depth."""
+    if (folder / MANIFEST).is_file():
+        return True
+    return bool(named(folder, lambda name: name.endswith(".tar"))) and not has_images(folder)
+
+
+def labels_of(sample: Sample) -> Labels | None:
+    """Labels of a sample; None where it has none."""
+    if sample.boxes is None:
+        return None
+    size = (sample.width, sample.height) if sample.width > 0 and sample.height > 0 else None
+    return Labels(sample.boxes, size)
+
+
+class ShardSplit:
+    """Samples of one split of shards."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = shards
+        self.ids = list(shards.keys())
+        self.notes: list[str] = []
+
+    def place(self, number: int) -> str:
+        shard, _ = self._shards.place(number)
+        return f"{self._shards.shards[shard]}: sample {self.ids[number]}"
+
+    def image(self, number: int) -> BinaryIO:
+        return io.BytesIO(self._shards[number].image)
+
+    def labels(self, number: int) -> Labels:
+        """Raises RunError where a sample has none."""
+        labels = labels_of(self._shards.described(number))
+        if labels is None:
+            raise RunError(
+                f"{self.place(number)} has no boxes (no {self.ids[number]}.boxes.json). A labelled "
+                f"set is needed: a VOC tree, or the shards that `dupr prepare` makes of one."
+            )
+        return labels

@@ -1,0 +1,27 @@
+"""Text files as people save them: UTF-8 with or without a byte order mark, and UTF-16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dupr_cli.errors import UsageError
+
+
+def encoding_of(path: Path) -> str:
+    """The encoding that the first bytes of a file name; UTF-8 where they name none."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    # Excel and Notepad write these marks.
+    return "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises OSError, or UsageError when it is no text."""
+    try:
+        return path.read_text(encoding=encoding_of(path))
+    except UnicodeError as error:
+        raise not_text(path, error) from error
+
+
+def not_text(path: Path, error: UnicodeError) -> UsageError:
+    return UsageError(f"{path}: the file is not UTF-8 text ({error}). Save it as UTF-8.")

@@ -1,0 +1,400 @@
+"""YOLO's labels, read: a text file for each image, a line for each object, in shares of the image.
+
+    class x_center y_center width height                     detection; with a confidence behind it
+    class x1 y1 x2 y2 x3 y3 ...                              a polygon, or an oriented box
+    class x_center y_center width height x y [v] x y [v] ... pose, where data.yaml has kpt_shape
+
+Where images lie is found as Ultralytics finds it (data.yaml, images/ and labels/ side by side); the
+layouts of Roboflow (train/, valid/, test/), of CVAT's YOLO 1.1 (obj.data) and of LabelImg (labels
+and classes.txt beside the images) are known too. Its readers turn images upright by EXIF before
+they use the labels, and so does this one.
+Sources: ultralytics.data.utils (check_det_dataset, img2label_paths, verify_image_label).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from dupr_cli.artifacts.files import is_image_name, named
+from dupr_cli.artifacts.labels import Box
+from dupr_cli.datasets.layout import SPLITS, split_folders, split_named, walk
+from dupr_cli.datasets.placement import Labels
+from dupr_cli.datasets.text import read_text
+from dupr_cli.errors import RunError, UsageError
+
+# Ultralytics takes shares this far out of the image for rounding.
+_SLACK = 0.01
+_LOOKED_AT = 20
+
+
+def is_yolo(path: Path) -> bool:
+    """Whether a path is a data.yaml, or a folder laid out as one of the tools does."""
+    if path.is_file():
+        return path.suffix.lower() in (".yaml", ".yml")
+    return path.is_dir() and (_data_file(path) is not None or bool(_plain_splits(path)))
+
+
+class YoloSet:
+    """A set at a data.yaml, or at a folder. exclude: a folder that is no part of it."""
+
+    def __init__(self, path: Path, exclude: Path | None = None) -> None:
+        self.path, self._exclude = path, exclude
+        self._folder = path.parent if path.is_file() else path
+
+    @cached_property
+    def _data(self) -> Mapping[str, Any]:
+        """Raises UsageError when the file is no data.yaml."""
+        file = self.path if self.path.is_file() else _data_file(self.path)
+        if file is None:
+            return {}
+        if file.suffix == ".data":
+            pairs = (line.partition("=") for line in read_text(file).splitlines() if "=" in line)
+            return {key.strip(): value.strip() for key, _, value in pairs}
+        try:
+            return dict(yaml.safe_load(read_text(file)))
+        except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+            raise UsageError(f"{file}: not a data.yaml of YOLO: {error}.") from error
+
+    @cached_property
+    def root(self) -> Path:
+        """The folder that data.yaml's paths start from."""
+        # It is often that of another machine.
+        given = self._data.get("path")
+        folder = self._folder / _plain(str(given)) if given else self._folder
+        return folder if folder.is_dir() else self._folder
+
+    @cached_property
+    def _names(self) -> tuple[dict[int, str], str]:
+        """Names of classes by their number, and the file that has them; none where none is."""
+        names = self._data.get("names")
+        if isinstance(names, list):
+            return {number: str(name) for number, name in enumerate(names)}, "data.yaml"
+        if isinstance(names, dict):
+            try:
+                return {int(number): str(name) for number, name in names.items()}, "data.yaml"
+            except (ValueError, TypeError) as error:
+                raise UsageError(
+                    f"{self.path}: the keys of `names` are the numbers of classes: {error}."
+                ) from error
+        count = self._data.get("nc")
+        if names is None and isinstance(count, int):
+            return {number: f"class_{number}" for number in range(count)}, "data.yaml"
+        places = [
+            self._folder / "classes.txt",
+            self.root / "classes.txt",
+            self._folder / "obj.names",
+        ]
+        if isinstance(names, str):
+            places = [*self._places(names), *places]
+        places += [folder / "classes.txt" for folder in _label_folders(self.root)]
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            return {}, ""
+        # The number of a line is the class, as LabelImg reads its own file.
+        lines = (line.strip() for line in read_text(file).strip().splitlines())
+        return {number: name for number, name in enumerate(lines) if name}, file.name
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be known of the set as a whole."""
+        names, file = self._names
+        gaps = sorted(set(range(max(names, default=-1) + 1)) - names.keys())
+        if not gaps:
+            return []
+        return [
+            f"{self.path}: {file} has no name for the classes {', '.join(map(str, gaps[:5]))}"
+            f"{', ...' * (len(gaps) > 5)}; their labels are left out"
+        ]
+
+    @cached_property
+    def splits(self) -> dict[str, list[str]]:
+        """Folders, lists and images of each split, as data.yaml has them.
+
+        Raises UsageError where data.yaml names something else.
+        """
+        found: dict[str, list[str]] = {}
+        for key, value in self._data.items():
+            split = split_named(str(key))
+            if not value or str(key) not in (*SPLITS, "valid", "validation"):
+                continue
+            places = value if isinstance(value, list) else [value]
+            if not all(isinstance(place, str) for place in places):
+                raise UsageError(f"{self.path}: {key} is {value!r}; a path or a list is needed.")
+            found.setdefault(split, []).extend(places)
+        return found or _plain_splits(self.root)
+
+    def is_there(self, split: str) -> bool:
+        """Whether any place of a split exists."""
+        return any(path.exists() for given in self.splits[split] for path in self._places(given))
+
+    def images(self, split: str) -> Iterator[str]:
+        """Paths of the images of a split, relative to the root where they are below it.
+
+        Raises UsageError for an unknown split, or a place that is not there.
+        """
+        if split not in self.splits:
+            raise UsageError(
+                f"{self.path}: there is no split {split}; it has {', '.join(self.splits)}."
+            )
+        for place in self.splits[split]:
+            yield from self._images_at(place)
+
+    def _images_at(self, place: str) -> Iterator[str]:
+        path = next((p for p in self._places(place) if p.exists()), self.root / place)
+        name = self._relative(path)
+        if path.is_dir():
+            for image in walk(path, self._exclude):
+                yield f"{name}/{image}" if name != "." else image
+        elif path.is_file() and path.suffix.lower() == ".txt":
+            for line in read_text(path).splitlines():
+                if line.strip():
+                    yield self._relative(self._listed(line.strip(), path.parent))
+        elif is_image_name(path.name):
+            yield name
+        else:
+            raise UsageError(
+                f"{path}: there is no such folder of images. Correct data.yaml, or put it there."
+            )
+
+    def _relative(self, path: Path) -> str:
+        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
+    def _places(self, given: str) -> list[Path]:
+        """Where a path of data.yaml may lead, the likeliest first."""
+        plain = _plain(given)
+        places = [self.root / plain, self._folder / plain]
+        # Roboflow writes ../train/images for train/images; other paths are of another machine.
+        places.append(self.root / plain.removeprefix("../"))
+        # `images` alone is the end of too many paths.
+        ends = _tails(self.root, plain)
+        return places + (ends if Path(plain).suffix else ends[:-1])
+
+    def _listed(self, line: str, folder: Path) -> Path:
+        """The image of a line of a list."""
+        plain = _plain(line)
+        if line.startswith("./"):
+            places = [folder / plain, self.root / plain]
+        else:
+            places = [self.root / plain, folder / plain]
+        places += _tails(self.root, plain)
+        return next((place for place in places if place.is_file()), self.root / plain)
+
+    def path_of(self, image: str) -> Path:
+        return self.root / image
+
+    def files(self, image: str) -> list[Path]:
+        """What an image and its labels are read from; not all of it need exist."""
+        path = self.path_of(image)
+        return [path, label_file(path), *self._describing]
+
+    @cached_property
+    def _describing(self) -> list[Path]:
+        """Files that say what the labels mean."""
+        data = self.path if self.path.is_file() else _data_file(self.path)
+        names = [
+            self._folder / "classes.txt",
+            self.root / "classes.txt",
+            self._folder / "obj.names",
+        ]
+        return [path for path in (data, *names) if path is not None and path.is_file()]
+
+    def labels(self, image: str) -> Labels:
+        """Labels of an image; without a file of them it is an image without objects.
+
+        Raises RunError when the file is no text.
+        """
+        file = label_file(self.path_of(image))
+        boxes, left_out, remarks = list[Box](), list[str](), list[str]()
+        if not file.is_file():
+            remarks.append("no label file: taken as an image without objects")
+        try:
+            lines = read_text(file).splitlines() if file.is_file() else []
+        except UsageError as error:
+            raise RunError(str(error)) from error
+        for number, line in enumerate(lines, 1):
+            words = line.split()
+            try:
+                if words:
+                    boxes.append(self._box(words))
+            except ValueError as error:
+                left_out.append(f"{file}, line {number}: {error}")
+                continue
+            if len(words) == 6:
+                remarks.append(
+                    f"confidence not taken: {file}, line {number} has one behind its box"
+                )
+        return Labels(
+            tuple(boxes), upright=True, unit=True, left_out=tuple(left_out), remarks=tuple(remarks)
+        )
+
+    @cached_property
+    def _keypoints(self) -> tuple[int, int] | None:
+        """Number of keypoints and of values of each, of a pose set."""
+        shape = self._data.get("kpt_shape")
+        if shape is None:
+            return None
+        if not isinstance(shape, list | tuple) or len(shape) != 2 or shape[1] not in (2, 3):
+            raise UsageError(
+                f"{self.path}: kpt_shape is {shape!r}; [keypoints, 2] or [keypoints, 3] is needed."
+            )
+        return int(shape[0]), int(shape[1])
+
+    def _box(self, words: list[str]) -> Box:
+        """Raises ValueError when it is no label."""
+        try:
+            number, *values = (float(word) for word in words)
+        except ValueError as error:
+            raise ValueError(f"not a label of YOLO ({error})") from None
+        if not all(map(math.isfinite, (number, *values))):
+            raise ValueError("not a label of YOLO (a value is no finite number)")
+        name = self._name(number)
+        count = len(values)
+        points: list[float] = []
+        if self._keypoints is not None and count != 4:
+            wanted = 4 + self._keypoints[0] * self._keypoints[1]
+            if count != wanted:
+                raise ValueError(
+                    f"{count} numbers after the class, but kpt_shape asks for 4 or {wanted}"
+                )
+            values, points = values[:4], values[4:]
+        elif count not in (4, 5) and (count < 6 or count % 2):
+            raise ValueError(
+                f"{count} numbers after the class; a box has 4, or 5 with a confidence, a polygon "
+                f"an even number from 6 on, keypoints need kpt_shape in data.yaml"
+            )
+        shares = values[:4] if count == 5 else values
+        if not all(-_SLACK <= value <= 1 + _SLACK for value in shares):
+            raise ValueError(
+                "coordinates outside 0 to 1; shares of the image are needed, no pixels"
+            )
+        if len(shares) > 4:
+            xs, ys = shares[::2], shares[1::2]
+            details: dict[str, object] = {"segmentation": [shares]}
+            return Box(name, min(xs), min(ys), max(xs), max(ys), details=details)
+        x, y, width, height = shares
+        if width < 0 or height < 0:
+            raise ValueError("its box has a negative width or height")
+        details = {"keypoints": self._as_coco(points)} if points else {}
+        return Box(
+            name, x - width / 2, y - height / 2, x + width / 2, y + height / 2, details=details
+        )
+
+    def _name(self, number: float) -> str:
+        names, _ = self._names
+        if number != int(number) or number < 0:
+            raise ValueError(f"the class is {number:g}; a whole number from 0 on is needed")
+        if not names:
+            return str(int(number))
+        if int(number) not in names:
+            raise ValueError(f"class {number:g} has no name")
+        return names[int(number)]
+
+    def _as_coco(self, points: list[float]) -> list[float]:
+        """x, y, visibility of each keypoint; 0, 0 is one that is not labelled."""
+        assert self._keypoints is not None
+        if self._keypoints[1] == 3:
+            return points
+        pairs = zip(points[::2], points[1::2], strict=True)
+        return [value for x, y in pairs for value in (x, y, 2 if x or y else 0)]
+
+
+def label_file(image: Path) -> Path:
+    """Where the labels of an image lie: below labels/ instead of images/, or beside it."""
+    beside, folders = image.with_suffix(".txt"), list(image.parts[:-1])
+    if "images" not in folders:
+        return beside
+    folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
+    parallel = Path(*folders, beside.name)
+    return parallel if parallel.is_file() or not beside.is_file() else beside
+
+
+def _plain(path: str) -> str:
+    """A path as this machine writes it: no backslashes, no drive, no ./ before it."""
+    return re.sub(r"^[A-Za-z]:", "", path.strip().replace("\\", "/")).removeprefix("./")
+
+
+def _tails(root: Path, path: str) -> list[Path]:
+    """Ends of a path, the longest first, below the root: for paths of another machine."""
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    return [root.joinpath(*parts[start:]) for start in range(len(parts))]
+
+
+def _data_file(folder: Path) -> Path | None:
+    """data.yaml, the one YAML file of the folder that names classes, or obj.data."""
+    for name in ("data.yaml", "data.yml", "obj.data"):
+        if (folder / name).is_file():
+            return folder / name
+    for file in named(folder, lambda name: name.lower().endswith((".yaml", ".yml"))):
+        text = file.read_bytes()
+        if b"names:" in text and b"train:" in text:
+            return file
+    return None
+
+
+def _label_folders(root: Path) -> list[Path]:
+    return [root / "labels", *(folder / "labels" for folder in split_folders(root))]
+
+
+def _plain_splits(root: Path) -> dict[str, list[str]]:
+    """Splits of a folder without a data.yaml; none where it holds no labels of YOLO."""
+    splits: dict[str, list[str]] = {}
+    if (root / "images").is_dir() and _has_texts(root / "labels"):
+        with_names = split_folders(root / "images")
+        places = {folder.name for folder in with_names}
+        for folder in with_names:
+            splits.setdefault(split_named(folder.name), []).append(f"images/{folder.name}")
+        others = named(root / "images", lambda name: name not in places and name[0] != ".")
+        if not splits or not others:
+            return splits or {"train": ["images"]}
+        splits.setdefault("train", []).extend(
+            f"images/{path.name}" for path in others if path.is_dir() or is_image_name(path.name)
+        )
+        return splits
+    for folder in split_folders(root):
+        split = split_named(folder.name)
+        if (folder / "images").is_dir() and _has_texts(folder / "labels"):
+            splits.setdefault(split, []).append(f"{folder.name}/images")
+        elif _has_labels_beside(folder):
+            splits.setdefault(split, []).append(folder.name)
+    if not splits and _has_labels_beside(root):
+        return {"train": ["."]}
+    return splits
+
+
+def _has_texts(folder: Path) -> bool:
+    return any(n.lower().endswith(".txt") for _, _, names in os.walk(folder) for n in names)
+
+
+def _has_labels_beside(folder: Path) -> bool:
+    """Whether images have labels of YOLO beside them, and classes.txt says what they are."""
+    if not any((place / "classes.txt").is_file() for place in (folder, folder.parent)):
+        return False
+    images = islice(walk(folder), _LOOKED_AT)
+    return any((folder / image).with_suffix(".txt").is_file() for image in images)
+
+
+class YoloSplit:
+    """Images of one split of a YOLO set."""
+
+    def __init__(self, path: Path, split: str) -> None:
+        self._set = YoloSet(path)
+        self.ids = list(self._set.images(split_named(split) or split))
+        self.notes = self._set.notes
+
+    def place(self, number: int) -> str:
+        return str(self._set.path_of(self.ids[number]))
+
+    def image(self, number: int) -> BinaryIO:
+        return Path(self.place(number)).open("rb")
+
+    def labels(self, number: int) -> Labels:
+        return self._set.labels(self.ids[number])
