@@ -32,6 +32,7 @@ from dupr_cli.evaluate import subsets
 from dupr_cli.evaluate.subsets import stored_labels, write_labels
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe.evaluate import DetectionDataSection
+from tests.support.command_line import pretrain
 from tests.support.images import write_shards
 from tests.support.labelled_scenes import make_tree
 from tests.support.weights import METADATA
@@ -118,6 +119,18 @@ def test_artifact_without_a_version_opens(make: Callable[[Path], Artifact], tmp_
     artifact = make(tmp_path / "it")
     artifact.set_version(None)
     artifact.opened()
+
+
+def test_checkpoint_of_a_later_format_is_not_set_aside_by_the_run_that_meets_it(
+    tmp_path: Path, tiny_shards: Path
+) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny_shards, out, "--stop-after", 1, code=75)
+    state = out / "latest" / "state.json"
+    Artifact(state, run.FORMAT_VERSION, lambda: None).set_version(run.FORMAT_VERSION + 1)
+    said = pretrain(tiny_shards, out, code=2).stderr
+    assert "its format_version is 2, but this dupr reads up to 1" in said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def with_version(file: Path, version: str | None) -> None:

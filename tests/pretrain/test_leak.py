@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,6 +91,7 @@ def own_key_against_others(recipe: PretrainRecipe) -> float:
     return float(torch.stack(beaten).mean())
 
 
+@pytest.mark.slow
 def test_a_leak_through_batch_statistics_is_closed_by_shuffling_keys(
     tiny_recipe: Callable[..., PretrainRecipe],
 ) -> None:

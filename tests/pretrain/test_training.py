@@ -59,9 +59,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> dict[s
         pytest.param(
             "train.compile=true",
             1e-4,
-            marks=pytest.mark.skipif(
-                shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler"
-            ),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    shutil.which("g++") is None,
+                    reason="torch.compile on a CPU needs a C++ compiler",
+                ),
+            ],
         ),
     ],
 )
@@ -81,6 +85,7 @@ def test_ways_of_computing_give_the_same_run(
         assert moved < 0.1 * largest_difference(start, plain)  # it has moved, and alike
 
 
+@pytest.mark.slow
 def test_the_loss_scaler_is_part_of_the_state(
     tiny_recipe: Load, tiny_shards: Path, tmp_path: Path
 ) -> None:
