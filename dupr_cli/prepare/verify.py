@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,6 @@ from dupr_cli.artifacts.shards import (
 )
 from dupr_cli.errors import DuprError
 from dupr_cli.progress import Reporter
-from dupr_cli.runtime.stopping import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def _mapper(workers: int) -> Iterator[Any]:
         yield map
         return
     context = multiprocessing.get_context("forkserver")
-    with context.Pool(workers, ignore_signals) as pool:
+    # Not SIGTERM: it is how the pool ends its workers.
+    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield pool.imap
 
 
