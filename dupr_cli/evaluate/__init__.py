@@ -93,11 +93,11 @@ def run(
     with (
         stoppable("Finished trials are kept, and the same command continues."),
         join(device) as world,
-        writing(out, "dupr evaluate") if world.is_main else nullcontext(),
     ):
         say: Reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()
         comparison = prepare_comparison(
             recipe, weights, data, out, world.device, world.size, notes, say
         )
         limits = Limits(max_hours, stop_after)
-        return compare(comparison, world, overwrite, say, limits, leaks_in)
+        with writing(out, "dupr evaluate") if world.is_main else nullcontext():
+            return compare(comparison, world, overwrite, say, limits, leaks_in)

@@ -73,7 +73,13 @@ def look(
         rest = state is not None and not _other_recipe(state.recipe, state.source, work)
         return _of_same_set(work, manifest, rest, overwrite)
     if state is not None:
-        return _of_unfinished(work, state, digest, overwrite)
+        found = _of_unfinished(work, state, digest, overwrite)
+        if found.action == "continue" and not state.appends and not overwrite:
+            raise UsageError(
+                f"{out}: finished shards are there, and unfinished ones that would replace them. "
+                f"Give --overwrite again to finish them."
+            )
+        return found
     if overwrite:
         return Standing("replace")
     if other or old:

@@ -141,20 +141,17 @@ def run(
     _require_parts(recipe)
     if overwrite or not (out / RECIPE_FILE).is_file():
         _require_init(recipe)
-    with (
-        stoppable("The same command continues."),
-        join(device) as world,
-        writing(out, "dupr pretrain") if world.is_main else nullcontext(),
-    ):
+    with stoppable("The same command continues."), join(device) as world:
         reporter = reporter if reporter and world.is_main else SilentReporter()
         shards = open_shards(data, recipe.data.split)
-        if world.is_main:
-            _claim(recipe, shards, out, overwrite, allow_changed, reporter)
-            images = len(shards) - min(recipe.data.holdout, len(shards) // 10)
-            for warning in science_warnings(recipe, images, count_steps(recipe, images)):
-                reporter.warning(warning)
-        world.wait()
-        metrics = train(recipe, shards, out, world, reporter, Limits(max_hours, stop_after))
+        with writing(out, "dupr pretrain") if world.is_main else nullcontext():
+            if world.is_main:
+                _claim(recipe, shards, out, overwrite, allow_changed, reporter)
+                images = len(shards) - min(recipe.data.holdout, len(shards) // 10)
+                for warning in science_warnings(recipe, images, count_steps(recipe, images)):
+                    reporter.warning(warning)
+            world.wait()
+            metrics = train(recipe, shards, out, world, reporter, Limits(max_hours, stop_after))
         if not world.is_main:
             return None
         checkpoint = newest_checkpoint(out)

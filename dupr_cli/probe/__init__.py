@@ -84,9 +84,7 @@ def run(
     out = as_path(out, "out")
     reporter = reporter or SilentReporter()
     where = ProbeData(data, train_split, test_split, test_data)
-    with (
-        stoppable("Finished weights are kept, and the same command continues."),
-        writing(out, f"dupr evaluate {recipe.protocol}"),
-    ):
+    with stoppable("Finished weights are kept, and the same command continues."):
         comparison = prepare_comparison(recipe, weights, where, out, device, reporter)
-        return measure_all(comparison, overwrite, reporter)
+        with writing(out, f"dupr evaluate {recipe.protocol}"):
+            return measure_all(comparison, overwrite, reporter)

@@ -153,7 +153,7 @@ def test_damaged_checkpoints_are_passed_over(
         assert str(checkpoint) in errors
         assert (checkpoint.parent / f"damaged-{checkpoint.name}").is_dir()
     assert "its sha256 has changed" in errors
-    assert "step 6 is saved; going on from there" in errors
+    assert "continues from step 6" in errors
     assert_same(out, whole)
 
 
@@ -197,4 +197,4 @@ def test_a_changed_recipe_goes_on_only_where_it_is_allowed(tmp_path: Path, shard
     # From now on it is the recipe of the run; keys that only change rounding are free.
     free = ("--set", "train.accumulate=2", "--set", "train.log_every=1")
     errors = command_line.pretrain(shards, out, *change, *free).stderr
-    assert "train.accumulate: 1 there, 2 now: the run goes on equal to rounding" in errors
+    assert "train.accumulate: 1 there, 2 now: the run continues equal to rounding" in errors

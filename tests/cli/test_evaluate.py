@@ -120,7 +120,7 @@ def test_stopped_by_each_signal(tree: Path, whole: dict[str, Any], tmp_path: Pat
         assert "Traceback" not in errors
         assert "is saved in" in errors
     said = finished(words)
-    assert "is saved; going on from there" in said
+    assert "continues from step" in said
     assert facts(out) == whole
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.runtime.loader import in_batches, load
+from tests.support.images import encode, noise_image
 from tests.support.workspace import Workspace
 
 
@@ -75,7 +76,8 @@ def test_a_damaged_image_ends_evaluate_with_one_message(tmp_path: Path, workers:
     """The fault behind this file: with workers it ended in a traceback."""
     space = Workspace(tmp_path / "space", images=0)
     path = next((space.tree / "JPEGImages").glob("*.png"))
-    path.write_bytes(path.read_bytes()[:-60])
+    # Of a JPEG only decoding shows that its end is missing.
+    path.write_bytes(encode(noise_image(0, 96, 72))[:-400])
     done = space.evaluate("--set", f"train.workers={workers}", "--set", "train.iterations=4")
     assert done.code == 1
     assert str(path) in done.output.replace("\n", "")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dupr_cli.artifacts.versions import VersionError
 from dupr_cli.errors import UsageError
 from dupr_cli.runtime.output import (
     LOCK,
@@ -183,7 +184,7 @@ def test_a_claim_of_an_older_dupr_is_its_fingerprint_and_may_lack_new_keys(tmp_p
 
 def test_a_claim_of_a_newer_dupr_is_refused_by_its_format_version(tmp_path: Path) -> None:
     (tmp_path / "claim.json").write_text('{"format_version": 99, "fingerprint": {}, "folders": []}')
-    with pytest.raises(UsageError, match="format_version is 99"):
+    with pytest.raises(VersionError, match="format_version is 99"):
         Claim("claim.json", "x", {}, []).check(tmp_path)
 
 
