@@ -9,10 +9,8 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from safetensors.torch import load_file
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from tests.support import command_line
 from tests.support.images import write_shards
+from tests.support.processes import Forked
 from tests.support.recipes import TINY
 
 pytestmark = pytest.mark.slow
@@ -69,12 +68,10 @@ def test_killed_at_random_moments(
     """Ten times, with another number of loader workers each time."""
     out, chance = tmp_path / "run", random.Random(0)
     for attempt in range(10):
-        process = subprocess.Popen(
-            pretrain(shards, out, "--set", f"data.workers={attempt % 3}",
-                     "--set", "train.checkpoint_every=4"),
-            env=ENVIRONMENT, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        workers = f"data.workers={attempt % 3}"
+        process = Forked(
+            pretrain(shards, out, "--set", workers, "--set", "train.checkpoint_every=4")
+        )
         # Some before the run has begun, some in its steps and checkpoints.
         begun = time.monotonic()
         while attempt % 3 and process.poll() is None and time.monotonic() < begun + 60:
@@ -82,9 +79,7 @@ def test_killed_at_random_moments(
                 break
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 1.5))
-        with suppress(ProcessLookupError):  # it has finished
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill_group()
     command_line.pretrain(shards, out, "--steps", STEPS, *SELDOM)
     assert_same(out, whole)
 
@@ -101,10 +96,7 @@ def test_signals_stop_after_a_step_that_is_saved(
     out, options = tmp_path / "run", ("--set", "data.workers=1", *SELDOM)
     for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)):
         before = steps_logged(out)
-        process = subprocess.Popen(
-            pretrain(shards, out, *options), env=ENVIRONMENT, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        process = Forked(pretrain(shards, out, *options))
         deadline = time.monotonic() + 120
         while steps_logged(out) <= before:
             assert process.poll() is None, "it ended by itself"

@@ -18,6 +18,7 @@ import yaml
 
 from tests.support.command_line import dupr
 from tests.support.labelled_scenes import make_tree
+from tests.support.processes import Forked, members_of_group
 from tests.support.recipes import detection_recipe as recipe
 
 pytestmark = pytest.mark.slow
@@ -97,7 +98,13 @@ def test_killed_and_continued(tree: Path, whole: dict[str, Any], tmp_path: Path)
     words = command(tmp_path, tree, tmp_path / "out")
     chance = random.Random(5)
     for _ in range(3):
-        killed(words, chance.uniform(3, 8))
+        process = Forked(words)
+        time.sleep(chance.uniform(0.5, 3))
+        process.kill_group()
+        deadline = time.monotonic() + 20
+        while members_of_group(process.pid):
+            assert time.monotonic() < deadline, "processes are left"
+            time.sleep(0.05)
     finished(words)
     assert facts(tmp_path / "out") == whole
     assert not list(tmp_path.rglob("checkpoints"))
@@ -108,9 +115,7 @@ def test_stopped_by_each_signal(tree: Path, whole: dict[str, Any], tmp_path: Pat
     out = tmp_path / "out"
     words = command(tmp_path, tree, out)
     for seed, (number, code) in enumerate(((signal.SIGTERM, 75), (signal.SIGINT, 130))):
-        process = subprocess.Popen(
-            words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        process = Forked(words)
         while not list(out.glob(f"*/seed-{seed}/checkpoints/step-*")):
             assert process.poll() is None
             time.sleep(0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dupr_cli.artifacts.run import MetricsLog
+from tests.support.processes import Forked
 from tests.support.workspace import Workspace, signalled
 
 
@@ -22,15 +22,11 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return space
 
 
-def start(space: Workspace, *words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dupr_cli", *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start(*words: object) -> Forked:
+    return Forked([sys.executable, "-m", "dupr_cli", *words])
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Forked | subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, process.communicate()
@@ -38,16 +34,15 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def stop(process: subprocess.Popen[str]) -> int:
+def stop(process: Forked) -> int:
     process.terminate()
-    process.communicate(timeout=60)
-    return process.returncode
+    return process.wait(60)
 
 
 def test_two_pretrain_on_one_run(space: Workspace) -> None:
     words = ["pretrain", space.root / "pretrain.yaml", "--data", space.shards, "--out", space.run,
              "--set", "train.steps=100000"]  # fmt: skip
-    process = start(space, *words)
+    process = start(*words)
     wait_for(space.run / "metrics.jsonl", process)
     for options in ((), ("--overwrite",)):
         done = space.dupr(*words, *options)
@@ -61,7 +56,7 @@ def test_two_pretrain_on_one_run(space: Workspace) -> None:
 def test_two_evaluate_on_one_output(space: Workspace) -> None:
     words = ["evaluate", "voc", "none", "--recipe", space.root / "evaluate.yaml", "--data",
              space.tree, "--out", space.evaluation, "--set", "train.iterations=100000"]  # fmt: skip
-    process = start(space, *words)
+    process = start(*words)
     wait_for(space.evaluation / "01-none" / "seed-0" / "checkpoints", process)
     for options in ((), ("--overwrite",)):
         done = space.dupr(*words, *options)
@@ -75,7 +70,10 @@ def test_prepare_that_overwrites_leaves_a_running_one_alone(tmp_path: Path) -> N
     space = Workspace(tmp_path / "space", images=400)
     words = ["prepare", space.images, space.shards, "--set", "shard.max_samples=5",
              "--set", "image.max_side=20", "--workers", 1]  # fmt: skip
-    process = start(space, *words)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dupr_cli", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     wait_for(space.shards / ".prepare" / "state.json", process)
     done = space.dupr(*words, "--overwrite", "--set", "image.quality=50")
     assert process.poll() is None, "the first ended before the second could be refused"

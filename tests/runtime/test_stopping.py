@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from dupr_cli.errors import StoppedRunError
 from dupr_cli.runtime.stopping import StopSignal, raise_if_stopped, stoppable
+from tests.support.processes import Forked
 from tests.support.recipes import TINY
 from tests.support.workspace import signalled
 
@@ -138,11 +138,7 @@ def test_pretrain_told_twice_saves_its_step(tmp_path: Path, tiny_shards: Path) -
     words = ["pretrain", "dupr-r18-cpu-smoke", "--data", str(tiny_shards), "--out", str(out)]
     words += [word for override in TINY for word in ("--set", override)]
     words += ["--set", "train.steps=100000", "--set", "train.checkpoint_every=100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dupr_cli", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = Forked([sys.executable, "-m", "dupr_cli", *words])
     deadline = time.monotonic() + 120
     while not any("loss" in line for line in MetricsLog(out).read()):
         assert process.poll() is None

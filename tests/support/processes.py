@@ -1,0 +1,121 @@
+"""The command line in a process of its own, forked from this one: torch is imported already.
+
+Starting Python and importing torch costs seconds for each process. A forked process is as real:
+it has its own id, group and signals, and can be killed. Commands that start worker processes by a
+server of their own (`dupr prepare`) or by a launcher are started afresh instead.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dupr_cli.__main__ import main
+
+
+class Forked:
+    """A running command; the part of `subprocess.Popen` that tests use, output as text."""
+
+    def __init__(self, words: Sequence[object]) -> None:
+        """words: `python -m dupr_cli` and what follows, as for a process that is started afresh."""
+        self.args = [str(word) for word in words]
+        assert self.args[:3] == [sys.executable, "-m", "dupr_cli"]
+        self._folder = Path(tempfile.mkdtemp(prefix="dupr-forked-"))
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            self._become_the_command()
+
+    def _become_the_command(self) -> None:
+        code = 1
+        try:
+            os.setsid()
+            faulthandler.disable()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for descriptor, name in ((1, "out"), (2, "err")):
+                opened = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(opened, descriptor)
+            sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            sys.argv = ["dupr", *self.args[3:]]
+            os.environ["NO_COLOR"] = "1"
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.005)
+        return code
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Wait for the end; what was written on standard output and on standard error."""
+        self.wait(timeout)
+        out, err = (
+            path.read_text() if (path := self._folder / name).exists() else ""
+            for name in ("out", "err")
+        )
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill_group(self) -> None:
+        """SIGKILL for the command and all processes that it started."""
+        with suppress(ProcessLookupError):  # it has finished
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+def forked(words: Sequence[object], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, as `subprocess.run` does with captured text."""
+    process = Forked(words)
+    out, err = process.communicate(timeout)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def members_of_group(group: int) -> list[int]:
+    """Processes that belong to a process group and have not ended."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):
+            state, _, pgrp = place.read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                found.append(int(place.parent.name))
+    return found
