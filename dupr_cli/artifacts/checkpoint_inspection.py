@@ -45,7 +45,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """One checkpoint folder. problems: empty if it is whole. latest: whether the run's link names it."""
+    """One checkpoint folder. problems: empty if it is whole. latest: the run's link names it."""
 
     path: str
     step: int | None

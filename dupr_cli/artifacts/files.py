@@ -86,7 +86,7 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path`, with all its files, only if the block ends without an error."""
+    """A folder that appears at `path` with its files only if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -51,7 +51,7 @@ def is_remote(address: str) -> bool:
 
 
 def cache_folder(address: str) -> Path:
-    """The folder for copies of the files under `address`, in $DUPR_CACHE or ~/.cache/dupr/shards."""
+    """The folder for copies of files under `address`, in $DUPR_CACHE or ~/.cache/dupr/shards."""
     root = Path(os.environ.get("DUPR_CACHE") or Path.home() / ".cache" / "dupr" / "shards")
     place = re.sub(r"^[^/]*@", "", address.split("://", 1)[1])  # no user:password in a file name
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", place).strip("-")[-60:]

@@ -188,7 +188,7 @@ def write_checkpoint(
 
 
 def write_environment(run: Path, facts: Mapping[str, object]) -> None:
-    """Write environment.json: versions, hardware, data, and changes of the recipe during the run."""
+    """Write environment.json: versions, hardware, data, and recipe changes during the run."""
     write_json(run / ENVIRONMENT_FILE, {"format_version": ENVIRONMENT_VERSION, **facts})
 
 

@@ -184,8 +184,8 @@ class VocTree:
         except (ET.ParseError, ValueError, LookupError) as error:
             # The last two mean an encoding that Python's parser does not know.
             raise RunError(
-                f"{path}: not valid XML: {error}. Check that its encoding is the one that its first "
-                f"line names, or UTF-8 if that names none."
+                f"{path}: not valid XML: {error}. Check that its encoding is the one that its "
+                f"first line names, or UTF-8 if that names none."
             ) from error
         others = self._files(image_id.rpartition(".")[0]) if is_image_name(image_id) else []
         stated = self._stated_name(image_id) if len(others) > 1 else ""

@@ -44,7 +44,7 @@ def is_yolo(path: Path) -> bool:
 
 
 class YoloSet:
-    """A YOLO set, given by its data.yaml or its folder. exclude: a folder that is not part of it."""
+    """A YOLO set at a data.yaml or a folder. exclude: a folder that is not part of it."""
 
     def __init__(self, path: Path, exclude: Path | None = None) -> None:
         self.path, self._exclude = path, exclude

@@ -22,7 +22,7 @@ _SMALL, _LARGE = 32**2, 96**2  # pixels; source: COCO's small, medium and large 
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts[i]: values from edges[i] to below edges[i + 1]; the last bin includes its upper edge."""
+    """counts[i]: values from edges[i] to below edges[i + 1]; the last includes its upper edge."""
 
     edges: list[float]
     counts: list[int]

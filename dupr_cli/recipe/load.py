@@ -173,7 +173,7 @@ def find_recipe(name_or_file: str, stage: str | None = None) -> Path:
 
 
 def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> Iterator[_Document]:
-    """The documents that make up a recipe: first the root of its `extends`, last the file itself."""
+    """The documents that make up a recipe: first the root of `extends`, last the file itself."""
     resolved = path.resolve()
     if resolved in seen:
         loop = " extends ".join(p.name for p in (*seen[seen.index(resolved) :], resolved))
@@ -261,7 +261,7 @@ class Override:
 
 
 def _with_defaults_for_maps(model: type[BaseModel], values: dict[str, object], key: str) -> None:
-    """Fill in the default of a map of which an override sets an entry, to keep the other entries."""
+    """Fill in the default of a map if an override sets an entry, to keep its other entries."""
     section: type[BaseModel] | None = model
     target = values
     for part in key.split(".")[:-1]:

@@ -1,9 +1,9 @@
 """Output folders: locking them for one writer, examining their content, and removing files.
 
 Every command that writes a folder does so inside `writing`, which holds a lock until the end, so
-that an output has one writer. Examining (`holds`, `differences`) never changes a byte, and a dry run
-does nothing else; claiming and clearing are separate functions. Only files that the command's own
-record lists are ever removed, one by one (`remove`). All other files in the folder stay.
+that an output has one writer. Examining (`holds`, `differences`) never changes a byte, and a dry
+run does nothing else; claiming and clearing are separate functions. Only files that the command's
+own record lists are ever removed, one by one (`remove`). All other files in the folder stay.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class ImageSource(Protocol):
     Another package registers a source class in the entry point group `dupr.sources`.
     """
 
-    # Whether images have boxes: then none may be dropped as a duplicate unless the user asks for it.
+    # Whether images have boxes: then duplicates are kept unless the recipe says otherwise.
     labelled: bool
     # Whether reading waits for a server rather than for this machine.
     remote: bool
@@ -144,7 +144,7 @@ class ImageSource(Protocol):
     notes: list[str]
 
     def __init__(self, address: str, options: SourceSection, out: Path) -> None:
-        """address: as given to `dupr prepare`. out: folder of the shards; not part of the source."""
+        """address: as given to `dupr prepare`. out: folder of shards, not part of the source."""
 
     def entries(self) -> Iterator[Entry]:
         """All images, in a fixed order; those of one split need not be adjacent.

@@ -100,7 +100,7 @@ class CocoSource(BuiltIn):
 
     @property
     def _root(self) -> Path:
-        """The folder that names are relative to: that of the images, or the parent of annotations/."""
+        """The folder that names are relative to: `source.images`, or the parent of annotations/."""
         if self.options.images:
             return Path(self.options.images)
         return coco_root(self.path) if self.path.is_file() else self.path

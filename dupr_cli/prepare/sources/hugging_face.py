@@ -62,7 +62,8 @@ class HuggingFaceSource(BuiltIn):
         for split in self.options.splits or list(self._splits):
             if split not in self._splits:
                 raise UsageError(
-                    f"{self.address} has no split {split}; its splits are {', '.join(self._splits)}."
+                    f"{self.address} has no split {split}; its splits are "
+                    f"{', '.join(self._splits)}."
                 )
             for row in range(len(self._splits[split])):
                 name = f"{split}/{row:09d}"

@@ -61,7 +61,7 @@ class VocSource(BuiltIn):
                 raise UsageError(f"{self.path}: the split {split} lists no images.")
 
     def _wanted(self) -> dict[str, list[tuple[str, str]]]:
-        """The splits of the shards, each with its parts: a tree's folder and a list of that tree."""
+        """The splits of the shards, each with its parts: (folder of a tree, list of that tree)."""
         trees = list(self._trees.values())
         available = {split for tree in trees for split in tree.splits}
         wanted = self.options.splits
