@@ -132,8 +132,8 @@ class Results:
                        and f.default_factory is MISSING and f.name not in values]  # fmt: skip
             if missing:
                 raise UsageError(
-                    f"{file}: not the results of an evaluation: {', '.join(missing)} missing. "
-                    f"{_EXPECTED}"
+                    f"{file}: not a results file of an evaluation, as {', '.join(missing)} are not "
+                    f"in it. {_EXPECTED}"
                 )
             values["train"] = DatasetIdentity(**values["train"])
             values["test"] = DatasetIdentity(**values["test"])

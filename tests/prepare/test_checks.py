@@ -89,7 +89,7 @@ def lose_lines(folder: Path) -> None:
         (truncate, ["train-000001.tar: 5000 bytes", "sample s0013"]),
         (lose, ["train-000001.tar: it is missing"]),
         (lose_index, ["train-000001.tar: its index is missing"]),
-        (swap_index, ["train-000001.tar: its index is of another shard"]),
+        (swap_index, ["train-000001.tar: its index belongs to another shard"]),
         (stranger, ["train-000007.tar: the manifest does not list it"]),
         (lose_lines, ["skipped.jsonl: 1 lines, 0 by the manifest"]),
     ],

@@ -390,7 +390,7 @@ def test_a_damaged_archive_is_named(image_folder: Path, tmp_path: Path) -> None:
     archive.write_bytes(whole.replace(inside, b"x" * 60))
     found = prepared(archive, tmp_path / "out")
     assert len(found["train"]) == 11
-    assert "the zip archive does not give it" in (tmp_path / "out/skipped.jsonl").read_text()
+    assert "the zip archive cannot be read" in (tmp_path / "out/skipped.jsonl").read_text()
 
 
 def test_shards_of_webdatasets_writer_keep_all_their_members(tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_a_list_without_a_known_column_is_named(tmp_path: Path) -> None:
 
 
 def test_a_list_that_lies_far_away_is_no_source(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"list.txt: not a source that dupr knows"):
+    with pytest.raises(UsageError, match=r"list.txt: the kind of source is not recognised"):
         prepared("http://localhost/list.txt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
