@@ -85,9 +85,7 @@ def test_split_names_are_those_of_the_files(tmp_path: Path) -> None:
     (folder / "instances_val2017.json").rename(folder / "mine.json")
     (tmp_path / "val2017").rename(tmp_path / "mine")
     assert len(opened(tmp_path, "mine")) == 1
-    with pytest.raises(
-        UsageError, match=r"no file is the split 'test'.*splits are train2017, mine"
-    ):
+    with pytest.raises(UsageError, match=r"no file is the split 'test'.*are train2017, mine"):
         opened(tmp_path, "test")
 
 
@@ -105,9 +103,7 @@ def test_short_name_of_a_split(tmp_path: Path) -> None:
     assert len(opened(coco_tree(tmp_path), "val")) == 1
     folder = tmp_path / "annotations"
     (folder / "instances_train2017.json").rename(folder / "instances_val2014.json")
-    with pytest.raises(
-        UsageError, match=r"several files match the split 'val'.*splits are val2014, val2017"
-    ):
+    with pytest.raises(UsageError, match=r"several files match .*are val2014, val2017"):
         opened(tmp_path, "val")
 
 
@@ -200,7 +196,7 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     reporter = Listening()
     open_labelled(str(tmp_path), ["train2017"], reporter)
     assert re.search(
-        r"mask left out: 1 .*\[10, 10\] pixels \(height x width\), but the image has",
+        r"mask left out: 1 .*\[10, 10\] pixels .* but the image has",
         reporter.warnings[0],
     )
     edit(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))
