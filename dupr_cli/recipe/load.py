@@ -199,7 +199,7 @@ def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> I
 
 
 def _section_at(model: type[BaseModel], at: Path_) -> type[BaseModel] | None:
-    """The section at a path of keys, or None if a value is there."""
+    """The section at a path of keys, or None if the path leads to a value."""
     section: type[BaseModel] = model
     for key in at:
         field = section.model_fields.get(key)

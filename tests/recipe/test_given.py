@@ -84,8 +84,8 @@ def test_overrides_of_any_form_give_the_same_recipe(cases: dict[str, Case], stag
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("recipe", {"recipe": {"train": 1}}, r"recipe: give an? \w+Recipe, the name of a shipped recipe "
-     r"or the path of a recipe file, not a dict\."),
+    ("recipe", {"recipe": {"train": 1}}, r"recipe: give an? \w+Recipe, the name of a shipped "
+     r"recipe or the path of a recipe file, not a dict\."),
     ("recipe", {"recipe": None}, "not a NoneType"),
     ("overrides", {"overrides": 3}, r"overrides: give a mapping .*, not an int \(3\)"),
     ("overrides", {"overrides": "a=b"}, r"not a str \('a=b'\)"),
