@@ -319,7 +319,7 @@ def _diff_tensors(a: Path, b: Path, reporter: Reporter) -> tuple[int, list[Tenso
                 for name in names:
                     progress.advance()
                     (kind_a, values_a), (kind_b, values_b) = (
-                        of.get(name, (ABSENT, 0)) for of in kinds
+                        known.get(name, (ABSENT, 0)) for known in kinds
                     )
                     difference = TensorDifference(
                         file, name, kind_a, kind_b, max(values_a, values_b)

@@ -158,13 +158,14 @@ def show(result: ExportResult) -> None:
             f"{result.architecture}, {result.origin}, {result.tensors} tensors, {result.dtype}",
         ),
     ]
-    for of in result.formats:
-        checked = "features differ by" if of.features_compared else "tensors differ by"
-        facts.append((of.name, f"{checked} {of.max_difference:.1e} at most, {of.verified_by}"))
-        facts += [("", f"{name} sha256 {digest}") for name, digest in of.files.items()]
+    for each in result.formats:
+        checked = "features differ by" if each.features_compared else "tensors differ by"
+        difference = f"{checked} {each.max_difference:.1e} at most, {each.verified_by}"
+        facts.append((each.name, difference))
+        facts += [("", f"{name} sha256 {digest}") for name, digest in each.files.items()]
     if result.hub_url:
         facts.append(("on the Hub", result.hub_url))
     print_facts(facts)
-    for of in result.formats:
-        for _, block in of.usage:
-            print_text(f"\n{of.name}:\n{block}\n")
+    for each in result.formats:
+        for _, block in each.usage:
+            print_text(f"\n{each.name}:\n{block}\n")

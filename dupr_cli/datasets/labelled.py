@@ -255,18 +255,18 @@ def _annotate(
     cut = int(np.count_nonzero((inside != corners).any(axis=1) & has_area))
     notes = ["box cut: it extended beyond the image and was cut at its edge"] * cut
     notes += ["box dropped: it had no area inside the image"] * int(np.count_nonzero(~has_area))
-    kept = [box for box, keep in zip(found.boxes, has_area, strict=True) if keep]
+    usable = [box for box, keep in zip(found.boxes, has_area, strict=True) if keep]
     sides = (inside[:, 2:] - inside[:, :2])[has_area]
-    areas = [box.details.get("area", area) for box, area in zip(kept, sides.prod(1), strict=True)]
+    areas = [box.details.get("area", area) for box, area in zip(usable, sides.prod(1), strict=True)]
     annotation = Annotation(
         image_id,
         width,
         height,
         inside[has_area].astype(np.float32),
-        tuple(box.name for box in kept),
-        np.array([box.difficult for box in kept], dtype=np.bool_),
-        np.array([box.crowd for box in kept], dtype=np.bool_),
+        tuple(box.name for box in usable),
+        np.array([box.difficult for box in usable], dtype=np.bool_),
+        np.array([box.crowd for box in usable], dtype=np.bool_),
         np.array(areas, dtype=np.float64),
-        tuple(box.details["segmentation"] for box in kept) if masks else None,
+        tuple(box.details["segmentation"] for box in usable) if masks else None,
     )
     return annotation, notes

@@ -141,8 +141,8 @@ def _plan(
     """Decide what the set will contain and write the plan. Changes nothing else."""
     out, folder = Path(work.out), work.folder
     reports = _reports(folder, listing, out)
-    kept = _kept_parts(base) if base else []
-    parts = _parts(reports, sum(part.entry.samples for part in kept))
+    existing = _existing_parts(base) if base else []
+    parts = _parts(reports, sum(part.entry.samples for part in existing))
     total = sum(part.entry.samples for part in parts)
     skipped = [entry for report in reports.values() for entry in report.skipped]
     if not total and base is None:
@@ -152,9 +152,9 @@ def _plan(
             f"{work.address}: none of {listing.total} images could be used. The first is "
             f"{first.path}: {first.reason}."
         )
-    records = _Records(folder, out / RECORDS, kept, list(reports))
+    records = _Records(folder, out / RECORDS, existing, list(reports))
     changes = _changes(records, records.before + total, duplicates, work.recipe.filter, reporter)
-    names = _Names(out, kept, blocks_folder(folder), parts)
+    names = _Names(out, existing, blocks_folder(folder), parts)
     for position, (first_one, reason) in changes.drop.items():
         skipped.append(Skipped(names.source(position), f"{reason}: {names.key(first_one)}"))
     shards: dict[str, list[dict[str, object]]] = {split: [] for split in listing.entries}
@@ -246,7 +246,7 @@ def _reports(folder: Path, listing: Listing, out: Path) -> dict[tuple[str, int],
     return reports
 
 
-def _kept_parts(base: Manifest) -> list[_Part]:
+def _existing_parts(base: Manifest) -> list[_Part]:
     """The shards of the existing set."""
     parts, start = [], 0
     for split, entries in base.splits.items():
@@ -312,14 +312,14 @@ class _Records:
     """`RECORD`s of all samples in order: those of the existing set, then those of each block."""
 
     def __init__(
-        self, folder: Path, file: Path, kept: list[_Part], blocks: list[tuple[str, int]]
+        self, folder: Path, file: Path, existing: list[_Part], blocks: list[tuple[str, int]]
     ) -> None:
-        """file: records of the samples in `kept`, in the same order.
+        """file: records of the samples in `existing`, in the same order.
 
         Raises UsageError when the file does not hold them.
         """
-        self._folder, self._file, self._kept, self._blocks = folder, file, kept, blocks
-        self.before = before = sum(part.entry.samples for part in kept)
+        self._folder, self._file, self._existing, self._blocks = folder, file, existing, blocks
+        self.before = before = sum(part.entry.samples for part in existing)
         if before and (not file.is_file() or file.stat().st_size != before * RECORD.itemsize):
             raise UsageError(
                 f"{file}: the records of the {before} existing samples are missing or belong to "
@@ -332,9 +332,9 @@ class _Records:
             yield start, found
 
     def _by_split(self) -> Iterator[tuple[str, int, Array]]:
-        if self._kept:
+        if self._existing:
             found = np.fromfile(self._file, RECORD)
-            for part in self._kept:
+            for part in self._existing:
                 yield part.split, part.start, found[part.start :][: part.entry.samples]
         start = self.before
         for block in self._blocks:
@@ -373,13 +373,13 @@ def _changes(
 class _Names:
     """Keys, source names and hashes of samples, read on demand."""
 
-    def __init__(self, out: Path, kept: list[_Part], blocks: Path, parts: list[_Part]) -> None:
+    def __init__(self, out: Path, existing: list[_Part], blocks: Path, parts: list[_Part]) -> None:
         self._samples = ShardSet(
             [
-                *(out / part.entry.file for part in kept),
+                *(out / part.entry.file for part in existing),
                 *(blocks / part.entry.file for part in parts),
             ],
-            [part.entry.samples for part in [*kept, *parts]],
+            [part.entry.samples for part in [*existing, *parts]],
             str(blocks),
         )
         self._samples.cached_indexes = 64

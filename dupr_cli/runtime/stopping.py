@@ -138,8 +138,8 @@ def stoppable(advice: str) -> Iterator[None]:
         raise _stopped_error(error.number, message) from None
     finally:
         _seen.clear()
-        for of, handler in before.items():
-            signal.signal(of, handler)
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
 
 
 _patience = _Patience()
