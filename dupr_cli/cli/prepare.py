@@ -233,7 +233,9 @@ def show_verified(found: Verified) -> None:
     for problem in found.problems:
         print_text(problem)
     verdict = "whole" if found.whole else f"{len(found.problems)} problems"
-    print_facts([("shards", str(found.shards)), ("samples", str(found.samples)), ("are", verdict)])
+    print_facts(
+        [("shards", str(found.shards)), ("samples", str(found.samples)), ("state", verdict)]
+    )
 
 
 def stats(shards: Shards, split: Split = None, out: Picture = None, *, reporter: Reporter) -> Stats:

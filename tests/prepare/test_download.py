@@ -138,7 +138,7 @@ def test_what_cannot_be_had_is_one_message(mirror: Path, tmp_path: Path) -> None
         fetch(tmp_path / "voc", served.url)
     with pytest.raises(RunError, match=r"cannot be fetched: .* it continues after 0 bytes"):
         fetch(tmp_path / "other", served.url)
-    with pytest.raises(UsageError, match=r"there is voc2007, .* Did you mean voc2012"):
+    with pytest.raises(UsageError, match=r"known: voc2007, .* Did you mean voc2012"):
         download_sets(["voc212"], tmp_path, None, False, SilentReporter())
 
 

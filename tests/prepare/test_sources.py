@@ -495,7 +495,7 @@ def write_list(path: Path, names: Sequence[str]) -> None:
 
 def test_a_list_without_a_known_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("id,picture\n1,a.jpg\n")
-    with pytest.raises(UsageError, match=r"no column path, .*; it has id, picture"):
+    with pytest.raises(UsageError, match=r"no column path, .*; its columns are id, picture"):
         prepared(tmp_path / "l.csv", tmp_path / "out")
     noise_image(0).save(tmp_path / "a.jpg")
     assert prepared(tmp_path / "l.csv", tmp_path / "out", "source.column=picture")
@@ -534,7 +534,7 @@ def test_data_sets_of_hugging_face(image_folder: Path, tmp_path: Path) -> None:
     found = prepared(f"hf://{tmp_path / 'hub'}", tmp_path / "out", "shard.max_samples=7", workers=2)
     assert [s.image for s in found["train"]] == [p.read_bytes() for p in files[:20]]
     assert [s.image for s in found["test"]] == [p.read_bytes() for p in files[20:]]
-    with pytest.raises(UsageError, match=r"no split val; it has"):
+    with pytest.raises(UsageError, match=r"no split val; its splits are"):
         prepared(f"hf://{tmp_path / 'hub'}", tmp_path / "o2", "source.splits=[val]")
 
 
