@@ -86,8 +86,8 @@ def diff(
 ) -> CheckpointDiff:
     """Compare two checkpoints: every tensor bit for bit, their state, and their runs' recipes.
 
-    Exit codes, like those of diff(1): 0 all tensors are identical, 1 some
-    differ, 2 they cannot be compared. State and recipe do not affect the code.
+    Exit codes, as in diff(1): 0 all tensors are identical, 1 some differ,
+    2 they cannot be compared. State and recipe do not affect the code.
 
     [bold]Examples[/]
 

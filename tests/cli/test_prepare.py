@@ -218,7 +218,7 @@ def test_a_full_disk_keeps_what_is_finished(
         assert finished > 0
         subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
         errors = dupr("prepare", source, disk / "out", *OPTIONS).stderr
-        assert "images are in finished shards; going on" in errors
+        assert "images are in finished shards" in errors
         assert digests(disk / "out") == whole
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
