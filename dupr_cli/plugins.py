@@ -1,11 +1,11 @@
-"""Entry points: how other packages extend a stage, and how a stage finds what they add.
+"""Entry points, through which other packages extend a stage.
 
 A package declares, for example, in its pyproject.toml
 
     [project.entry-points."dupr.methods"]
     my-method = "my_package.method:MyMethod"
 
-and the name can be used in a recipe. docs/plugins.md tells what each group expects.
+and recipes can then use the name. docs/plugins.md describes what each group expects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ METHODS = "dupr.methods"
 SOURCES = "dupr.sources"
 EXPORT_FORMATS = "dupr.export_formats"
 
-# What ships with dupr: found without installed metadata, and never replaced by another package.
+# Plugins that ship with dupr: they need no installed metadata, and no package can replace them.
 _BUILT_IN = {
     METHODS: {
         "dupr": "dupr_cli.pretrain.method:Dupr",
@@ -47,14 +47,14 @@ _BUILT_IN = {
 
 
 def plugin_names(group: str) -> list[str]:
-    """What a recipe may name, without importing any of it."""
+    """The names that a recipe may use, without importing any plugin."""
     return sorted(
         {*_BUILT_IN[group], *(point.name for point in metadata.entry_points(group=group))}
     )
 
 
 def is_plugin(group: str, name: str) -> bool:
-    """Whether a recipe may name it; packages are only asked for what does not ship with dupr."""
+    """Whether a recipe may use this name; other packages are searched only if dupr lacks it."""
     return name in _BUILT_IN[group] or name in plugin_names(group)
 
 
@@ -66,7 +66,7 @@ def _entry_point(group: str, name: str) -> metadata.EntryPoint:
 
 
 def load_plugin(group: str, name: str) -> object:
-    """The object behind a name. Raises UsageError when its package cannot be imported."""
+    """The object with this name. Raises UsageError when its package cannot be imported."""
     point = _entry_point(group, name)
     try:
         return point.load()

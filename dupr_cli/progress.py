@@ -1,7 +1,7 @@
-"""How a stage tells what it is doing, without knowing who listens.
+"""The interface through which a stage reports its progress.
 
-Stages take a `Reporter` and call it; the command line passes one that draws a live display on a
-terminal and plain lines in a log (`dupr_cli.cli.console`), a Python caller may leave it out.
+Stages take a `Reporter` and call it. The command line passes one that draws a live display on a
+terminal and writes plain lines to a log (`dupr_cli.cli.console`). A Python caller may omit it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """A piece of long work whose progress is counted."""
+    """Long work whose progress is counted."""
 
     def advance(self, count: int = 1, status: str = "") -> None:
         """`count` more units are done; `status` is a short text shown beside the bar."""
@@ -20,24 +20,24 @@ class Task(Protocol):
 
 
 class Reporter(Protocol):
-    """What a stage may say while it works."""
+    """Receives the messages of a stage while it works."""
 
     def info(self, message: str) -> None:
-        """A fact worth a line."""
+        """A message for everyone."""
         ...
 
     def detail(self, message: str) -> None:
-        """A fact worth a line only to those who asked for more."""
+        """A message only for users who asked for more detail."""
         ...
 
     def warning(self, message: str) -> None:
-        """Something that the user should act on, although the work goes on."""
+        """A problem that the user should act on, although the work continues."""
         ...
 
     def task(
         self, description: str, total: int, unit: str, done: int = 0
     ) -> AbstractContextManager[Task]:
-        """Long work of `total` units (images, steps), of which `done` were done before."""
+        """Begin long work of `total` units (images, steps), of which `done` are already done."""
         ...
 
 
@@ -47,7 +47,7 @@ class _SilentTask:
 
 
 class SilentReporter:
-    """The reporter of a Python caller who passed none: says nothing."""
+    """The default reporter of Python calls, which prints nothing."""
 
     def info(self, message: str) -> None:
         pass

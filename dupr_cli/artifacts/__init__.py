@@ -4,6 +4,4 @@ shards    WebDataset shards with indexes and a manifest      prepare -> pretrain
 run       run directory with checkpoints                     pretrain -> export, evaluate
 weights   backbone weights as safetensors with metadata      export -> evaluate and other tools
 results   results.json of an evaluation                      evaluate -> people and tables
-voc_tree  PASCAL VOC folders, the labelled sets people have   -> prepare, evaluate
-coco_json COCO's JSON, the other form they have              -> prepare, evaluate
 """

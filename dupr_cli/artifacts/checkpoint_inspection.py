@@ -1,8 +1,8 @@
-"""Looking at checkpoints from outside a run: which there are, whether they are whole, what differs.
+"""Inspects checkpoints from outside a run: lists them, verifies them, and compares two of them.
 
-`list_run` and `verify` say what is in a run directory or one checkpoint; `diff` compares two
-checkpoints tensor by tensor, two tensors in memory at a time. Nothing is changed. state.json is
-read as plain JSON, so that checkpoints of other versions of dupr can be looked at.
+`list_run` and `verify` report on a run directory or a single checkpoint. `diff` compares two
+checkpoints tensor by tensor and holds two tensors in memory at a time. Nothing is changed.
+state.json is read as plain JSON, so that checkpoints of other versions of dupr can be inspected.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from dupr_cli.recipe import recipe_keys
 ABSENT = "(absent)"
 
 _FOLDER = re.compile(r"step-(\d+)")
-_CHUNK = 2**18  # values compared at a time, so that copies made for it stay small
+_CHUNK = 2**18  # values compared at a time, to keep temporary copies small
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """One checkpoint folder. problems: empty when it is whole. latest: the run's link names it."""
+    """One checkpoint folder. problems: empty if it is whole. latest: the run's link names it."""
 
     path: str
     step: int | None
@@ -57,10 +57,10 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class CheckpointList:
-    """The checkpoints at one address, a run's or a single one.
+    """The checkpoints of a run, or a single checkpoint.
 
-    latest: what the run's link names, if there is one. leftovers: what writing that was interrupted
-    left behind, and checkpoints that were set aside as damaged.
+    latest: the checkpoint that the run's link names, if the run has a link. leftovers: files of
+    interrupted writes, and checkpoints that were set aside as damaged.
     """
 
     path: str
@@ -71,16 +71,16 @@ class CheckpointList:
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` found at each address. whole: all checkpoints are."""
+    """What `verify` found at each address. whole: whether all checkpoints are whole."""
 
     whole: bool
     addresses: list[CheckpointList]
 
 
 def list_run(run: Path) -> CheckpointList:
-    """The checkpoints of a run, oldest first, looked at by size only.
+    """The checkpoints of a run, oldest first; only the sizes of their files are checked.
 
-    Raises UsageError when the folder is no run directory.
+    Raises UsageError when the folder is not a run directory.
     """
     if not _is_run(run):
         raise _nothing_at(run)
@@ -88,9 +88,9 @@ def list_run(run: Path) -> CheckpointList:
 
 
 def verify(addresses: Sequence[Path], reporter: Reporter | None = None) -> Verified:
-    """Runs and checkpoints, every file read and its sha256 compared.
+    """Read every file of the given runs and checkpoints and compare its sha256.
 
-    Raises UsageError, before anything is read, when an address is neither.
+    Raises UsageError before reading anything when an address is neither a run nor a checkpoint.
     """
     folders = []
     for path in addresses:
@@ -115,7 +115,7 @@ def verify(addresses: Sequence[Path], reporter: Reporter | None = None) -> Verif
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Also true for a checkpoint's folder that has lost its state.json."""
+    """Whether `path` is a checkpoint, even one that has lost its state.json."""
     place = path.resolve()
     named = bool(_FOLDER.fullmatch(place.name)) and place.parent.name == CHECKPOINTS
     return path.is_dir() and (named or (path / STATE_FILE).is_file())
@@ -127,19 +127,19 @@ def _is_run(path: Path) -> bool:
 
 def _nothing_at(path: Path) -> UsageError:
     if not path.exists():
-        return UsageError(f"{path}: there is no such run directory or checkpoint.")
+        return UsageError(f"{path}: the run directory or checkpoint does not exist.")
     if _is_checkpoint(path):
-        return UsageError(f"{path}: a checkpoint, but a run directory is needed here.")
+        return UsageError(f"{path} is a checkpoint, but a run directory is needed here.")
     return UsageError(
-        f"{path}: neither a run directory ({RECIPE_FILE}, {CHECKPOINTS}/) nor a checkpoint "
+        f"{path} is neither a run directory ({RECIPE_FILE}, {CHECKPOINTS}/) nor a checkpoint "
         f"({STATE_FILE})."
     )
 
 
 def _look_at_run(run: Path, facts: Sequence[CheckpointFacts]) -> CheckpointList:
     link = run / LATEST
-    # A run that is going on deletes old checkpoints while we look.
-    there = [checkpoint for checkpoint in facts if Path(checkpoint.path).exists()]
+    # A running training deletes old checkpoints while we inspect them.
+    existing = [checkpoint for checkpoint in facts if Path(checkpoint.path).exists()]
     leftovers = [*run.glob(".*.tmp"), *(run / CHECKPOINTS).glob("damaged-step-*")]
     leftovers += [
         path
@@ -147,7 +147,7 @@ def _look_at_run(run: Path, facts: Sequence[CheckpointFacts]) -> CheckpointList:
         if path.suffix == ".tmp" or (path.name.startswith(".") and path.is_dir())
     ]
     target = link.readlink().name if link.is_symlink() else None
-    return CheckpointList(str(run), there, target, sorted(map(str, leftovers)))
+    return CheckpointList(str(run), existing, target, sorted(map(str, leftovers)))
 
 
 def _look_at(path: Path, sums: bool) -> CheckpointFacts:
@@ -167,7 +167,7 @@ def _look_at(path: Path, sums: bool) -> CheckpointFacts:
 
 
 def _problems(path: Path, sums: bool) -> list[str]:
-    """What keeps a checkpoint from being whole. sums: read the files and compare their sha256."""
+    """Problems of a checkpoint, none if it is whole. sums: also compare the sha256 of its files."""
     try:
         state = json.loads((path / STATE_FILE).read_bytes())
         listed = {
@@ -205,7 +205,7 @@ def _problems(path: Path, sums: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class KeyDifference:
-    """A key whose value differs; `ABSENT` stands where there is none."""
+    """A key whose value differs; `ABSENT` stands for a missing value."""
 
     key: str
     a: object
@@ -214,11 +214,11 @@ class KeyDifference:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """A tensor that is not the same in both files.
+    """A tensor that differs between the two files.
 
-    a, b: type and shape, `ABSENT` where there is no such tensor. differing: values of which any bit
-    differs, and largest: the largest absolute difference of two values, null where one of a pair is
-    NaN or infinite; both null where type or shape differ.
+    a, b: type and shape, or `ABSENT` for a missing tensor. differing: number of values that differ
+    in any bit. largest: the largest absolute difference of two values, null if a value of a
+    differing pair is NaN or infinite. Both are null if type or shape differ.
     """
 
     file: str
@@ -232,7 +232,8 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class CheckpointDiff:
-    """Two checkpoints compared. tensors: in both together. recipe: null when a run has none."""
+    """Comparison of two checkpoints. tensors: number of distinct tensors. recipe: null if a run has
+    none."""
 
     a: str
     b: str
@@ -247,8 +248,8 @@ class CheckpointDiff:
 def diff(a: Path, b: Path, reporter: Reporter | None = None) -> CheckpointDiff:
     """Compare two checkpoints, or the newest whole ones of two runs, tensors bit for bit.
 
-    Differences come in order: tensors that cannot be compared, then the largest difference first.
-    Raises UsageError when there is no whole checkpoint at an address.
+    Tensors that cannot be compared come first, then the others by falling difference. Raises
+    UsageError when an address holds no whole checkpoint.
     """
     first, second = _whole_checkpoint(a), _whole_checkpoint(b)
     total, differing = _diff_tensors(first, second, reporter or SilentReporter())
@@ -307,7 +308,7 @@ def _diff_keys(a: dict[str, object] | None, b: dict[str, object] | None) -> list
 
 
 def _diff_tensors(a: Path, b: Path, reporter: Reporter) -> tuple[int, list[TensorDifference]]:
-    """How many tensors there are in both checkpoints together, and those that differ."""
+    """Number of distinct tensors in the two checkpoints, and the tensors that differ."""
     total, differing = 0, []
     for file in (MODEL_FILE, OPTIMIZER_FILE):
         with _open(a / file) as ours, _open(b / file) as theirs:
@@ -318,7 +319,7 @@ def _diff_tensors(a: Path, b: Path, reporter: Reporter) -> tuple[int, list[Tenso
                 for name in names:
                     progress.advance()
                     (kind_a, values_a), (kind_b, values_b) = (
-                        of.get(name, (ABSENT, 0)) for of in kinds
+                        known.get(name, (ABSENT, 0)) for known in kinds
                     )
                     difference = TensorDifference(
                         file, name, kind_a, kind_b, max(values_a, values_b)
@@ -338,7 +339,7 @@ class _Slice(Protocol):
 
 
 class _TensorFile(Protocol):
-    """What is used of `safe_open`, which comes without types."""
+    """The used part of `safe_open`, which has no type annotations."""
 
     def keys(self) -> list[str]: ...
     def get_slice(self, name: str) -> _Slice: ...
@@ -363,10 +364,10 @@ def _kinds(opened: _TensorFile) -> dict[str, tuple[str, int]]:
 
 
 def compare_values(a: Tensor, b: Tensor) -> tuple[int, float | None]:
-    """Of two tensors of one shape and type: how many values differ in any bit, and by how much.
+    """Number of values that differ in any bit, and the largest absolute difference.
 
-    The largest absolute difference is None where one of two differing values is NaN or infinite.
-    NaNs of the same bits are the same; 0 and -0 differ, by 0.
+    a, b: tensors of one shape and type. The difference is None if one of two differing values is
+    NaN or infinite. NaNs with the same bits are equal; 0 and -0 differ by 0.
     """
     bits = _INTEGERS[a.element_size()]
     a, b = a.reshape(-1), b.reshape(-1)
@@ -396,7 +397,7 @@ def _summary(total: int, differing: Sequence[TensorDifference]) -> str:
         (sum(d.a == ABSENT for d in differing), "only in the second"),
         (
             sum(d.differing is None and ABSENT not in (d.a, d.b) for d in differing),
-            "of other type or shape",
+            "of another type or shape",
         ),
     ):
         if count:

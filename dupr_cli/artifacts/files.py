@@ -1,6 +1,6 @@
-"""Writing files so that a name that exists stands for a whole file.
+"""Writes files atomically, so that a name that exists always stands for a whole file.
 
-Everything is written beside its place under a temporary name, flushed to disk and renamed.
+Each file is written under a temporary name in the same folder, flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fsync_directory(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the path into errors of writing, which otherwise do not say what was written."""
+    """Add the path to errors of writing, which otherwise do not name the file."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path` when the block ends well, and not at all otherwise."""
+    """A file that appears at `path` only if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path), temporary.open("wb") as file:
@@ -61,9 +61,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def shared_mode(path: Path) -> Iterator[None]:
-    """Let the block write `path` with a library that gives files to their owner alone.
+    """Let the block write `path` with a library that makes files readable only to their owner.
 
-    The file gets the mode that the umask says, as all others have it.
+    The file gets the mode that the umask gives, like all other files.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -86,7 +86,7 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path`, with all that the block put into it, when it ends well."""
+    """A folder that appears at `path` with its files only if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -107,16 +107,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def named(folder: Path, matches: Callable[[str], bool]) -> list[Path]:
-    """What lies in a folder under a name that matches, by name.
+    """The entries of a folder whose names match, sorted by name.
 
-    Unlike `Path.iterdir` and `glob`, without all names of a folder of a million in memory.
+    Unlike `Path.iterdir` and `glob`, this never holds all names of a huge folder in memory.
     """
     with os.scandir(folder) as entries:
         return sorted(folder / entry.name for entry in entries if matches(entry.name))
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of that name holds an image: by its suffix, in any case, and not hidden."""
+    """Whether a file name is that of an image: by its suffix, in any case, and not hidden."""
     base = name.rpartition("/")[2]
     stem, dot, suffix = base.rpartition(".")
     return bool(stem) and not base.startswith(".") and dot + suffix.lower() in IMAGE_SUFFIXES
@@ -128,7 +128,7 @@ def sha256_file(path: Path) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether `atomic_file` or `atomic_directory` of some process gave this name."""
+    """Whether `atomic_file` or `atomic_directory` of any process made this name."""
     return _TEMPORARY.fullmatch(name) is not None
 
 

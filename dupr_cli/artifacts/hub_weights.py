@@ -1,7 +1,7 @@
 """Weights on the Hugging Face Hub: `hf://OWNER/NAME`, `hf://OWNER/NAME@REVISION/FILE`.
 
-What is fetched stays in huggingface-hub's own cache. Endpoint, token and cache are its business:
-HF_ENDPOINT, HF_TOKEN, HF_HOME.
+Fetched files stay in huggingface-hub's own cache. The library itself reads endpoint, token and
+cache folder from HF_ENDPOINT, HF_TOKEN and HF_HOME.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from dupr_cli.errors import RunError, UsageError
 
 HUB = "hf://"
-# As `dupr export` names the file that is for dupr and torchvision, among those of other layouts.
+# The name that `dupr export` gives the file for dupr and torchvision, among those of other layouts.
 EXPORTED = "backbone.safetensors"
 _ADDRESS = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?"
@@ -28,7 +28,7 @@ def repository_of(address: str) -> str | None:
 
 
 class HubError(Exception):
-    """What the Hub's client raised. status: of HTTP, None where the Hub was not reached."""
+    """An error of the Hub's client. status: of HTTP, None if the Hub was not reached."""
 
     def __init__(self, message: str, status: int | None) -> None:
         super().__init__(message)
@@ -41,27 +41,28 @@ class HubError(Exception):
 
 @contextmanager
 def asking_the_hub() -> Iterator[None]:
-    """Raises HubError for whatever a call of huggingface_hub raises."""
+    """Turn any error of a huggingface_hub call into a HubError."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         yield
-    except LocalEntryNotFoundError as error:  # an HTTP error by its class, but nothing answered
+    except LocalEntryNotFoundError as error:  # its class is an HTTP error, but no server answered
         raise HubError(str(error), None) from error
     except HfHubHTTPError as error:
         raise HubError(str(error), error.response.status_code) from error
-    # The client raises its HTTP library's own errors, and which library that is varies by version.
+    # The client raises errors of its HTTP library, which differs between its versions.
     except Exception as error:
         raise HubError(str(error), None) from error
 
 
 def fetch_weights(address: str) -> Path:
-    """The local copy of the weights file.
+    """Fetch a weights file and return the path of the local copy.
 
-    Without FILE the only one of the repository, or the only backbone.safetensors.
+    Without FILE in the address, the only .safetensors file of the repository is taken, or the only
+    backbone.safetensors.
 
-    Raises UsageError for an address that is none or has no such weights, RunError when the Hub
-    refuses or cannot be reached.
+    Raises UsageError for a malformed address or missing weights, RunError when the Hub refuses or
+    cannot be reached.
     """
     parts = _ADDRESS.fullmatch(address)
     if parts is None:
@@ -69,7 +70,7 @@ def fetch_weights(address: str) -> Path:
             f"{address}: write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION/FILE."
         )
     repository, revision, file = parts["repository"], parts["revision"], parts["file"]
-    # Half a second to import, needed for such an address only.
+    # Importing it takes half a second, and only these addresses need it.
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
@@ -82,7 +83,7 @@ def fetch_weights(address: str) -> Path:
     except HubError as error:
         if error.status == 404:
             raise UsageError(
-                f"{address}: the Hub has no such repository, revision or file."
+                f"{address}: the repository, revision or file does not exist on the Hub."
             ) from error
         if error.status is None:
             raise RunError(f"{address}: the Hub cannot be reached ({error}).") from error
@@ -98,5 +99,5 @@ def _only_weights(listed: list[str], address: str) -> str:
     if not files:
         raise UsageError(f"{address}: the repository has no .safetensors file.")
     raise UsageError(
-        f"{address}: the repository has {', '.join(files)}; name one, as {address}/{files[0]}."
+        f"{address}: the repository has {', '.join(files)}; name one, such as {address}/{files[0]}."
     )

@@ -1,4 +1,4 @@
-"""Labels of an image as shards hold them: boxes, and what else their source knows about them."""
+"""The labels of an image in a shard: boxes, and further details from their source."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _FLAGS = ("difficult", "truncated", "crowd")
 class Box:
     """One labelled object. x_min, y_min, x_max, y_max: pixel edges, 0-based, half-open.
 
-    details: what else the source says, under COCO's names (segmentation, keypoints, area, id, ...),
-    in the pixels of this image.
+    details: further facts from the source, under COCO's names (segmentation, keypoints, area, id,
+    ...), in pixels of this image.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Box:
         return (self.x_min, self.y_min, self.x_max, self.y_max)
 
     def to_json(self) -> dict[str, object]:
-        """As a shard holds it."""
+        """The object in the form that a shard stores."""
         flags = {flag: getattr(self, flag) for flag in _FLAGS}
         return {"class": self.name, "box": list(self.corners), **flags, **self.details}
 
     @classmethod
     def from_json(cls, value: Mapping[str, object]) -> Box:
-        """Raises KeyError, TypeError or ValueError when it is no object of a shard."""
+        """Raises KeyError, TypeError or ValueError when `value` is not an object of a shard."""
         x_min, y_min, x_max, y_max = (float(v) for v in cast(Sequence[float], value["box"]))
         flags = {flag: bool(value.get(flag, False)) for flag in _FLAGS}
         details = {k: v for k, v in value.items() if k not in ("class", "box", *_FLAGS)}

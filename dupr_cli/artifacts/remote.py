@@ -1,9 +1,9 @@
-"""Files at an address (http, https, or anything fsspec knows), through a cache on this machine.
+"""Reads files at an address (http, https, or any scheme of fsspec) through a local cache.
 
-A file is copied whole, to a temporary name, and gets its own when its length and, where it is
-known, its sha256 are right. Requests that fail are repeated; processes that want the same file wait
-for the one that fetches it. http and https need nothing but Python; other schemes go through
-fsspec and the package it asks for (s3fs, gcsfs, ...).
+A file is copied whole under a temporary name; it gets its final name when its length and, if
+known, its sha256 are right. Failed requests are repeated. Processes that want the same file wait
+for the one that fetches it. http and https need only Python; other schemes need fsspec and the
+package that it asks for (s3fs, gcsfs, ...).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from dupr_cli.errors import DuprError, RunError, UsageError
 
 T = TypeVar("T")
 
-# 0.5 s, doubled each time, with jitter: a minute in all before a request is given up.
+# 0.5 s, doubled each time, with jitter: a request is given up after about a minute.
 _ATTEMPTS, _FIRST_DELAY = 8, 0.5
 _TIMEOUT_SECONDS = 60
 _CHUNK = 1 << 20
-# Answers that will be the same next time.
+# HTTP answers that will be the same next time.
 _FINAL = (400, 401, 403, 404, 405, 410, 414)
 
 
 class AbsentError(Exception):
-    """The server says that there is no such file, or that it is not ours to read."""
+    """The server says that the file does not exist or may not be read."""
 
 
 class _FailedError(Exception):
-    """A request that may go well the next time."""
+    """A failed request that may succeed next time."""
 
 
 def is_remote(address: str) -> bool:
@@ -51,7 +51,7 @@ def is_remote(address: str) -> bool:
 
 
 def cache_folder(address: str) -> Path:
-    """Where copies of the files under `address` lie: $DUPR_CACHE, or ~/.cache/dupr/shards."""
+    """The folder for copies of files under `address`, in $DUPR_CACHE or ~/.cache/dupr/shards."""
     root = Path(os.environ.get("DUPR_CACHE") or Path.home() / ".cache" / "dupr" / "shards")
     place = re.sub(r"^[^/]*@", "", address.split("://", 1)[1])  # no user:password in a file name
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", place).strip("-")[-60:]
@@ -59,45 +59,45 @@ def cache_folder(address: str) -> Path:
 
 
 def once(path: Path, make: Callable[[], None], size: int | None = None) -> None:
-    """Have `make` write the file at `path` in the cache, unless it is there.
+    """Call `make` to write the file at `path` in the cache, unless it exists.
 
-    Other processes that want the same file wait. size: what a whole file has. Raises RunError when
-    the cache cannot be written, and whatever `make` raises.
+    Other processes that want the same file wait. size: of the whole file. Raises RunError when the
+    cache cannot be written, and whatever `make` raises.
     """
-    if _is_there(path, size):
+    if _exists(path, size):
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if _is_there(path, size):  # another process was faster
+            if _exists(path, size):  # another process was faster
                 return
-            # Nobody else writes now: what is half-written is from a process that was killed.
+            # No other process writes now: a temporary file is left from one that was killed.
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 leftover.unlink(missing_ok=True)
             make()
     except OSError as error:
         raise RunError(
             f"{error.filename or path}: {error.strerror or error}, while shards were copied into "
-            f"the cache. Make room there, or set DUPR_CACHE to another folder; the same command "
-            f"goes on."
+            f"the cache. Make room there, or set DUPR_CACHE to another folder, and give the same "
+            f"command again to continue."
         ) from error
 
 
 def fetch(address: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
-    """Copy the file at `address` to `path`, unless it is there.
+    """Copy the file at `address` to `path`, unless `path` exists.
 
-    size, sha256: what it must have. Raises AbsentError when it does not exist, RunError when it
-    cannot be had after all attempts or the cache cannot be written.
+    size, sha256: of the file, if known. Raises AbsentError when `address` does not exist, RunError
+    when all attempts fail or the cache cannot be written.
     """
     once(path, lambda: _repeat(address, lambda: _copy(address, path, size, sha256)), size)
 
 
 def fetch_bytes(address: str, attempts: int = _ATTEMPTS) -> bytes:
-    """All of a small file, never from the cache. Raises as `fetch`."""
+    """The content of a small file, never from the cache. Raises the same errors as `fetch`."""
     return _repeat(address, lambda: _read(address), attempts)
 
 
-def _is_there(path: Path, size: int | None) -> bool:
+def _exists(path: Path, size: int | None) -> bool:
     return path.is_file() and (size is None or path.stat().st_size == size)
 
 
@@ -107,10 +107,10 @@ def _copy(address: str, path: Path, size: int | None, sha256: str | None) -> Non
     with source, atomic_file(path) as file:
         announced = _announced_length(source)
         if None not in (size, announced) and size != announced:
-            raise _FailedError(f"it is {announced} bytes there, and should be {size}")
+            raise _FailedError(f"the server has {announced} bytes instead of {size}")
         digest, length = hashlib.sha256(), 0
         while True:
-            # Only the request: an error of writing the copy is not the server's.
+            # Only the request is guarded: errors in writing the copy are not the server's fault.
             with _requesting(address):
                 chunk = source.read(_CHUNK)
             if not chunk:
@@ -120,7 +120,7 @@ def _copy(address: str, path: Path, size: int | None, sha256: str | None) -> Non
             file.write(chunk)
         _check_length(length, announced if size is None else size)
         if sha256 and digest.hexdigest() != sha256:
-            raise _FailedError("what came has another sha256 than the manifest says")
+            raise _FailedError("the sha256 of the received file differs from the manifest")
 
 
 def _read(address: str) -> bytes:
@@ -132,7 +132,7 @@ def _read(address: str) -> bytes:
 
 def _check_length(length: int, expected: int | None) -> None:
     if expected is not None and length != expected:
-        raise _FailedError(f"{length} bytes came instead of {expected}")
+        raise _FailedError(f"{length} bytes arrived instead of {expected}")
 
 
 def _repeat(address: str, attempt: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
@@ -145,14 +145,14 @@ def _repeat(address: str, attempt: Callable[[], T], attempts: int = _ATTEMPTS) -
         except _FailedError as error:
             problem = error
     raise RunError(
-        f"{address} cannot be had: {problem} ({attempts} attempts). See that the server answers "
-        f"and has the whole file, and give the same command again; it goes on."
+        f"{address} cannot be fetched: {problem} ({attempts} attempts). Check that the server "
+        f"answers and has the whole file, then give the same command again to continue."
     ) from problem
 
 
 @contextmanager
 def _requesting(address: str) -> Iterator[None]:
-    """Tell failures of the other side apart: gone for good, or worth another attempt."""
+    """Turn errors of a request into AbsentError (final) or _FailedError (worth another attempt)."""
     try:
         yield
     except DuprError:
@@ -180,9 +180,9 @@ def _words(error: BaseException | str) -> str:
 
 
 def _announced_length(source: BinaryIO) -> int | None:
-    """How long the file should be: a http connection that drops ends the body without a word."""
+    """The expected length: when an HTTP connection drops, the body ends without an error."""
     headers = getattr(source, "headers", None)
-    # Without headers it is a file of fsspec.
+    # A source without headers is a file of fsspec.
     length = str(headers.get("Content-Length") if headers else getattr(source, "size", None))
     return int(length) if length.isdecimal() else None
 
@@ -193,7 +193,7 @@ def _open(address: str) -> BinaryIO:
     import fsspec
 
     try:
-        # Not from fsspec's cache of connections: a forked process may not use its parent's.
+        # Skip fsspec's cache of connections: a forked process must not use those of its parent.
         system, place = fsspec.url_to_fs(address, skip_instance_cache=True)
     except (ImportError, ValueError) as error:
         raise UsageError(f"{address}: {error}") from error
@@ -207,5 +207,5 @@ def _forget_parents_connections() -> None:
         asyn.reset_lock()
 
 
-# Loader processes are forks, in which the thread of fsspec's event loop does not live on.
+# Loader processes are forks, in which the thread of fsspec's event loop no longer runs.
 os.register_at_fork(after_in_child=_forget_parents_connections)

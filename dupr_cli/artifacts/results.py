@@ -1,4 +1,4 @@
-"""Results file: what was measured, on what, with what. `results.json` in the output folder."""
+"""The results file of an evaluation, `results.json`: metrics, data sets, weights and recipe."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dupr_cli.errors import UsageError
 FORMAT_VERSION = 2
 RESULTS = "results.json"
 _EXPECTED = (
-    "A folder that `dupr evaluate voc|coco|cityscapes|knn|linear|voc07-cls|patch-retrieval` has "
-    "finished holds one; the same command finishes it."
+    "A finished folder of `dupr evaluate voc|coco|cityscapes|knn|linear|voc07-cls|patch-retrieval` "
+    "holds one; the same command finishes an unfinished folder."
 )
 
 
 def image_ids_digest(image_ids: Iterable[str]) -> str:
-    """sha256 over the image ids in order: two results with the same digest used the same images."""
+    """sha256 over the image ids in order: results with the same digest used the same images."""
     return hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class DatasetIdentity:
-    """Which images were used: the address as given, the split, and what it resolved to."""
+    """The images that were used: the address as given, the split, and what they resolved to."""
 
     address: str
     split: str
@@ -38,9 +38,9 @@ class DatasetIdentity:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One training of one of the weights. metrics in percent; per_class: the same for each class.
+    """One training with one of the weights. metrics: in percent. per_class: the same by class.
 
-    curve: what was measured on the way, with the iteration as `step`.
+    curve: intermediate measurements, with the iteration as `step`.
     """
 
     seed: int
@@ -56,7 +56,7 @@ class WeightsResult:
     """The outcome for one of the compared weights.
 
     metrics, per_class: in percent, means over the trials. deviations: standard deviations of the
-    metrics over trials (n - 1), empty for a single one. seconds: of all trials.
+    metrics over the trials (n - 1), empty for a single trial. seconds: of all trials.
     """
 
     weights: str
@@ -85,7 +85,7 @@ class PairedDifference:
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -93,8 +93,8 @@ class PairedDifference:
 class Results:
     """results.json as a whole.
 
-    protocol: name of the recipe. changes: recipe keys whose values are not the named recipe's, with
-    both. leaks: test images found in pre-training data, where it was looked for.
+    protocol: name of the recipe. changes: recipe keys whose values differ from the named recipe,
+    with both values. leaks: test images found in pre-training data, if they were looked for.
     """
 
     protocol: str
@@ -121,10 +121,10 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """From results.json or the folder that holds it. Raises UsageError when it is not one."""
+        """Read results.json, given its path or folder. Raises UsageError for anything else."""
         file = path / RESULTS if path.is_dir() else path
         if not file.is_file():
-            raise UsageError(f"{file}: there is no such file. {_EXPECTED}")
+            raise UsageError(f"{file}: the file does not exist. {_EXPECTED}")
         try:
             values = json.loads(file.read_bytes())
             check_version(values.get("format_version"), FORMAT_VERSION, file)

@@ -1,12 +1,12 @@
-"""Run directory: what a pre-training run leaves behind, and its checkpoints.
+"""The run directory of a pre-training run, and its checkpoints.
 
     recipe.yaml  environment.json  metrics.jsonl  events.out.tfevents.*
     checkpoints/step-00000100/   model.safetensors  optimizer.safetensors  state.json
     latest -> checkpoints/step-00000100
 
-A checkpoint is written under a temporary name, flushed and renamed: what bears the final name is
-whole. state.json lists size and sha256 of the other files, so that damage done later is seen.
-docs/formats.md has every field.
+A checkpoint is written under a temporary name, flushed and renamed, so a folder with the final name
+is whole. state.json lists size and sha256 of the other files, so that later damage is detected.
+docs/formats.md describes every field.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ LATEST = "latest"
 class CheckpointState:
     """state.json: everything about a checkpoint that is not a tensor.
 
-    step: optimiser steps done; the position in the data, the learning rate and all random streams
-    follow from it and the seed. processes: of the run when this was written. loss_scaler: state of
-    the scaler of float16, empty for other precisions. method: of pre-training, by its name in the
-    literature.
+    step: number of optimiser steps; with the seed it determines the position in the data, the
+    learning rate and all random streams. processes: number of processes of the run at that time.
+    loss_scaler: state of the float16 scaler, empty for other precisions. method: the pre-training
+    method, by its name in the literature.
     """
 
     step: int
@@ -81,14 +81,14 @@ class Checkpoint:
     def read(cls, path: Path, verify: bool = False) -> Checkpoint:
         """Raises UsageError when the checkpoint is not whole, VersionError for a later format.
 
-        verify: also compare sha256 sums, which reads the files once.
+        verify: also compare the sha256 sums, which reads every file.
         """
         try:
             values = json.loads((path / STATE_FILE).read_bytes())
             check_version(values.get("format_version"), FORMAT_VERSION, path / STATE_FILE)
             state = CheckpointState(**values)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path}: {STATE_FILE} is not readable ({error}).") from error
+            raise UsageError(f"{path}: {STATE_FILE} cannot be read ({error}).") from error
         for name, facts in state.files.items():
             file = path / name
             size = file.stat().st_size if file.is_file() else None
@@ -103,7 +103,7 @@ class Checkpoint:
 
 
 def training_files(folder: Path) -> list[Path]:
-    """What training writes into a run directory or a trial: log, events, checkpoints, `latest`."""
+    """Files that training writes into a run or trial: log, events, checkpoints, `latest`."""
     checkpoints = [
         path / name
         for path in (folder / CHECKPOINTS).glob("*step-*")
@@ -125,7 +125,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 def newest_checkpoint(run: Path) -> Checkpoint:
     """The newest whole checkpoint of a run directory.
 
-    Raises UsageError when the folder is no run directory, or none of its checkpoints is whole.
+    Raises UsageError when the folder is not a run directory, or none of its checkpoints is whole.
     """
     paths = list_checkpoints(run)
     problems = []
@@ -150,14 +150,14 @@ def write_checkpoint(
     keep: int,
     keep_every: int | None = None,
 ) -> Path:
-    """Write checkpoints/step-N, point `latest` at it, and delete old ones.
+    """Write checkpoints/step-N, point `latest` at it, and delete old checkpoints.
 
-    The newest `keep` stay, and those of steps that are a multiple of `keep_every`. state.files is
-    filled in here. Tensors are moved to the CPU. Raises RunError, leaving what was there, when the
-    file system refuses.
+    The newest `keep` checkpoints stay, and those of steps that are a multiple of `keep_every`. This
+    function fills in state.files and moves tensors to the CPU. Raises RunError when the file system
+    refuses; existing checkpoints are then unchanged.
     """
     path = run / CHECKPOINTS / f"step-{state.step:08d}"
-    if path.exists():  # damaged, or resume would have started after it
+    if path.exists():  # it is damaged, otherwise the run would have resumed after it
         shutil.rmtree(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(path) as folder:
@@ -170,7 +170,7 @@ def write_checkpoint(
             except SafetensorError as error:
                 raise RunError(
                     f"{path}: the checkpoint cannot be written: {error}. Free some space and give "
-                    f"the same command again; it goes on from the checkpoint before."
+                    f"the same command again to continue from the previous checkpoint."
                 ) from error
             size = (folder / name).stat().st_size
             files[name] = {"bytes": size, "sha256": sha256_file(folder / name)}
@@ -188,12 +188,12 @@ def write_checkpoint(
 
 
 def write_environment(run: Path, facts: Mapping[str, object]) -> None:
-    """environment.json: versions, hardware, data, and changes of the recipe on the way."""
+    """Write environment.json: versions, hardware, data, and recipe changes during the run."""
     write_json(run / ENVIRONMENT_FILE, {"format_version": ENVIRONMENT_VERSION, **facts})
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """Empty where there is none.
+    """Read environment.json; empty if the run has none.
 
     Raises UsageError when the file is damaged, VersionError for a later format.
     """
@@ -204,7 +204,7 @@ def read_environment(run: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(path.read_bytes())
         check_version(facts.get("format_version"), ENVIRONMENT_VERSION, path)
     except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is not readable ({error}).") from error
+        raise UsageError(f"{path} cannot be read ({error}).") from error
     return facts
 
 
@@ -215,7 +215,7 @@ class MetricsLog:
         self.path = run / METRICS_FILE
 
     def read(self) -> list[dict[str, float]]:
-        """All whole lines; a last line that a crash cut short is left out."""
+        """All complete lines; a last line that a crash cut short is left out."""
         if not self.path.exists():
             return []
         lines = []
@@ -227,7 +227,7 @@ class MetricsLog:
         return lines
 
     def latest(self) -> dict[str, float]:
-        """The newest value of everything that was logged."""
+        """The newest value of every logged quantity."""
         values: dict[str, float] = {}
         for line in self.read():
             values |= line
@@ -236,8 +236,8 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drop lines after `step`: a continued run writes them again."""
         if self.path.exists():
-            kept = [json.dumps(line) for line in self.read() if line["step"] <= step]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+            lines = [json.dumps(line) for line in self.read() if line["step"] <= step]
+            write_text(self.path, "".join(line + "\n" for line in lines))
 
     def append(self, values: Mapping[str, float]) -> None:
         with self.path.open("a") as file:

@@ -1,11 +1,11 @@
-"""One shard: a plain WebDataset tar and, beside it, the index that gives random access.
+"""One shard: a plain WebDataset tar, and the index beside it for random access.
 
     train-000000.tar         <key>.jpg, <key>.json, with labels also <key>.boxes.json
     train-000000.index.json  key, offset and length of every member
 
-Tars hold no times, users or modes of the machine: the same samples give the same bytes. An index is
-written after its tar has its final name, so it also marks the shard as whole. A tar that dupr did
-not write is indexed by one scan.
+Tars hold no times, users or modes of the machine, so the same samples give the same bytes. An index
+is written after its tar has its final name, so it also marks the shard as whole. A tar that dupr
+did not write is indexed by one scan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError
 
 FORMAT_VERSION = 1  # of the index
-# What dupr writes into <key>.json; a source's own <key>.json keeps everything else.
+# Fields that dupr writes into <key>.json; all other fields of a source's own <key>.json are kept.
 _INFO = ("source", "width", "height", "sha256", "class")
 
 
@@ -34,9 +34,9 @@ _INFO = ("source", "width", "height", "sha256", "class")
 class Sample:
     """One image of a shard, not decoded.
 
-    boxes: None where the source had no labels. label: class of the whole image. info: what else
-    <key>.json holds. extras: further members of the sample (txt, cls, ...), by suffix. sha256: of
-    the image, computed when it is written where it is not known.
+    boxes: None if the source had no labels. label: class of the whole image. info: other fields of
+    <key>.json. extras: further members of the sample (txt, cls, ...), by suffix. sha256: of the
+    image; if empty, it is computed on writing.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Sample:
     sha256: str = ""
 
     def info_json(self) -> dict[str, object]:
-        """<key>.json."""
+        """The content of <key>.json."""
         values: dict[str, object] = {
             "source": self.source,
             "width": self.width,
@@ -72,19 +72,19 @@ def sample_from_json(
     boxes: object,
     extras: Mapping[str, bytes],
 ) -> Sample:
-    """A sample out of its members; dupr did not need to write them.
+    """Make a sample from its members, which another tool may have written.
 
-    info: of <key>.json; what is no object of JSON is kept under "json". boxes: of <key>.boxes.json.
-    Raises KeyError, TypeError or ValueError when its objects are not those of a shard.
+    info: of <key>.json; a value that is not a JSON object is kept under "json". boxes: of
+    <key>.boxes.json. Raises KeyError, TypeError or ValueError when its objects are malformed.
     """
     values = info if isinstance(info, dict) else {} if info is None else {"json": info}
     own = {name: values.get(name) for name in _INFO}
     label = own["class"] if isinstance(own["class"], str) else None
-    kept = {name: value for name, value in values.items() if name not in _INFO}
+    others = {name: value for name, value in values.items() if name not in _INFO}
     if label is None and own["class"] is not None:
-        kept["class"] = own["class"]
+        others["class"] = own["class"]
     objects = None
-    # Others call a member of their own so.
+    # Other tools may use this name for a member of another form.
     if isinstance(boxes, dict) and isinstance(boxes.get("objects"), list):
         objects = tuple(Box.from_json(value) for value in boxes["objects"])
     return Sample(
@@ -96,7 +96,7 @@ def sample_from_json(
         height=_whole(own["height"]),
         boxes=objects,
         label=label,
-        info=kept,
+        info=others,
         extras=extras,
     )
 
@@ -106,14 +106,14 @@ def _whole(value: object) -> int:
 
 
 Place = tuple[int, int]
-_Bytes = bytes  # a column of the index has that name
+_Bytes = bytes  # the field `bytes` of ShardIndex hides the built-in
 
 
 @dataclass
 class ShardIndex:
-    """Where each sample of one shard lies: byte offset and length of its members in the tar.
+    """Byte offset and length of the members of each sample in one tar.
 
-    extras: by key, the members that are neither image, <key>.json nor boxes, by suffix.
+    extras: by key and suffix, the members other than image, <key>.json and boxes.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -135,13 +135,13 @@ class ShardIndex:
             return cls.parse(path.read_bytes(), path)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(
-                f"{path} is not a whole shard index ({error}). Delete it: the shard is then "
+                f"{path} is not a whole shard index ({error}). Delete it; the shard is then "
                 f"scanned when it is opened."
             ) from error
 
     @classmethod
     def parse(cls, data: _Bytes, place: Path | str) -> ShardIndex:
-        """Raises ValueError, TypeError or KeyError when the data are not a whole index."""
+        """Raises ValueError, TypeError or KeyError when `data` is not a whole index."""
         values = json.loads(data)
         check_version(values.get("format_version"), FORMAT_VERSION, place)
         return cls(**{column.name: values[column.name] for column in fields(cls)})
@@ -160,9 +160,9 @@ def shard_name(split: str, number: int) -> str:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The header of a regular file, with nothing of this machine in it: no time, user or mode.
+    """The header of a regular file, without time, user or mode of this machine.
 
-    Source: POSIX.1-1988 ustar; longer or other names than it can hold have a pax header before it.
+    Source: POSIX.1-1988 ustar; names that it cannot hold get a pax header first.
     """
     encoded = name.encode()
     if len(encoded) > 100 or size >= 8**11 or not name.isascii():
@@ -176,7 +176,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def _padding(size: int) -> int:
-    """Bytes that follow a member of `size` bytes, to the next block."""
+    """Number of bytes from the end of a member of `size` bytes to the next block."""
     return -size % tarfile.BLOCKSIZE
 
 
@@ -190,7 +190,7 @@ def _members(sample: Sample) -> list[tuple[str, bytes]]:
 
 
 class ShardWriter:
-    """Writes one shard, sample by sample; the tar and its index appear only when whole."""
+    """Writes one shard, sample by sample; the tar and its index appear only when complete."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._index = path, ShardIndex()
@@ -241,7 +241,7 @@ class ShardWriter:
             index.extras[key] = places
 
     def finish(self) -> ShardIndex:
-        """Give tar and index their names. Raises OSError as `add`."""
+        """Give tar and index their final names. Raises OSError like `add`."""
         with naming(self.path):
             if self._file is None:
                 self._file = self._temporary.open("wb")
@@ -261,12 +261,12 @@ class ShardWriter:
         """Leave no trace of an unfinished shard."""
         self._temporary.unlink(missing_ok=True)
         if self._file is not None:
-            with suppress(OSError):  # what is still buffered does not fit either
+            with suppress(OSError):  # the buffered rest cannot be written either
                 self._file.close()
 
 
 def write_shard(path: Path, samples: Sequence[Sample]) -> ShardIndex:
-    """Write one shard of samples that are all at hand, and its index."""
+    """Write one shard from samples in memory, and its index."""
     writer = ShardWriter(path)
     try:
         for sample in samples:
@@ -282,7 +282,7 @@ def _json(value: object) -> bytes:
 
 
 def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
-    """Index a tar that came without one. Raises RunError naming the sample where it breaks off.
+    """Index a tar that has no index. Raises RunError that names the last member before the damage.
 
     address: where the tar was copied from, for the message.
     """
@@ -292,7 +292,7 @@ def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
     try:
         with tarfile.open(path, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every member
                 if not member.isfile():
                     continue
                 if member.offset_data + member.size > index.bytes:
@@ -302,7 +302,7 @@ def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
     except (tarfile.TarError, EOFError) as error:
         raise RunError(
             f"{address or path}: the shard is cut off or damaged after {last}: {error}. "
-            f"Copy it again or make it anew."
+            f"Copy it or make it again."
         ) from error
     others: dict[str, dict[str, Place]] = {}
     for key, suffix, place in _samples(members):
@@ -323,11 +323,11 @@ def scan_tar(path: Path, address: str | None = None) -> ShardIndex:
 
 
 def _samples(members: Sequence[tuple[str, Place]]) -> Iterator[tuple[str, str, Place]]:
-    """Key, suffix and place of the members that have an image, the image of each key first.
+    """Key, suffix and place of the members of samples with an image; each image comes first.
 
-    A key ends at the first dot of the file's name, as WebDataset has it; where no image has that
-    key, the dots belong to the key: a.v1.jpg and a.v2.jpg are two images, but beside a.jpg the
-    image a.mask.png is a member of it.
+    As in WebDataset, a key ends at the first dot of the file's name. If no image has that key, the
+    dots belong to the key: a.v1.jpg and a.v2.jpg are two images, whereas beside a.jpg the image
+    a.mask.png is a member of the sample a.
     """
     images = [(name, place) for name, place in members if is_image_name(name)]
     plain = {key for name, _ in images for key, suffix in [_first_dot(name)] if "." not in suffix}
@@ -358,7 +358,7 @@ def _samples(members: Sequence[tuple[str, Place]]) -> Iterator[tuple[str, str, P
 
 
 def _first_dot(name: str) -> tuple[str, str]:
-    """Key and suffix of a member as WebDataset parts its name; its folders belong to the key."""
+    """Key and suffix of a member as WebDataset splits its name; folders belong to the key."""
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, suffix

@@ -1,13 +1,14 @@
-"""Sets of shards: tars with an index beside each (`shard_files`), under one manifest.
+"""Sets of shards: tars with an index each (`shard_files`), under one manifest.
 
     OUT/train-000000.tar         <key>.jpg, <key>.json, with labels also <key>.boxes.json
     OUT/train-000000.index.json  key, offset and length of every member: random access
     OUT/manifest.json            splits, shards with sample count, bytes, sha256; skipped; recipe
     OUT/skipped.jsonl            one line per file left out: path, reason
-    OUT/notes.jsonl              one line per label left out or in doubt, where there are some
+    OUT/notes.jsonl              one line per label left out or in doubt, if any
 
 The manifest is written last and marks the set as whole. Shards that dupr did not write (no
-manifest, no index) are indexed by one scan when they are opened. docs/formats.md has every field.
+manifest, no index) are indexed by one scan when they are opened. docs/formats.md describes every
+field.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
 NOTES = "notes.jsonl"
-# Marks an output folder whose shards are still being written, and holds what it takes.
+# Marks an output folder whose shards are still being written, and holds the working files.
 UNFINISHED = ".prepare"
 
 
@@ -58,7 +59,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as the manifest lists it."""
+    """One shard in the manifest."""
 
     file: str
     samples: int
@@ -68,7 +69,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json: what a finished set of shards holds."""
+    """manifest.json: the content of a finished set of shards."""
 
     splits: dict[str, list[ShardEntry]]
     classes: list[str]
@@ -85,7 +86,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises UsageError when the file is damaged, VersionError when it is of a later format."""
+        """Raises UsageError when the file is damaged, VersionError for a later format."""
         path = folder / MANIFEST
         try:
             return cls.parse(path.read_bytes(), str(path))
@@ -94,7 +95,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes, place: str) -> Manifest:
-        """As `read`, of what was read at `place`."""
+        """Like `read`, for the bytes that were read at `place`."""
         try:
             values = json.loads(data)
             check_version(values.get("format_version"), FORMAT_VERSION, place)
@@ -120,7 +121,7 @@ def _not_whole(place: Path | str, error: Exception) -> UsageError:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """Where a shard in the cache comes from. bytes, sha256: what the manifest says."""
+    """The origin of a shard in the cache. bytes, sha256: from the manifest."""
 
     address: str
     bytes: int
@@ -132,15 +133,15 @@ class RemoteShard:
             fetch(self.address, tar, self.bytes, self.sha256)
         except AbsentError as error:
             raise RunError(
-                f"{error}. The shard is gone from where the others are. Put it back, and give the "
-                f"same command again; it goes on."
+                f"{error}. The shard is missing at the address of the others. Put it back, then "
+                f"give the same command again to continue."
             ) from error
 
     def fetch_index(self, tar: Path) -> None:
-        """Copy the shard's index, or make one of the shard where it has none. Raises RunError."""
+        """Copy the shard's index, or index the shard if it has none. Raises RunError."""
 
         def make() -> None:
-            index = self._index_there()
+            index = self._remote_index()
             if index is None:
                 self.fetch(tar)
                 index = scan_tar(tar, self.address)
@@ -148,8 +149,8 @@ class RemoteShard:
 
         once(index_path(tar), make)
 
-    def _index_there(self) -> ShardIndex | None:
-        """The index that lies beside the shard, if it is one and of this very shard."""
+    def _remote_index(self) -> ShardIndex | None:
+        """The index beside the remote shard, or None if it is missing or not that of this shard."""
         address = self.address.removesuffix(".tar") + ".index.json"
         try:
             data = fetch_bytes(address)
@@ -157,7 +158,7 @@ class RemoteShard:
             return None
         try:
             index = ShardIndex.parse(data, address)
-        except (ValueError, TypeError, KeyError):  # some servers answer 200 with a page
+        except (ValueError, TypeError, KeyError):  # some servers answer 200 with an HTML page
             return None
         return index if (index.bytes, index.sha256) == (self.bytes, self.sha256) else None
 
@@ -165,11 +166,11 @@ class RemoteShard:
 class ShardSet:
     """Samples of one split, by number: random access over any number of shards.
 
-    Indexes are read when a shard is first touched, so that opening costs the same for one shard
-    and for a thousand. Safe to pass to worker processes: each opens its own files.
+    An index is read when its shard is first used, so opening a thousand shards costs no more than
+    opening one. The set can be passed to worker processes: each opens its own files.
     """
 
-    # Indexes kept in memory; who reads from one end to the other needs few.
+    # Number of indexes kept in memory; sequential reading needs few.
     cached_indexes = 1 << 20
 
     def __init__(
@@ -179,7 +180,7 @@ class ShardSet:
         name: str,
         remote: Sequence[RemoteShard] | None = None,
     ) -> None:
-        """remote: where each shard comes from, when `shards` are places in a cache."""
+        """remote: the origin of each shard, if `shards` are paths in a cache."""
         self.shards = list(shards)
         self.counts = list(counts)
         self.name = name
@@ -193,7 +194,7 @@ class ShardSet:
         return sum(self.counts)
 
     def identity(self) -> str:
-        """sha256 over name, size and sample count of each shard: the same for a copy elsewhere."""
+        """sha256 over name, size and sample count of each shard; copies have the same identity."""
         digest = hashlib.sha256()
         for shard, (path, count) in enumerate(zip(self.shards, self.counts, strict=True)):
             size = self._remote[shard].bytes if self._remote else path.stat().st_size
@@ -201,7 +202,7 @@ class ShardSet:
         return digest.hexdigest()
 
     def remote_of(self, shard: int) -> list[RemoteShard] | None:
-        """Where one shard comes from, for a set of it alone; None where all are of this machine."""
+        """The origin of one shard, as for a set of this shard alone; None if shards are local."""
         return self._remote and [self._remote[shard]]
 
     def index(self, shard: int) -> ShardIndex:
@@ -220,11 +221,11 @@ class ShardSet:
             yield from self.index(shard).keys
 
     def place(self, number: int) -> tuple[int, int]:
-        """(shard, position in it) of a sample number."""
+        """(shard, position in the shard) of a sample number."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         shard = bisect_right(self._starts, number) - 1
-        # Empty shards share their start with the next one: bisect lands on the last of them.
+        # An empty shard has the same start as the next one; bisect finds the last of them.
         return shard, number - self._starts[shard]
 
     def _read(self, shard: int, place: Place, key: str) -> bytes:
@@ -241,13 +242,13 @@ class ShardSet:
             data = os.pread(self._files[shard], place[1], place[0])
         except OSError as error:
             raise RunError(
-                f"{path}: sample {key} cannot be read: {error.strerror}. Put the shard back, and "
-                f"give the same command again; it goes on."
+                f"{path}: sample {key} cannot be read: {error.strerror}. Put the shard back, then "
+                f"give the same command again to continue."
             ) from error
         if len(data) != place[1]:
             raise RunError(
-                f"{path}: the shard is cut off at sample {key}: {len(data)} of {place[1]} bytes "
-                f"are there. Copy it again or run `dupr prepare` again."
+                f"{path}: the shard is cut off at sample {key}: it has {len(data)} of {place[1]} "
+                f"bytes. Copy it again or run `dupr prepare` again."
             )
         return data
 
@@ -260,7 +261,7 @@ class ShardSet:
         return self._sample(number, extras=True)
 
     def described(self, number: int) -> Sample:
-        """A sample with its extras, its image left empty: labels without reading any pixels.
+        """A sample with its extras but an empty image: gives labels without reading pixels.
 
         Raises RunError when its shard is damaged.
         """
@@ -296,13 +297,13 @@ class ShardSet:
 
 
 def open_shards(address: str, split: str | None = None) -> ShardSet:
-    """Shards at a folder, a tar, or a brace pattern such as data/train-{000000..000009}.tar.
+    """Open the shards of a folder, a tar, or a brace pattern such as train-{000000..000009}.tar.
 
-    All three may also be an address (http://, https://, or any that fsspec knows, such as s3://):
-    shards are then copied into a cache when they are first read (`dupr_cli.artifacts.remote`).
-    split: a split of the manifest; shards without a manifest have no splits and it is ignored.
-    Raises UsageError when nothing is there, the split is unknown, or a shard is not as long as
-    the manifest says.
+    All three may be remote (http://, https://, or any scheme of fsspec, such as s3://); shards are
+    then copied into a cache when they are first read (`dupr_cli.artifacts.remote`).
+    split: a split of the manifest; ignored for shards without a manifest, which have no splits.
+    Raises UsageError when the shards do not exist, the split is unknown, or the length of a shard
+    differs from the manifest.
     """
     if is_remote(address):
         return _open_remote(address, split)
@@ -313,23 +314,23 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
         if (folder / UNFINISHED).is_dir():
             raise UsageError(
                 f"{folder}: `dupr prepare` did not finish here. Give the same prepare command "
-                f"again; it goes on where it stopped."
+                f"again to continue where it stopped."
             )
         tars = sorted(folder.glob("*.tar"))
         if not tars:
             raise UsageError(
-                f"{folder}: no shards here (no {MANIFEST}, no .tar). Make them with "
+                f"{folder} holds no shards (no {MANIFEST}, no .tar). Make them with "
                 f"`dupr prepare IMAGES {folder}`."
             )
     else:
-        # Imported where it is needed: it brings torch along, which prepare does without.
+        # Imported only here because it imports torch, which prepare does not need.
         from webdataset.shardlists import expand_urls
 
         tars = [Path(url) for url in expand_urls(address)]
         missing = [tar for tar in tars if not tar.is_file()]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UsageError(f"{missing[0]}: there is no such shard{more}.")
+            raise UsageError(f"{missing[0]}: the shard does not exist{more}.")
     indexes = [
         ShardIndex.read(index_path(tar)) if index_path(tar).exists() else scan_tar(tar)
         for tar in tars
@@ -350,7 +351,7 @@ def _entries(manifest: Manifest, split: str | None, address: str) -> list[ShardE
     if split is None:
         return [entry for listed in splits.values() for entry in listed]
     if split not in splits:
-        raise UsageError(f"{address}: there is no split {split!r}; it has {', '.join(splits)}.")
+        raise UsageError(f"{address} has no split {split!r}; its splits are {', '.join(splits)}.")
     return splits[split]
 
 
@@ -371,7 +372,7 @@ def _open_remote(address: str, split: str | None) -> ShardSet:
 
 
 def _index_of_copy(address: str, tar: Path) -> ShardIndex:
-    """Index of a tar of which no manifest tells anything: it is copied and scanned, once."""
+    """The index of a remote tar without a manifest; the tar is copied and scanned once."""
     beside = index_path(tar)
 
     def make() -> None:
@@ -379,13 +380,13 @@ def _index_of_copy(address: str, tar: Path) -> ShardIndex:
         try:
             scan_tar(tar, address).write(beside)
         except RunError:
-            tar.unlink()  # nothing else would tell this copy from one of the mended shard
+            tar.unlink()  # this copy would otherwise be used even after the shard is repaired
             raise
 
     try:
         once(beside, make)
     except AbsentError as error:
-        raise UsageError(f"{error}. There is no such shard.") from error
+        raise UsageError(f"{error}. The shard does not exist.") from error
     return ShardIndex.read(beside)
 
 
@@ -394,20 +395,21 @@ def _open_remote_folder(address: str, split: str | None) -> ShardSet:
         data = fetch_bytes(f"{address}/{MANIFEST}")
     except AbsentError as error:
         raise UsageError(
-            f"{error}. An address of shards has a {MANIFEST}, which `dupr prepare` writes; for "
-            f"shards without one give a pattern such as {address}/train-{{000000..000009}}.tar."
+            f"{error}. An address of shards must have a {MANIFEST}, which `dupr prepare` writes. "
+            f"For shards without one, give a pattern such as "
+            f"{address}/train-{{000000..000009}}.tar."
         ) from error
     manifest = Manifest.parse(data, f"{address}/{MANIFEST}")
     entries = _entries(manifest, split, address)
     for entry in entries:
-        # Someone else wrote these names, and files of this machine get them.
+        # These names come from a remote file, and local files will get them.
         name = PurePosixPath(entry.file)
         if not name.name or name.is_absolute() or ".." in name.parts:
             raise UsageError(
                 f"{address}/{MANIFEST}: the shard {entry.file!r} would lie outside the folder of "
-                f"the manifest. Nothing of it was fetched."
+                f"the manifest. No shard was fetched."
             )
-    # Other shards at the same address are another set.
+    # Another manifest at the same address is another set.
     cache = cache_folder(f"{address}/{hashlib.sha256(data).hexdigest()[:12]}")
     once(cache / MANIFEST, lambda: write_bytes(cache / MANIFEST, data))
     return ShardSet(

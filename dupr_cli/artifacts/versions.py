@@ -1,8 +1,8 @@
-"""Format versions: what keeps a dupr from misreading an artifact that a newer one wrote.
+"""Format versions, which keep dupr from misreading an artifact that a newer version wrote.
 
-Every artifact carries `format_version`, a whole number that rises when a reader of the version
-before would misunderstand it. A reader checks it before anything else. An artifact without one is
-of a dupr before 0.1 was released, and opens.
+Every artifact carries `format_version`, a whole number that rises when readers of the previous
+version would misread the new one. Readers check it first. An artifact without one was written
+before the release of dupr 0.1, and can be read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ KEY = "format_version"
 
 
 class VersionError(DuprError):
-    """An artifact is of a newer dupr.
+    """An artifact was written by a newer dupr.
 
-    No UsageError, which readers take for damage: the artifact is whole, and nothing may be set
-    aside, deleted or made again because of this.
+    This is not a UsageError, which readers take for damage: the artifact is whole, so nothing may
+    be set aside, deleted or made again because of it.
     """
 
     exit_code = 2
@@ -27,8 +27,8 @@ class VersionError(DuprError):
 def check_version(found: object, newest: int, where: Path | str) -> None:
     """Raises VersionError when an artifact's version is newer than what this dupr reads.
 
-    found: the value of `format_version`, None where there is none. newest: that this dupr reads.
-    Raises UsageError for a value that is no version.
+    found: the value of `format_version`, or None if it is missing. newest: the newest version that
+    this dupr reads. Raises UsageError for a value that is not a version.
     """
     if found is None:
         return

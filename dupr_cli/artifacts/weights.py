@@ -1,9 +1,9 @@
 """Weights files and weights addresses: what `export` writes and `evaluate` reads.
 
-A weights file is a `.safetensors` of one backbone, in torchvision's names without fc, whose
-header metadata tells layout, architecture, input statistics and where it came from. `read_weights`
-takes every form in which the command line accepts weights: such a file, here or on the Hugging Face
-Hub, a run directory (its newest checkpoint), or one checkpoint. Nothing is ever unpickled.
+A weights file is a `.safetensors` of one backbone, in torchvision's names without fc. Its header
+metadata gives layout, architecture, input statistics and origin. `read_weights` takes every form of
+weights that the command line accepts: such a file, local or on the Hugging Face Hub, a run
+directory (its newest checkpoint), or one checkpoint. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError, UsageError
 
 FORMAT_VERSION = 1
-_VERSION = "dupr_format_version"  # as other libraries write headers too
-IMPORTED = "imported"  # in the place of the encoder
-TORCHVISION = "torchvision:"  # before the name of weights that torchvision publishes
+_VERSION = "dupr_format_version"  # has a prefix because other libraries write headers too
+IMPORTED = "imported"  # stands in place of the encoder
+TORCHVISION = "torchvision:"  # precedes the name of weights that torchvision publishes
 
 
 @dataclass(frozen=True)
 class WeightsMetadata:
-    """The header metadata of a weights file; every value is a string there.
+    """The header metadata of a weights file, where every value is a string.
 
-    method: what they were pre-trained with, by its name in the literature; empty where unknown.
+    method: the pre-training method, by its name in the literature; empty if unknown.
     """
 
     layout: str
@@ -54,12 +54,12 @@ class WeightsMetadata:
 
     @property
     def imported(self) -> bool:
-        """Whether others trained the weights: `dupr import` made the file."""
+        """Whether `dupr import` made the file, from weights that others trained."""
         return self.encoder == IMPORTED
 
     @property
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of pixels of 0 to 255."""
+        """Mean and standard deviation for pixels from 0 to 255."""
         mean, std = (
             [round(255 * v, 3) for v in values] for values in (self.input_mean, self.input_std)
         )
@@ -67,7 +67,7 @@ class WeightsMetadata:
 
     @property
     def origin(self) -> str:
-        """Encoder and step, or that others trained them: for people."""
+        """Encoder and step, or "imported"; for people."""
         return IMPORTED if self.imported else f"{self.encoder} encoder, step {self.step}"
 
     def to_header(self) -> dict[str, str]:
@@ -91,7 +91,7 @@ class WeightsMetadata:
     def from_header(cls, header: Mapping[str, str], where: str) -> WeightsMetadata:
         """Raises KeyError or ValueError when the header is not that of a weights file.
 
-        Raises VersionError when it is that of a later format.
+        Raises VersionError for a later format.
         """
         version = int(header.get(_VERSION, FORMAT_VERSION))
         check_version(version, FORMAT_VERSION, where)
@@ -122,13 +122,13 @@ class Weights:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
-    """Write a weights file; it appears at `path` only when whole."""
+    """Write a weights file, which appears at `path` only when complete."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, reproducible(save(plain, metadata=metadata.to_header())))
 
 
 def reproducible(data: bytes) -> bytes:
-    """A safetensors file with its header in sorted order: same weights, same bytes.
+    """A safetensors file with a sorted header, so that equal weights give equal bytes.
 
     The library writes metadata in the order of a hash map, which differs from run to run. Format:
     8 bytes of header length (little endian), the header as JSON, the tensors' bytes.
@@ -147,8 +147,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{path}: not a whole safetensors file ({error}). It may be cut off or of another "
-            f"format; copy it again or export it anew."
+            f"{path}: not a whole safetensors file ({error}). It may be cut off or have another "
+            f"format; copy it or export it again."
         ) from error
 
 
@@ -162,16 +162,16 @@ def is_weights_file(path: Path) -> bool:
 
 
 def read_weights(address: str, encoder: str = "query") -> Weights:
-    """Backbone weights from a run directory, a checkpoint or a weights file, or `hf://OWNER/NAME`.
+    """Backbone weights from a run directory, a checkpoint, a weights file, or `hf://OWNER/NAME`.
 
-    encoder: which encoder's backbone of a run or checkpoint; a weights file has one only.
-    Raises UsageError, naming what was found, when there are no readable weights at `address`,
-    RunError when the Hub cannot be asked.
+    encoder: whose backbone to take from a run or checkpoint; a weights file has only one.
+    Raises UsageError when `address` holds no readable weights, RunError when the Hub refuses or
+    cannot be reached.
     """
     path = fetch_weights(address) if address.startswith(HUB) else Path(address)
     if not path.exists():
         raise UsageError(
-            f"{address}: there is no such run directory, checkpoint or weights file "
+            f"{address}: the run directory, checkpoint or weights file does not exist "
             f"(the word `none` means random weights)."
         )
     if path.is_dir():
@@ -190,12 +190,12 @@ def read_weights(address: str, encoder: str = "query") -> Weights:
         metadata = WeightsMetadata.from_header(header, address)
     except (KeyError, ValueError) as error:
         raise UsageError(
-            f"{address}: the header does not say what the weights are ({error}); it is not a "
-            f"weights file made by `dupr export`."
+            f"{address}: the header does not describe the weights ({error}). `dupr export` did not "
+            f"write this file."
         ) from error
     if metadata.layout != "torchvision":
         raise UsageError(
-            f"{address}: the layout is {metadata.layout!r}; only torchvision can be read."
+            f"{address}: the layout is {metadata.layout!r}, but only torchvision can be read."
         )
     return Weights(address, metadata, tensors, sha256_file(path))
 
@@ -203,8 +203,8 @@ def read_weights(address: str, encoder: str = "query") -> Weights:
 def read_torchvision_weights(address: str, architecture: str) -> Weights:
     """Weights that torchvision publishes, without fc; fetched once into torch's cache.
 
-    address: `torchvision:IMAGENET1K_V1`, for one. Raises UsageError for a name that torchvision
-    does not have for the architecture, RunError when they cannot be fetched.
+    address: for example `torchvision:IMAGENET1K_V1`. Raises UsageError for a name that torchvision
+    does not have for the architecture, RunError when the weights cannot be fetched.
     """
     import torchvision
 
@@ -212,7 +212,7 @@ def read_torchvision_weights(address: str, architecture: str) -> Weights:
     known = torchvision.models.get_model_weights(architecture)
     if name not in known.__members__:
         raise UsageError(
-            f"{address}: torchvision has no such weights of a {architecture}; it has "
+            f"{address}: torchvision has no such weights for {architecture}; it has "
             f"{', '.join(known.__members__)}."
         )
     published = known[name]
@@ -220,8 +220,8 @@ def read_torchvision_weights(address: str, architecture: str) -> Weights:
         tensors = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise RunError(
-            f"{address}: {published.url} cannot be fetched ({error}). With the file in "
-            f"{torch.hub.get_dir()}/checkpoints it is not fetched."
+            f"{address}: {published.url} cannot be fetched ({error}). Fetch it by other means and "
+            f"put it into {torch.hub.get_dir()}/checkpoints."
         ) from error
     backbone = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
     transform = published.transforms()
@@ -249,7 +249,7 @@ def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weig
         if name.startswith(prefix)
     }
     if not backbone:
-        raise UsageError(f"{model}: there are no tensors named {prefix}*.")
+        raise UsageError(f"{model} has no tensors named {prefix}*.")
     state = checkpoint.state
     metadata = WeightsMetadata(
         layout="torchvision",
@@ -267,10 +267,10 @@ def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weig
 
 
 def load_backbone(module: torch.nn.Module, weights: Weights) -> int:
-    """Load weights into a backbone, every tensor or none; returns how many there were.
+    """Load weights into a backbone, all tensors or none; returns their number.
 
-    Raises UsageError with the names that do not match, when the weights are of another
-    architecture or incomplete.
+    Raises UsageError with the names that do not match when the weights are incomplete or belong to
+    another architecture.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - weights.tensors.keys())

@@ -1,5 +1,5 @@
-"""The command line: one module per subcommand. Options in, stage called, result shown; no logic.
+"""The command line: each module parses the options of a subcommand and calls its stage.
 
-Nothing here imports torch when it is imported: `dupr --help` must answer at once. Each command
-imports its stage when it runs.
+Modules here do not import torch at import time, because `dupr --help` must answer at once. Each
+command imports its stage when it runs.
 """

@@ -1,4 +1,4 @@
-"""The root command: its help, `--version`, and the subcommands in the order of the work."""
+"""The root command: its help, `--version`, and the subcommands in the order of use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dupr checkpoint`: list, verify, diff."""
+"""`dupr checkpoint`: lists, verifies and compares checkpoints."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def add_to(app: typer.Typer) -> None:
 def list_checkpoints(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
 ) -> CheckpointList:
-    """The checkpoints of a run: step, size, time, whether whole, and which one `latest` names.
+    """List the checkpoints of a run: step, size, time, state, and which one `latest` names.
 
-    Whether whole is judged by the sizes of the files; `dupr checkpoint verify` reads them.
+    The state is judged by the sizes of the files; `dupr checkpoint verify` reads them.
 
     [bold]Example[/]
 
@@ -61,8 +61,8 @@ def verify(
 ) -> Verified:
     """Read every file of the checkpoints and compare its sha256 with the recorded one.
 
-    Exit codes: 0 all are whole, 1 one is damaged, 2 there is no run and no
-    checkpoint at an address.
+    Exit codes: 0 all checkpoints are whole, 1 one is damaged, 2 an address is
+    neither a run nor a checkpoint.
 
     [bold]Examples[/]
 
@@ -77,16 +77,17 @@ def verify(
 
 def diff(
     a: Annotated[
-        Path, typer.Argument(metavar="A", help="A checkpoint, or a run: its newest whole one.")
+        Path,
+        typer.Argument(metavar="A", help="A checkpoint, or a run (its newest whole checkpoint)."),
     ],
-    b: Annotated[Path, typer.Argument(metavar="B", help="What to compare it with.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The checkpoint or run to compare.")],
     *,
     reporter: Reporter,
 ) -> CheckpointDiff:
     """Compare two checkpoints: every tensor bit for bit, their state, and their runs' recipes.
 
-    Exit codes, as of diff(1): 0 all tensors are identical, 1 some differ,
-    2 they cannot be compared. State and recipe do not change it.
+    Exit codes, as in diff(1): 0 all tensors are identical, 1 some differ,
+    2 they cannot be compared. State and recipe do not affect the code.
 
     [bold]Examples[/]
 
@@ -129,17 +130,17 @@ def show_verified(found: Verified) -> None:
 
 
 def _notes(listed: CheckpointList) -> list[str]:
-    """What is to be said about a run besides its checkpoints."""
+    """Notes on a run besides its list of checkpoints."""
     notes = []
     if not listed.checkpoints:
         notes.append(
-            f"{listed.path}: no checkpoint; a run writes its first one after "
+            f"{listed.path} has no checkpoint; a run writes its first one after "
             f"train.checkpoint_every steps"
         )
     if listed.latest and not any(facts.latest for facts in listed.checkpoints):
-        notes.append(f"{listed.path}: `latest` names {listed.latest}, which is not there")
+        notes.append(f"{listed.path}: `latest` names {listed.latest}, which does not exist")
     notes += [
-        f"{path}  left over; may be deleted, unless a run is writing here now"
+        f"{path}  left over; may be deleted unless a run is writing here now"
         for path in listed.leftovers
     ]
     return notes
@@ -158,7 +159,7 @@ def show_diff(found: CheckpointDiff) -> None:
             print_text(f" and {more} more; --json lists all")
     for title, differences in (("state.json", found.state), ("recipe.yaml", found.recipe)):
         if differences is None:
-            print_text(f"\n{title}: not compared, a checkpoint does not lie in a run that has one")
+            print_text(f"\n{title}: not compared, because a checkpoint's run does not have one")
         elif differences:
             print_text(f"\n{title}:")
             rows = [(each.key, str(each.a), str(each.b)) for each in differences]
@@ -185,7 +186,7 @@ def _mismatch(difference: TensorDifference) -> str:
 
 
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> None:
-    """numbers: how many columns, from the left, are aligned to the right."""
+    """Print a table. numbers: this many columns from the left are right-aligned."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -1,11 +1,11 @@
-"""What all commands share: global options, error messages, exit codes, JSON.
+"""Shared parts of all commands: global options, error messages, exit codes, JSON.
 
-A command is a function that returns its result; `command` registers it, adds the global options to
-its signature, turns a `DuprError` into its message and exit code, and prints the result, as JSON
-with --json and by the command's own `show` otherwise.
+A command is a function that returns its result. `command` registers it, adds the global options to
+its signature, turns a `DuprError` into its message and exit code, and prints the result: as JSON
+with --json, otherwise through the command's own `show`.
 
-Options that several commands share are fields of a dataclass. A command takes it as one parameter,
-and `command` puts its fields into the signature that Typer reads.
+Options that several commands share are fields of a dataclass. A command takes the dataclass as one
+parameter, and `command` puts its fields into the signature that Typer reads.
 """
 
 from __future__ import annotations
@@ -36,20 +36,23 @@ GLOBAL = "Global"
 COMMON = "Common"
 
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=GLOBAL)
+    bool,
+    typer.Option("--quiet", "-q", help="Print only warnings and errors.", rich_help_panel=GLOBAL),
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="More detail.", rich_help_panel=GLOBAL)
+    bool, typer.Option("--verbose", "-v", help="Print more detail.", rich_help_panel=GLOBAL)
 ]
 Traceback = Annotated[
     bool,
-    typer.Option("--traceback", help="Python's traceback with an error.", rich_help_panel=GLOBAL),
+    typer.Option(
+        "--traceback", help="Print Python's traceback with an error.", rich_help_panel=GLOBAL
+    ),
 ]
 Json = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="The result as JSON on standard output, nothing else.",
+        help="Print only the result, as JSON, on standard output.",
         rich_help_panel=GLOBAL,
     ),
 ]
@@ -69,7 +72,7 @@ Set = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", help="Overrides the recipe's seed.", rich_help_panel=COMMON),
+    typer.Option("--seed", help="Override the recipe's seed.", rich_help_panel=COMMON),
 ]
 Device = Annotated[
     str,
@@ -77,17 +80,17 @@ Device = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", help="Processes that load images.", rich_help_panel=COMMON),
+    typer.Option("--workers", help="Number of processes that load images.", rich_help_panel=COMMON),
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace what is at the output.", rich_help_panel=COMMON),
+    typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=COMMON),
 ]
 DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Print the resolved recipe and the plan, and do nothing.",
+        help="Print the resolved recipe and the plan, and change nothing.",
         rich_help_panel=COMMON,
     ),
 ]
@@ -95,7 +98,7 @@ DryRun = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What every command that takes weights and a recipe offers."""
+    """Options of every command that takes weights and a recipe."""
 
     recipe: Recipe = None
     set_: Set = None
@@ -142,14 +145,14 @@ def command(
 ) -> Callable[[Callable[..., T | Planned | None]], Callable[..., None]]:
     """Register a function as a command of `application`.
 
-    The function may take `reporter: Reporter` besides its options, and dataclasses of options.
-    show: prints its result for people; a `Planned` is printed here. exit_code: of the process after
-    the result is printed, 0 by default.
+    Besides options, the function may take `reporter: Reporter` and dataclasses of options.
+    show: prints its result for people; this function itself prints a `Planned`. exit_code: of the
+    process after the result is printed, 0 by default.
     """
 
     def register(function: Callable[..., T | Planned | None]) -> Callable[..., None]:
         signature = inspect.signature(function)
-        # Return types stay unevaluated: they are imported for type checkers only.
+        # Return types are not evaluated, because they are imported only for type checkers.
         declared = [
             p.replace(annotation=eval(p.annotation, function.__globals__))
             for p in signature.parameters.values()
@@ -189,7 +192,7 @@ def command(
                 if exit_code is not None and result is not None and not isinstance(result, Planned):
                     sys.exit(exit_code(result))
             except BrokenPipeError:
-                # Whoever read the output has enough of it; nor may the interpreter complain.
+                # The reader has closed the pipe; keeps the interpreter from reporting that on exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
             except (DuprError, OSError, MemoryError, KeyboardInterrupt) as error:
@@ -222,7 +225,7 @@ def _options_of(group: type[DataclassInstance]) -> list[inspect.Parameter]:
 
 
 def _print_result(result: T | Planned | None, show: Callable[[T], None], as_json: bool) -> None:
-    if result is None:  # this process has nothing to say
+    if result is None:  # this process has no result
         return
     if as_json:
         from dupr_cli.cli.console import print_json
@@ -237,7 +240,7 @@ def _print_result(result: T | Planned | None, show: Callable[[T], None], as_json
 
 
 def _plain(result: object) -> object:
-    """A result in JSON's own types."""
+    """A result converted to JSON's types."""
     from dupr_cli.recipe import Section
 
     if isinstance(result, Planned):
@@ -257,7 +260,7 @@ def _fail(error: BaseException, traceback: bool) -> NoReturn:
 
         module.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        report_error("interrupted; the same command goes on from what is finished.")
+        report_error("interrupted; the same command continues from the finished work.")
         sys.exit(128 + signal.SIGINT)
     if isinstance(error, OSError):
         error = _explain_os_error(error)
@@ -270,20 +273,20 @@ def _fail(error: BaseException, traceback: bool) -> NoReturn:
 def _explain_os_error(error: OSError) -> DuprError:
     where = f"{error.filename}: " if error.filename else ""
     advice = {
-        errno.ENOSPC: "Free some space and give the same command again; it goes on.",
-        errno.EFBIG: "The limit on file sizes (ulimit -f) is in the way; raise it and go on.",
-        errno.EDQUOT: "Free some space and give the same command again; it goes on.",
-        errno.EROFS: "Give an output on a file system that can be written.",
-        errno.EACCES: "Give a place that you may read and write.",
-        errno.EPERM: "Give a place that you may read and write.",
-    }.get(error.errno or 0, "Nothing that was finished before is lost.")
+        errno.ENOSPC: "Free some space and give the same command again to continue.",
+        errno.EFBIG: "Raise the limit on file sizes (ulimit -f) and give the same command again.",
+        errno.EDQUOT: "Free some space and give the same command again to continue.",
+        errno.EROFS: "Give an output on a writable file system.",
+        errno.EACCES: "Give a path that you may read and write.",
+        errno.EPERM: "Give a path that you may read and write.",
+    }.get(error.errno or 0, "Finished work is kept.")
     return RunError(f"{where}{error.strerror or error}. {advice}")
 
 
 def overrides(given: Sequence[str] | None, **keys: tuple[str, object | None]) -> list[str]:
-    """--set options, followed by those that options of their own stand for.
+    """Join the --set options and the overrides for which other options stand.
 
-    keys: option name = (recipe key, value); None means the option was not given.
+    keys: option name = (recipe key, value); None means that the option was not given.
     """
     extra = [f"{key}={value}" for key, value in keys.values() if value is not None]
     return [*(given or []), *extra]

@@ -1,7 +1,7 @@
-"""What a person sees: messages, progress, tables. Or what a program reads: one JSON value.
+"""Prints messages, progress and tables for people, or one JSON value for programs.
 
-Progress is a live bar on a terminal and a plain line now and then in a log. Results go to standard
-output, everything else to standard error, so that a result can be piped.
+Progress is a live bar on a terminal and an occasional plain line in a log. Results go to standard
+output and everything else to standard error, so that a result can be piped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOG_EVERY_SECONDS = 15.0
 
 
 class _LiveTask:
-    """A rich progress bar; the rate is over the whole task, as the time left is computed."""
+    """A rich progress bar; the rate is the mean over the whole task."""
 
     def __init__(self, console: Console, description: str, total: int, unit: str, done: int):
         from rich.progress import (
@@ -60,7 +60,7 @@ class _LiveTask:
 
 
 class _LogTask:
-    """Lines for a log: at the start, every so often, at the end."""
+    """Prints a line to a log at regular intervals and at the end."""
 
     def __init__(self, console: Console, description: str, total: int, unit: str, done: int):
         self._console, self._description = console, description
@@ -148,7 +148,7 @@ def print_text(text: str) -> None:
 
 
 def print_facts(facts: Sequence[tuple[str, str]], title: str = "") -> None:
-    """Two columns: what, and its value."""
+    """Print a table of two columns: names and values."""
     table = Table(show_header=False, box=None, title=title or None, title_justify="left")
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

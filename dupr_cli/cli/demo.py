@@ -1,4 +1,4 @@
-"""`dupr demo`."""
+"""`dupr demo`: runs all stages on generated images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Directory for everything the demo makes.")
+        Path, typer.Option("--out", metavar="DIR", help="Directory for all files of the demo.")
     ] = Path("dupr-demo"),
     seed: Seed = None,
     device: Device = "auto",
@@ -30,11 +30,11 @@ def demo(
     *,
     reporter: Reporter,
 ) -> DemoResult | None:
-    """All four stages on generated images, from nothing to a table, in minutes on a CPU.
+    """Run all four stages on generated images and print one table, in minutes on a CPU.
 
-    Scenes are generated, made into shards, a ResNet-18 is pre-trained on them without labels, and
-    a detector is fine-tuned on a few labelled scenes, once from those weights and once from random
-    ones. The table reports what was measured, whichever way it falls.
+    The demo generates scenes, makes shards from them, and pre-trains a ResNet-18 without labels.
+    It then fine-tunes a detector on a few labelled scenes, once from those weights and once from
+    random ones. The table reports the measurements, whichever weights win.
 
     [bold]Example[/]
 

@@ -1,4 +1,4 @@
-"""`dupr doctor`: what this machine has, and what that means."""
+"""`dupr doctor`: reports what this machine offers, and gives advice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LIBRARIES = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """versions: of dupr, Python and libraries. machine: facts. advice: what follows from them."""
+    """versions: of dupr, Python and libraries. machine: its hardware. advice: for using both."""
 
     versions: dict[str, str]
     machine: dict[str, str]
@@ -40,7 +40,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor() -> Diagnosis:
-    """Say what this machine has for dupr, and what that means. Paste it into a bug report."""
+    """Report versions and hardware of this machine, with advice. Paste it into a bug report."""
     import torch
 
     versions = {"dupr": __version__, "python": platform.python_version()}
@@ -68,16 +68,16 @@ def doctor() -> Diagnosis:
     else:
         machine["gpu"] = "none that torch can use"
         advice.append(
-            "No GPU: use the recipes for a CPU (dupr-r18-cpu-smoke, voc-tiny); ImageNet-scale "
-            "recipes would take months here."
+            "torch finds no GPU: use the recipes for a CPU (dupr-r18-cpu-smoke, voc-tiny); "
+            "ImageNet-scale recipes would take months here."
         )
     if cores and cores > 2:
-        advice.append(f"Up to {cores} loader processes make sense: --workers {cores}.")
+        advice.append(f"Use up to {cores} loader processes: --workers {cores}.")
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).total < 2**30:
         advice.append(
-            "/dev/shm is under 1 GiB: loader processes may fail (bus error). In a container, give "
-            "it more (--shm-size) or use --workers 0."
+            "/dev/shm has less than 1 GiB, so loader processes may fail (bus error). In a "
+            "container, enlarge it (--shm-size) or use --workers 0."
         )
     return Diagnosis(versions, machine, advice)
 

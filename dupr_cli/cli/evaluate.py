@@ -31,7 +31,7 @@ def add_to(app: typer.Typer) -> None:
 
     @group.callback()
     def evaluate() -> None:
-        """Measure what weights are worth: by a fine-tuned detector, or by probes."""
+        """Measure the quality of weights, by fine-tuning a detector or by probes."""
 
     app.add_typer(group, name="evaluate")
 
@@ -53,31 +53,36 @@ class FineTuning:
 
     train_split: Annotated[
         list[str] | None,
-        typer.Option("--train-split", help="Split to fine-tune on; repeat to join several."),
+        typer.Option("--train-split", help="Split to fine-tune on; repeat it to join several."),
     ] = None
     test_split: Annotated[
         list[str] | None, typer.Option("--test-split", help="Split to test on; repeatable.")
     ] = None
     seeds: Annotated[
         int | None,
-        typer.Option("--seeds", min=1, help="Trials of each weights; differences get an interval."),
+        typer.Option(
+            "--seeds", min=1, help="Trials per weights; differences get a confidence interval."
+        ),
     ] = None
     labels: Annotated[
         str | None,
         typer.Option(
             "--labels",
             metavar="N|P%|FILE",
-            help="Train on so many labelled images only, stratified, or on those of a labels.json.",
+            help="Train only on this number or share of labelled images, stratified, or on those "
+            "of a labels.json.",
         ),
     ] = None
     limit: Annotated[
         int | None,
-        typer.Option("--limit", min=1, help="A quick trial: so many iterations and test images."),
+        typer.Option(
+            "--limit", min=1, help="Run a quick trial of this many iterations and test images."
+        ),
     ] = None
     scale_to_device: Annotated[
         bool,
         typer.Option(
-            "--scale-to-device", help="Scale batch, lr and schedule to the devices that are there."
+            "--scale-to-device", help="Scale batch, lr and schedule to the available devices."
         ),
     ] = False
     leaks: Annotated[
@@ -87,11 +92,14 @@ class FineTuning:
         ),
     ] = None
     nproc: Annotated[
-        int | None, typer.Option("--nproc", min=1, help="Processes on this machine, one per GPU.")
+        int | None,
+        typer.Option("--nproc", min=1, help="Number of processes on this machine, one per GPU."),
     ] = None
     max_hours: Annotated[
         float | None,
-        typer.Option("--max-hours", min=0, help="Save and stop after this time, exit code 75."),
+        typer.Option(
+            "--max-hours", min=0, help="Save and stop after this time, with exit code 75."
+        ),
     ] = None
 
 
@@ -111,10 +119,10 @@ def voc(
     *,
     reporter: Reporter,
 ) -> Results | Planned | None:
-    """Fine-tune a detector on each of the weights and compare AP, AP50, AP75 as VOC has them.
+    """Fine-tune a detector from each of the weights and compare VOC's AP, AP50 and AP75.
 
     All weights get the same budget, the same images and the same random numbers. Without
-    --recipe the shipped voc-tiny is used: small images, minutes on a CPU.
+    --recipe, the shipped voc-tiny is used, with small images and minutes on a CPU.
 
     [bold]Examples[/]
 
@@ -135,7 +143,7 @@ def coco(
         typer.Option(
             "--data",
             metavar="COCO_OR_SHARDS",
-            help="A folder with annotations/*.json and images as COCO has them, or labelled "
+            help="A folder with annotations/*.json and images in COCO's layout, or labelled "
             "shards.",
         ),
     ],
@@ -145,9 +153,9 @@ def coco(
     *,
     reporter: Reporter,
 ) -> Results | Planned | None:
-    """Fine-tune a detector on each of the weights and compare COCO's AP of boxes and masks.
+    """Fine-tune a detector from each of the weights and compare COCO's AP of boxes and masks.
 
-    Without --recipe the shipped coco-tiny is used: small images, a short schedule.
+    Without --recipe, the shipped coco-tiny is used, with small images and a short schedule.
 
     [bold]Examples[/]
 
@@ -179,8 +187,8 @@ def cityscapes(
 ) -> Results | Planned | None:
     """Fine-tune a Mask R-CNN on Cityscapes and compare COCO's AP of its instances.
 
-    Without --recipe the shipped cityscapes-tiny is used. The figure is COCO's AP, not that of
-    Cityscapes' own scripts, which leaves small instances out.
+    Without --recipe, the shipped cityscapes-tiny is used. The figure is COCO's AP, not that of
+    Cityscapes' own scripts, which leave small instances out.
 
     [bold]Examples[/]
 
@@ -207,7 +215,7 @@ def _resolve(protocol: str, options: FineTuning, common: Common) -> EvaluateReci
     resolved = load_recipe(EvaluateRecipe, common.recipe or f"{protocol}-tiny", given)
     if resolved.protocol != protocol:
         raise UsageError(
-            f"{common.recipe}: a recipe of the protocol {resolved.protocol}; give it to "
+            f"{common.recipe} is a recipe of the protocol {resolved.protocol}; give it to "
             f"`dupr evaluate {resolved.protocol}`. (recipe key: protocol)"
         )
     return resolved
@@ -242,7 +250,7 @@ def _carry_out(
         notes.append(note)
     launched = "RANK" in os.environ
     if common.dry_run or (processes > 1 and not launched):
-        # What is wrong is said once, here, before any process is started.
+        # Checks the inputs once, before any process is started.
         plan = stage.plan(
             recipe, weights, data, out, device=common.device, processes=processes,
             overwrite=common.overwrite, notes=notes, reporter=reporter,

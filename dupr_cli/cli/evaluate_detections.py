@@ -1,4 +1,4 @@
-"""`dupr evaluate detections`: the metrics, applied to anybody's detections."""
+"""`dupr evaluate detections`: scores the detections of any detector."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ def detections(
         typer.Option(
             "--data",
             metavar="VOC_TREE_OR_COCO_JSON",
-            help="What is true: a VOC tree, a COCO folder, or COCO's JSON.",
+            help="The ground truth: a VOC tree, a COCO folder, or COCO's JSON.",
         ),
     ],
     split: Annotated[
-        str, typer.Option("--split", help="Of a VOC tree or COCO folder: val, 2007/test, val2017.")
+        str,
+        typer.Option(
+            "--split", help="Split of a VOC tree or COCO folder: val, 2007/test, val2017."
+        ),
     ] = "val",
     metric: Annotated[
         MetricChoice,
@@ -52,21 +55,21 @@ def detections(
     ] = MetricChoice.VOC07,
     iou: Annotated[
         list[float] | None,
-        typer.Option("--iou", min=0.01, max=0.99, help="AP at this IoU too; repeatable."),
+        typer.Option("--iou", min=0.01, max=0.99, help="Also report AP at this IoU; repeatable."),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             metavar="DIR",
-            help="Write the figures, precision-recall curves, confusion and kinds of errors there.",
+            help="Directory for the figures, precision-recall curves, confusion and error types.",
         ),
     ] = None,
 ) -> Scored:
-    """Score detections of any detector as VOC or COCO do.
+    """Score detections of any detector like VOC or COCO.
 
     The figures are those of the VOC development kit (with the mean over IoU 0.50:0.05:0.95 that
-    detectron2 adds), or pycocotools' own. Images are not needed.
+    detectron2 adds) or of pycocotools. Images are not needed.
 
     [bold]Examples[/]
 

@@ -1,4 +1,4 @@
-"""`dupr evaluate knn|linear|voc07-cls|patch-retrieval`: frozen features, nothing fine-tuned."""
+"""`dupr evaluate knn|linear|voc07-cls|patch-retrieval`: probes of frozen features."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Labelled = Annotated[
     typer.Option(
         "--data",
         metavar="LABELLED",
-        help="Labelled shards, a tree of class folders, or a VOC tree (its objects are cut out).",
+        help="Labelled shards, class folders, or a VOC tree (whose objects are cut out).",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory for the results.")]
@@ -41,13 +41,13 @@ TestData = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", help="A quick trial: this many training and test images, drawn."),
+    typer.Option("--limit", help="Run a quick trial on this many training and test images."),
 ]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a probe that learns takes of its data."""
+    """Options for the data of a probe that is trained."""
 
     train_split: TrainSplit = "train"
     test_split: TestSplit = "val"
@@ -57,7 +57,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class VocSplits(Splits):
-    """The same, by VOC's names."""
+    """The same options with VOC's split names."""
 
     train_split: TrainSplit = "trainval"
     test_split: TestSplit = "test"
@@ -65,11 +65,11 @@ class VocSplits(Splits):
 
 @dataclass(frozen=True)
 class Split:
-    """What a probe that only looks takes of its data."""
+    """Options for the data of a probe that is not trained."""
 
     test_split: Annotated[
         str | None,
-        typer.Option("--test-split", help="Split to take; by default all there is."),
+        typer.Option("--test-split", help="Split to use; by default all images."),
     ] = None
     limit: Limit = None
 
@@ -90,7 +90,7 @@ def knn(
     *,
     reporter: Reporter,
 ) -> Results | Planned:
-    """Classify test images by the vote of their nearest training images; nothing is trained.
+    """Classify test images by a vote of their nearest training images, without any training.
 
     [bold]Examples[/]
 
@@ -113,8 +113,8 @@ def linear(
 ) -> Results | Planned:
     """Train a linear classifier on the frozen features of each level.
 
-    Without --recipe the shipped linear-fast is used: logistic regression on features computed
-    once. linear-in1k-moco is the protocol of published tables: 100 epochs of SGD.
+    Without --recipe, the shipped linear-fast is used: logistic regression on features computed
+    once. linear-in1k-moco is the protocol of published tables, with 100 epochs of SGD.
 
     [bold]Examples[/]
 
@@ -142,9 +142,9 @@ def voc07_cls(
     *,
     reporter: Reporter,
 ) -> Results | Planned:
-    """Tell which classes are in an image by a linear SVM per class on frozen features; mAP.
+    """Classify images with a linear SVM per class on frozen features, and report mAP.
 
-    Needs scikit-learn: pip install 'dupr-cli[probes]'.
+    This needs scikit-learn: pip install 'dupr-cli[probes]'.
 
     [bold]Example[/]
 
@@ -161,7 +161,7 @@ def patch_retrieval(
         typer.Option(
             "--data",
             metavar="IMAGES",
-            help="Any shards or folder of images; with boxes, objects are looked for, too.",
+            help="Any shards or folder of images; if it has boxes, objects are retrieved too.",
         ),
     ],
     out: Out,
@@ -170,7 +170,7 @@ def patch_retrieval(
     *,
     reporter: Reporter,
 ) -> Results | Planned:
-    """Find patches again in another view of their image, and objects by objects of their class.
+    """Retrieve patches from another view of their image, and objects by others of their class.
 
     [bold]Examples[/]
 
@@ -185,7 +185,7 @@ def patch_retrieval(
 def _recipe(
     default: str, protocols: Collection[str], limit: int | None, common: Common
 ) -> ProbeRecipe:
-    """The recipe of a command. Raises UsageError when it is of another command's protocol."""
+    """The recipe of a command. Raises UsageError if its protocol belongs to another command."""
     from dupr_cli.recipe import ProbeRecipe, load_recipe
 
     name = common.recipe or default
@@ -198,7 +198,7 @@ def _recipe(
     recipe = load_recipe(ProbeRecipe, name, options)
     if recipe.protocol not in protocols:
         raise UsageError(
-            f"{name}: the protocol is {recipe.protocol}, but this command carries out "
+            f"{name}: the protocol is {recipe.protocol}, but this command runs "
             f"{' or '.join(protocols)}. (recipe key: protocol)"
         )
     return recipe
@@ -216,7 +216,7 @@ def _probe(
     from dupr_cli import probe as stage
 
     which = {field.name: getattr(splits, field.name) for field in fields(splits)}
-    del which["limit"]  # the recipe has it
+    del which["limit"]  # the recipe contains it
     if common.dry_run:
         plan = stage.plan(
             recipe, weights, data, out, **which, device=common.device, overwrite=common.overwrite

@@ -1,4 +1,4 @@
-"""`dupr export`."""
+"""`dupr export`: writes backbone weights for other frameworks."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ def export(
         typer.Option(
             "--out",
             metavar="PATH",
-            help="A folder; or the file itself, for a single format that is one.",
+            help="A folder, or the file itself for a single format of one file.",
             show_default="backbone.safetensors, or exported/",
         ),
     ] = None,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", metavar="query|key", help="Trained, or its average."),
+        typer.Option(
+            "--encoder", metavar="query|key", help="The trained encoder, or its moving average."
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -56,30 +58,33 @@ def export(
         typer.Option(
             "--push-to-hub",
             metavar="OWNER/NAME",
-            help="Also commit all, with a model card, to this repository of the Hugging Face Hub.",
+            help="Also commit all files and a model card to this repository of the Hugging Face "
+            "Hub.",
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="A repository that is made is private.")
+        bool, typer.Option("--private", help="Make a new repository private.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Commit to this branch; made if need be.")
+        str | None,
+        typer.Option("--revision", help="Commit to this branch, which is created if necessary."),
     ] = None,
     commit_message: Annotated[
-        str | None, typer.Option("--commit-message", help="Of the commit on the Hub.")
+        str | None, typer.Option("--commit-message", help="Message of the commit on the Hub.")
     ] = None,
     token_from_env: Annotated[
         str | None,
         typer.Option(
             "--token-from-env",
             metavar="VARIABLE",
-            help="Environment variable with the token, where it is not HF_TOKEN.",
+            help="Environment variable with the token, if it is not HF_TOKEN.",
         ),
     ] = None,
     local_only: Annotated[
         bool,
         typer.Option(
-            "--local-only", help="With --push-to-hub: write model card and files, push nothing."
+            "--local-only",
+            help="With --push-to-hub: write model card and files, but push nothing.",
         ),
     ] = False,
     results: Annotated[
@@ -87,7 +92,7 @@ def export(
         typer.Option(
             "--results",
             metavar="DIR",
-            help="Evaluation for the model card, beside those next to the run; repeatable.",
+            help="Evaluation for the model card, besides those next to the run; repeatable.",
         ),
     ] = None,
     recipe: Recipe = None,
@@ -99,9 +104,9 @@ def export(
 ) -> ExportResult | Planned:
     """Write backbone weights in the layouts that frameworks load.
 
-    What is written is loaded back into the framework, where that is installed, and its features
-    are compared before it gets its name. With --push-to-hub, --local-only writes the folder that
-    would be pushed.
+    If the framework is installed, the files are loaded into it and its features are compared
+    before the files get their names. With --push-to-hub, --local-only writes the folder that would
+    be pushed.
 
     [bold]Examples[/]
 
@@ -153,13 +158,14 @@ def show(result: ExportResult) -> None:
             f"{result.architecture}, {result.origin}, {result.tensors} tensors, {result.dtype}",
         ),
     ]
-    for of in result.formats:
-        checked = "features differ by" if of.features_compared else "tensors differ by"
-        facts.append((of.name, f"{checked} {of.max_difference:.1e} at most, {of.verified_by}"))
-        facts += [("", f"{name} sha256 {digest}") for name, digest in of.files.items()]
+    for each in result.formats:
+        checked = "features differ by" if each.features_compared else "tensors differ by"
+        difference = f"{checked} {each.max_difference:.1e} at most, {each.verified_by}"
+        facts.append((each.name, difference))
+        facts += [("", f"{name} sha256 {digest}") for name, digest in each.files.items()]
     if result.hub_url:
         facts.append(("on the Hub", result.hub_url))
     print_facts(facts)
-    for of in result.formats:
-        for _, block in of.usage:
-            print_text(f"\n{of.name}:\n{block}\n")
+    for each in result.formats:
+        for _, block in each.usage:
+            print_text(f"\n{each.name}:\n{block}\n")

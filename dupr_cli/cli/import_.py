@@ -1,4 +1,4 @@
-"""`dupr import`."""
+"""`dupr import`: converts public checkpoints to weights files."""
 
 from __future__ import annotations
 
@@ -34,26 +34,29 @@ def import_checkpoint(
         str | None,
         typer.Option(
             "--prefix",
-            help="What the wanted network's names begin with, where the file holds several.",
+            help="Prefix of the wanted network's names, if the file holds several networks.",
         ),
     ] = None,
     input_mean: Annotated[
         str | None,
         typer.Option(
-            "--input-mean", help="Of its input, RGB in 0..1: R,G,B. ImageNet's otherwise."
+            "--input-mean", help="Mean of its input, R,G,B in 0..1; ImageNet's by default."
         ),
     ] = None,
     input_std: Annotated[
         str | None,
-        typer.Option("--input-std", help="Of its input, RGB in 0..1: R,G,B. ImageNet's otherwise."),
+        typer.Option(
+            "--input-std",
+            help="Standard deviation of its input, R,G,B in 0..1; ImageNet's by default.",
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> Imported:
-    """Make a weights file of a public ResNet checkpoint, to compare or to start from.
+    """Make a weights file from a public ResNet checkpoint, for comparison or as a start.
 
-    Names of torchvision, timm, MoCo, SwAV, DINO, DenseCL, DetCo, MMSelfSup, OpenSelfSup, lightly,
-    transformers and detectron2 are known; heads and queues are left out. Pickled files are read
-    without running code, or refused.
+    The names of torchvision, timm, MoCo, SwAV, DINO, DenseCL, DetCo, MMSelfSup, OpenSelfSup,
+    lightly, transformers and detectron2 are recognised; heads and queues are left out. Pickled
+    files are read without running code, or refused.
 
     [bold]Examples[/]
 
@@ -82,14 +85,16 @@ def _three(text: str, option: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) != 3 or not all(map(math.isfinite, values)):
-        raise UsageError(f"{option} {text}: three numbers with commas between them are needed.")
+        raise UsageError(f"{option} {text}: give three numbers separated by commas.")
     return values
 
 
 def _three_above_0(text: str, option: str) -> tuple[float, ...]:
     values = _three(text, option)
     if min(values) <= 0:
-        raise UsageError(f"{option} {text}: pixels are divided by them; give numbers above 0.")
+        raise UsageError(
+            f"{option} {text}: pixels are divided by these numbers, so give numbers above 0."
+        )
     return values
 
 
@@ -100,10 +105,10 @@ def show(imported: Imported) -> None:
         ("written to", imported.path),
         ("backbone", f"{imported.architecture}, all {imported.tensors} tensors"),
         ("names", f"{imported.naming}'s, under {imported.prefix!r}"),
-        ("left out", f"{imported.left_out} tensors that are no part of it"),
+        ("left out", f"{imported.left_out} tensors that are not part of it"),
         ("sha256", imported.sha256),
     ]
     if imported.others:
         others = ", ".join(map(repr, imported.others))
-        facts.insert(3, ("also there", f"{others}; choose with --prefix"))
+        facts.insert(3, ("other networks", f"{others}; choose one with --prefix"))
     print_facts([*facts, *(("note", note) for note in imported.notes)])

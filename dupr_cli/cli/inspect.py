@@ -1,4 +1,4 @@
-"""`dupr inspect`: views, curves."""
+"""`dupr inspect`: draws pairs of views, and the curves of runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dupr_cli.errors import UsageError
 
 Out = Annotated[
     Path,
-    typer.Option("--out", metavar="PNG", help="The picture; one that is there is replaced."),
+    typer.Option("--out", metavar="PNG", help="Picture to write; replaces an existing one."),
 ]
 
 
@@ -48,14 +48,14 @@ def views(
     ],
     out: Out,
     count: Annotated[
-        int, typer.Option("--count", min=1, max=100, help="Images, one row each.")
+        int, typer.Option("--count", min=1, max=100, help="Number of images, one row each.")
     ] = 6,
     set_: Set = None,
     seed: Seed = None,
 ) -> Picture:
     """Draw pairs of views as pre-training makes them, with the bins that match.
 
-    Images are taken from those held out, then from the first ones.
+    Held-out images are taken first, then the first images of the shards.
 
     [bold]Examples[/]
 
@@ -78,9 +78,10 @@ def curves(
     ],
     out: Out,
 ) -> Picture:
-    """Draw the curves of one run or several: patch retrieval, losses, spread, speed.
+    """Draw the curves of one or several runs: patch retrieval, losses, spread, speed.
 
-    Also while a run is going on. Losses are shown with ln(1 + K), what guessing would give.
+    This also works while a run is in progress. Losses are shown with ln(1 + K), the loss of
+    guessing.
 
     [bold]Examples[/]
 
@@ -96,11 +97,11 @@ def curves(
 
 
 def _require_png(out: Path) -> None:
-    """Raises UsageError for a name that is not a picture's: what is there is replaced."""
+    """Raises UsageError unless `out` is the name of a PNG, because an existing file is replaced."""
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: a PNG is written; give a name that ends in .png.")
     if out.is_dir():
-        raise UsageError(f"--out {out}: a directory is there.")
+        raise UsageError(f"--out {out} is a directory; give the name of a file.")
 
 
 def show(picture: Picture) -> None:

@@ -1,7 +1,7 @@
-"""Starting a command in several processes, by torch.distributed.run's own launcher.
+"""Starts a command in several processes with torch.distributed.run's own launcher.
 
-The launcher watches the processes, passes signals on and ends all when one fails. What a process
-has to say at its end goes through a file to the launcher, which says it once.
+The launcher watches the processes, forwards signals, and ends all processes when one fails. A
+process passes its final error message through a file to the launcher, which prints it once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dupr_cli.errors import RunError, StoppedRunError
 # Set for the processes that `launch` starts, and read by `report_error` in them.
 _LAUNCHED = "DUPR_LAUNCHED"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# A step and a checkpoint of the largest runs are made in less.
+# Longer than a step and a checkpoint of the largest runs take.
 _GRACE_SECONDS = 600
 
 
 class LaunchedError(RunError):
-    """What a process of a run ended with, in its own words and with its own exit code."""
+    """A process of a run failed; carries its own message and exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class LaunchedError(RunError):
 def launch(nproc: int, nnodes: int, rendezvous: str, arguments: Sequence[str]) -> None:
     """Run `python -m dupr_cli ARGUMENTS` in nproc processes on this machine, and wait for them.
 
-    Raises what the first process that failed ended with.
+    Raises LaunchedError of the first process that failed, StoppedRunError after a signal.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -46,7 +46,7 @@ def launch(nproc: int, nnodes: int, rendezvous: str, arguments: Sequence[str]) -
     os.environ[_LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE_SECONDS))
-    logging.disable(logging.CRITICAL)  # its reports of failed processes repeat ours
+    logging.disable(logging.CRITICAL)  # the launcher's reports of failed processes repeat ours
     config = LaunchConfig(
         min_nodes=nnodes,
         max_nodes=nnodes,
@@ -64,22 +64,22 @@ def launch(nproc: int, nnodes: int, rendezvous: str, arguments: Sequence[str]) -
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         message = failure.message
         if failure.error_file_data is None or code > 128:
-            message = f"a process of the run ended with exit code {code} and no word."
+            message = f"a process of the run ended with exit code {code} and without a message."
         raise LaunchedError(message, code) from None
     except SignalException as error:
         code = 130 if error.sigval == signal.SIGINT else 75
         raise StoppedRunError(
             f"stopped by {signal.Signals(error.sigval).name}, after the processes had time to "
-            f"save. The same command continues.",
+            f"save. The same command continues the run.",
             code,
         ) from None
 
 
 def end_with_launcher() -> None:
-    """Let the kernel end this process when the launcher that started it is gone.
+    """Let the kernel end this process when the launcher that started it has ended.
 
-    A launcher that is killed cannot end its processes itself; they would go on writing where the
-    next call of the same command writes.
+    A killed launcher cannot end its processes, which would keep writing to the output of the next
+    call of the same command.
     """
     if os.environ.get(_LAUNCHED) and sys.platform == "linux":
         import ctypes
@@ -89,7 +89,7 @@ def end_with_launcher() -> None:
 
 
 def report_error(message: str) -> None:
-    """Print an error message, or leave it to the launcher that started this process."""
+    """Print an error message, or pass it to the launcher that started this process."""
     from dupr_cli.cli.console import print_error
 
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")

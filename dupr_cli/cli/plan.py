@@ -1,4 +1,4 @@
-"""What --dry-run prints for people: the resolved recipe and the plan."""
+"""Prints the result of --dry-run for people: the resolved recipe and the plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(recipe: Section, plan: DataclassInstance) -> None:
-    """Both as YAML, which the recipe part can be saved from."""
+    """Print the plan as comments and the recipe as YAML, so that the output is a valid recipe."""
     from dupr_cli.recipe import recipe_yaml
 
     facts: dict[str, Any] = dataclasses.asdict(plan)

@@ -1,4 +1,4 @@
-"""`dupr prepare`: the stage itself, and merge, verify, stats, view on what it made."""
+"""`dupr prepare`: makes shards; merge, verify, stats and view work on its output."""
 
 from __future__ import annotations
 
@@ -35,17 +35,20 @@ _STAGE = "run"
 Shards = Annotated[
     str,
     typer.Argument(
-        metavar="SHARDS", help="A folder of shards, a tar, a brace pattern, or an address of them."
+        metavar="SHARDS", help="A folder of shards, a tar, or a brace pattern, local or remote."
     ),
 ]
-Split = Annotated[str | None, typer.Option("--split", help="Of the manifest; by default all.")]
+Split = Annotated[
+    str | None, typer.Option("--split", help="Split of the manifest; by default all splits.")
+]
 Picture = Annotated[
-    Path | None, typer.Option("--out", metavar="PNG", help="A picture; one there is replaced.")
+    Path | None,
+    typer.Option("--out", metavar="PNG", help="Picture to write; replaces an existing one."),
 ]
 
 
 class _StageGroup(TyperGroup):
-    """A group whose first word may be a subcommand; if it is none, the stage itself is meant."""
+    """A group that runs the stage itself unless its first argument is a subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args:
@@ -56,7 +59,7 @@ class _StageGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, found, rest = super().resolve_command(ctx, args)
-        # People do not write the name of the stage's own command, so help shows none.
+        # Users never type the name of the stage's own command, so help does not show it.
         return "" if name == _STAGE else name, found, rest
 
 
@@ -65,7 +68,7 @@ def add_to(app: typer.Typer) -> None:
 
     @group.callback()
     def stage() -> None:
-        """Make shards out of images."""
+        """Make shards from images."""
 
     command(group, _STAGE, show)(prepare)
     command(group, "merge", show)(merge)
@@ -92,7 +95,7 @@ def prepare(
     task: Annotated[
         str | None,
         typer.Option(
-            "--task", metavar="I/N", help="Do the I-th of N parts; `dupr prepare merge` joins them."
+            "--task", metavar="I/N", help="Do part I of N; `dupr prepare merge` joins the parts."
         ),
     ] = None,
     engine: Annotated[
@@ -108,12 +111,12 @@ def prepare(
     ] = None,
     mirror: Annotated[
         str | None,
-        typer.Option("--mirror", metavar="URL", help="Where --download finds the archives."),
+        typer.Option("--mirror", metavar="URL", help="Address from which --download fetches."),
     ] = None,
     append: Annotated[
         bool,
         typer.Option(
-            "--append", help="Add shards of the images that are new in SOURCE; the others stay."
+            "--append", help="Add shards of new images in SOURCE; existing shards do not change."
         ),
     ] = False,
     overwrite: Overwrite = False,
@@ -121,11 +124,11 @@ def prepare(
     *,
     reporter: Reporter,
 ) -> PrepareResult | Planned:
-    """Make shards out of images.
+    """Make shards from images.
 
-    What SOURCE is, is seen from its contents (or said by --set source.kind=KIND). Images that
-    cannot be used are left out and listed in OUT/skipped.jsonl with the reason. The same command
-    after an interruption goes on. What was made is looked at by
+    The kind of SOURCE is detected; override it with --set source.kind=KIND. Images that cannot be
+    used are left out and listed in OUT/skipped.jsonl with the reason. After an interruption, the
+    same command continues. These commands examine the result:
 
       dupr prepare verify|stats|view SHARDS
 
@@ -150,7 +153,7 @@ def prepare(
         from dupr_cli.prepare.download import download_sets
 
         fetched = download_sets(download, Path(source), mirror, dry_run, reporter)
-        if dry_run and fetched.archives:  # what would be prepared is not there yet
+        if dry_run and fetched.archives:  # the source does not exist yet
             return Planned(resolved, fetched)
     if dry_run:
         plan = stage.plan(resolved, source, out, overwrite=overwrite, append=append)
@@ -162,7 +165,7 @@ def prepare(
 
 
 def _start_server_of_workers() -> None:
-    """Workers fork from a server that has imported what they need; it does so while we import."""
+    """Start the server that workers fork from; it imports their modules while we import ours."""
     forkserver.set_forkserver_preload(["dupr_cli.prepare.engines"])
     forkserver.ensure_running()
 
@@ -182,7 +185,7 @@ def merge(
     *,
     reporter: Reporter,
 ) -> PrepareResult:
-    """Join what the tasks of `dupr prepare --task I/N` have written.
+    """Join the blocks that the tasks of `dupr prepare --task I/N` have written.
 
     [bold]Example[/]
 
@@ -210,10 +213,10 @@ def show(result: PrepareResult) -> None:
 
 
 def verify(shards: Shards, workers: Workers = None, *, reporter: Reporter) -> Verified:
-    """Read every shard and every sample, and name what is broken.
+    """Read every shard and every sample, and name what is damaged.
 
-    Shards against the manifest (length, sha256), indexes against tars, every image decoded. Exit
-    code 1 when anything is broken.
+    This compares shards with the manifest (length, sha256) and indexes with tars, and decodes
+    every image. The exit code is 1 when anything is damaged.
 
     [bold]Example[/]
 
@@ -230,11 +233,13 @@ def show_verified(found: Verified) -> None:
     for problem in found.problems:
         print_text(problem)
     verdict = "whole" if found.whole else f"{len(found.problems)} problems"
-    print_facts([("shards", str(found.shards)), ("samples", str(found.samples)), ("are", verdict)])
+    print_facts(
+        [("shards", str(found.shards)), ("samples", str(found.samples)), ("state", verdict)]
+    )
 
 
 def stats(shards: Shards, split: Split = None, out: Picture = None, *, reporter: Reporter) -> Stats:
-    """Count and measure what is in shards: sizes, aspects, colours, classes, boxes.
+    """Measure the images of shards: sizes, aspects, colours, classes, boxes.
 
     [bold]Example[/]
 
@@ -257,10 +262,10 @@ def show_stats(found: Stats) -> None:
 
 def view(
     shards: Shards,
-    out: Annotated[Path, typer.Option("--out", metavar="PNG", help="The picture.")],
+    out: Annotated[Path, typer.Option("--out", metavar="PNG", help="Picture to write.")],
     split: Split = None,
-    count: Annotated[int, typer.Option("--count", min=1, max=400, help="Images.")] = 40,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which images.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, max=400, help="Number of images.")] = 40,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed that selects the images.")] = 0,
 ) -> View:
     """Draw a contact sheet of shards, with the boxes of labelled images.
 

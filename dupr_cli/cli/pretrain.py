@@ -1,4 +1,4 @@
-"""`dupr pretrain`."""
+"""`dupr pretrain`: pre-trains a backbone on shards."""
 
 from __future__ import annotations
 
@@ -46,39 +46,46 @@ def pretrain(
             "--data",
             metavar="SHARDS",
             help="Shards: a directory, a .tar, or a pattern such as 'train-{000000..000009}.tar', "
-            "here or at an address (https://, s3://, ...).",
+            "local or remote (https://, s3://, ...).",
         ),
     ] = "",
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="RUN_DIR", help="Run directory, new or to be continued."),
+        typer.Option("--out", metavar="RUN_DIR", help="Run directory, new or to continue."),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", help="Length of the run; overrides epochs and steps."),
+        typer.Option("--steps", help="Length of the run; overrides the recipe's epochs and steps."),
     ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option("--checkpoint-every", help="Steps between checkpoints.")
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option("--nproc", min=1, help="Processes on this machine, one per GPU."),
+        typer.Option("--nproc", min=1, help="Number of processes on this machine, one per GPU."),
     ] = None,
     nnodes: Annotated[
-        int, typer.Option("--nnodes", min=1, help="Machines; give each the same command.")
+        int,
+        typer.Option("--nnodes", min=1, help="Number of machines; give the same command on each."),
     ] = 1,
     rendezvous: Annotated[
         str,
-        typer.Option("--rendezvous", metavar="HOST:PORT", help="Where several machines meet."),
+        typer.Option(
+            "--rendezvous", metavar="HOST:PORT", help="Address at which several machines meet."
+        ),
     ] = "",
     max_hours: Annotated[
         float | None,
-        typer.Option("--max-hours", min=0, help="Save and stop after this time, exit code 75."),
+        typer.Option(
+            "--max-hours", min=0, help="Save and stop after this time, with exit code 75."
+        ),
     ] = None,
     stop_after: Annotated[
         int | None,
         typer.Option(
-            "--stop-after", min=1, help="Save and stop after so many steps now, exit code 75."
+            "--stop-after",
+            min=1,
+            help="Save and stop after this many steps of this call, with exit code 75.",
         ),
     ] = None,
     allow_changed: Annotated[
@@ -100,9 +107,9 @@ def pretrain(
 ) -> PretrainResult | Planned | None:
     """Pre-train a backbone on shards.
 
-    The same command after an interruption goes on from the newest checkpoint in RUN_DIR.
-    Ctrl-C, SIGTERM and SIGUSR1 end the step, save and stop. Exit codes: 0 finished, 75 stopped
-    and saved (130 after Ctrl-C), 1 failed, 2 wrong usage or recipe.
+    After an interruption, the same command continues from the newest checkpoint in RUN_DIR. On
+    Ctrl-C, SIGTERM and SIGUSR1, the run finishes its step, saves and stops. Exit codes: 0
+    finished, 75 stopped and saved (130 after Ctrl-C), 1 failed, 2 wrong usage or recipe.
 
     [bold]Examples[/]
 
@@ -117,14 +124,16 @@ def pretrain(
     from dupr_cli.recipe import PretrainRecipe, load_recipe
 
     if recipe and recipe_option:
-        raise UsageError(f"two recipes are given, {recipe} and --recipe {recipe_option}.")
+        raise UsageError(
+            f"two recipes are given, {recipe} and --recipe {recipe_option}; give only one."
+        )
     name = recipe or recipe_option
     if name is None:
-        raise UsageError("RECIPE is missing; `dupr recipe list` shows the shipped ones.")
+        raise UsageError("RECIPE is missing; `dupr recipe list` shows the shipped recipes.")
     if not data:
         raise UsageError("--data SHARDS is missing; `dupr prepare IMAGES SHARDS` makes them.")
     if out is None:
-        raise UsageError("--out RUN_DIR is missing: the run is written there.")
+        raise UsageError("--out RUN_DIR is missing; give a directory for the run.")
     options = overrides(
         set_,
         epochs=("train.epochs", "null" if steps else None),
@@ -144,7 +153,7 @@ def pretrain(
             ),
         )  # fmt: skip
     if processes > 1 and "RANK" not in os.environ:
-        # What is wrong is said once, here, before any process is started.
+        # Checks the inputs once, before any process is started.
         stage.plan(
             resolved,
             data,

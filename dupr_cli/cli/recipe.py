@@ -1,4 +1,4 @@
-"""`dupr recipe`: list, show, validate, schema."""
+"""`dupr recipe`: lists, shows and validates recipes, and prints their JSON Schema."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def list_recipes() -> list[dict[str, str]]:
-    """The recipes that ship with dupr."""
+    """List the recipes that ship with dupr."""
     from dupr_cli.recipe import RECIPE_MODELS, load_recipe, shipped_recipes
 
     return [
@@ -66,10 +66,10 @@ def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or a file.")],
     set_: Set = None,
     source: Annotated[
-        bool, typer.Option("--source", help="The file itself, with its comments.")
+        bool, typer.Option("--source", help="Print the file itself, with its comments.")
     ] = False,
 ) -> Section | str:
-    """Print a recipe as it will really run: every key, with what it inherits and overrides.
+    """Print a recipe as it will run, with every inherited and overridden key.
 
     [bold]Example[/]
 
@@ -94,9 +94,9 @@ def validate(
     *,
     reporter: Reporter,
 ) -> str:
-    """Check a recipe; exit code 2 with every problem and its line when it is wrong.
+    """Check a recipe; if it is wrong, print every problem with its line and exit with code 2.
 
-    What is valid but may not learn is a warning with a proposal.
+    A valid recipe that may fail to learn causes a warning with a proposal.
     """
     from dupr_cli.recipe import RECIPE_MODELS, PretrainRecipe, load_recipe
 
@@ -107,7 +107,7 @@ def validate(
 
         for warning in science_warnings(recipe, None, recipe.train.steps):
             reporter.warning(warning)
-    return f"{file}: a valid recipe for dupr {stage}"
+    return f"{file} is a valid recipe for dupr {stage}"
 
 
 def show_text(text: str) -> None:
@@ -121,13 +121,14 @@ def schema(
         Stage, typer.Argument(metavar="STAGE", help="prepare, pretrain, export, evaluate or probe.")
     ],
 ) -> dict[str, object]:
-    """Print the JSON Schema of a stage's recipes, so that editors complete and check YAML.
+    """Print the JSON Schema of a stage's recipes, with which editors complete and check YAML.
 
     [bold]Example[/]
 
       dupr recipe schema pretrain > pretrain.schema.json
 
-    and as the first line of a recipe:  # yaml-language-server: $schema=pretrain.schema.json
+    Then put this as the first line of a recipe:
+    # yaml-language-server: $schema=pretrain.schema.json
     """
     from dupr_cli.recipe import recipe_schema
 

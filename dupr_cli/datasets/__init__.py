@@ -1,1 +1,1 @@
-"""Labelled sets: readers of each layout, and the one placement of pixels and boxes."""
+"""Labelled sets: one reader per layout, and the shared placement of pixels and boxes."""

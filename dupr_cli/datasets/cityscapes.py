@@ -1,9 +1,10 @@
-"""Cityscapes, read: street scenes whose *_instanceIds.png draw their objects.
+"""Reads Cityscapes: street scenes whose *_instanceIds.png draw their objects.
 
     leftImg8bit/<split>/<city>/<id>_leftImg8bit.png    gtFine/<split>/<city>/<id>_gtFine_*.png
 
-A pixel of instance n of class c is 1000 c + n; a pixel of c alone is of a group that was not told
-apart, and becomes a crowd. Source: cityscapesScripts, helpers/labels.py.
+A pixel of instance n of class c has the value 1000 c + n. A pixel with the value c belongs to a
+group without separate instances, which becomes a crowd. Source: cityscapesScripts,
+helpers/labels.py.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class CityscapesSplit:
         if not self._images:
             known = sorted(p.name for p in (root / "leftImg8bit").iterdir() if p.is_dir())
             raise UsageError(
-                f"{root}: there are no images of a split {split!r} in leftImg8bit; it has "
-                f"{', '.join(known) or 'no folders'}."
+                f"{root}: leftImg8bit has no images of a split {split!r}; its splits are "
+                f"{', '.join(known) or 'none'}."
             )
         self._labels = root / "gtFine" / split
         self.ids = [path.name.removesuffix("_leftImg8bit.png") for path in self._images]

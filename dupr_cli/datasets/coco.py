@@ -1,16 +1,16 @@
-"""COCO's JSON, read: images, categories, and the objects of each image.
+"""Reads COCO's JSON: images, categories, and the objects of each image.
 
     coco = read_coco(Path("annotations/instances_val2017.json"))
     coco.classes                # names of the categories, in order of their ids
     coco.images[0].file_name    # images in the order of the file
     coco.images[0].objects      # tuple of `labels.Box`: pixel edges, crowd; details["area"],
-                                # ["segmentation"], ["id"] and whatever else COCO says of it
-    coco.left_out               # rows that are no object or image, and why
-    image_folder(coco)          # where the images lie, None when they are in no usual place
+                                # ["segmentation"], ["id"] and any other field of COCO
+    coco.left_out               # rows that cannot be used, and why
+    image_folder(coco)          # folder of the images, None if they are in no usual place
 
 COCO's box is x, y, width, height; here it is x, y, x + width, y + height. Boxes without area are
-kept as they are: what to do with them is the caller's choice. Ids and numbers may be written as
-text, null means that there is none, and one bad row costs that row.
+kept; the caller decides what to do with them. Ids and numbers may be written as text, null counts
+as a missing value, and a bad row loses only that row.
 
 Sources: the COCO data format (cocodataset.org, Data format), the layout of COCO 2017, and the
 exports of Roboflow (train/_annotations.coco.json), FiftyOne (labels.json, data/), Label Studio
@@ -38,16 +38,16 @@ ImageId = int | str
 
 _INSTANCES, _KEYPOINTS = "instances_", "person_keypoints_"
 _OTHERS = (_KEYPOINTS, "captions_", "panoptic_", "stuff_", "image_info_")
-# What tools call the JSON of a folder, which says nothing of its split.
+# Names that tools give the JSON of a folder; they do not name a split.
 _BESIDE = ("_annotations.coco.json", "labels.json", "result.json")
-# Images that are looked for when the folder of all is.
-_LOOKED_FOR = 50
-_PEEKED = 1 << 16
+# Number of images that are looked for to find the folder of all images.
+_PROBED_IMAGES = 50
+_PEEK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image and its objects. width, height: pixels, None where the file does not say.
+    """One image and its objects. width, height: pixels, None if the file does not give them.
 
     left_out, remarks: as in `Labels`.
     """
@@ -68,9 +68,9 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class CocoSet:
-    """One JSON file. categories: names by id, in order of ids; empty where nothing is labelled.
+    """One JSON file. categories: names by id, in order of ids; empty if nothing is labelled.
 
-    left_out: rows of the file that belong to none of its images, and why.
+    left_out: unusable rows that belong to none of the images, and why.
     """
 
     file: Path
@@ -80,7 +80,7 @@ class CocoSet:
 
     @property
     def classes(self) -> list[str]:
-        """Names, each once: some tools give a name to several categories."""
+        """Names without repetition: some tools give several categories the same name."""
         return list(dict.fromkeys(self.categories.values()))
 
     @property
@@ -89,7 +89,7 @@ class CocoSet:
 
     @property
     def notes(self) -> list[str]:
-        """What should be known of the file as a whole."""
+        """Notes on the file as a whole for the user."""
         if not self.left_out:
             return []
         return [
@@ -99,10 +99,10 @@ class CocoSet:
 
 
 def read_coco(file: Path) -> CocoSet:
-    """The file as a whole.
+    """Read a whole file.
 
-    Raises UsageError, naming the file, for JSON that cannot be read or is not as COCO has it. Rows
-    that cannot be used are left out, each with its reason.
+    Raises UsageError that names the file if it cannot be read or is not COCO's JSON. Rows that
+    cannot be used are left out, each with its reason.
     """
     return parse_coco(read_json(file), file)
 
@@ -110,10 +110,10 @@ def read_coco(file: Path) -> CocoSet:
 def parse_coco(
     content: Mapping[str, Any], file: Path, usable: dict[str, list[dict[str, Any]]] | None = None
 ) -> CocoSet:
-    """The same of a file's content; `file` is for messages. See `read_coco`.
+    """Like `read_coco`, for content that has been read; `file` is for messages.
 
-    usable: gets the rows that were taken, with ids and numbers as COCO writes them and categories
-    of one name as one.
+    usable: filled with the usable rows, with ids and numbers as COCO writes them and categories of
+    one name merged into one.
     """
     left_out: list[str] = []
     categories = _Rows(_listed(content, "categories", file), "category", "name", left_out)
@@ -132,7 +132,7 @@ def parse_coco(
     remarks: dict[ImageId, list[str]] = defaultdict(list)
     for number, annotation in enumerate(_listed(content, "annotations", file), 1):
         if not isinstance(annotation, dict):
-            left_out.append(f"annotation number {number}: it is no object but {annotation!r}")
+            left_out.append(f"annotation number {number}: an object is needed, not {annotation!r}")
             continue
         where = f"annotation {annotation.get('id', f'number {number}')}"
         image = images.known(annotation.get("image_id"))
@@ -178,7 +178,7 @@ def parse_coco(
 
 
 class _Rows:
-    """Images or categories by their ids, which annotations may write as text or the other way."""
+    """Images or categories by id. Annotations may write a number as text, or the reverse."""
 
     def __init__(self, rows: list[Any], what: str, needed: str, left_out: list[str]) -> None:
         self.found: dict[ImageId, dict[str, Any]] = {}
@@ -191,14 +191,14 @@ class _Rows:
                 twice.add(row["id"])
             self.found.setdefault(row["id"], row)
         for one in twice:
-            # Nobody can say which of them the annotations mean.
+            # The annotations do not say which of the two they mean.
             del self.found[one]
             left_out.append(f"{what} {one}: another {what} has the same id; give each its own")
         texts = Counter(map(_id_text, self.found))
         self._by_text = {_id_text(i): i for i in self.found if texts[_id_text(i)] == 1}
 
     def known(self, value: object) -> ImageId | None:
-        """The id that a row means; None where it means none."""
+        """The known id that equals `value` as text; None if it matches none."""
         if not _is_id(value):
             return None
         return value if value in self.found else self._by_text.get(_id_text(value))
@@ -227,18 +227,20 @@ def _listed(content: Mapping[str, Any], name: str, file: Path) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise UsageError(f"{file}: not as COCO writes it: `{name}` is no list.")
+        raise UsageError(f"{file}: not COCO's format: `{name}` is not a list.")
     return value
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content of a file, not looked into. Raises UsageError when it is no COCO JSON at all."""
+    """The content of a file, unchecked. Raises UsageError if it is not COCO's JSON at all."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict) or "images" not in content:
-        raise UsageError(f"{file}: COCO's JSON is an object with images, annotations, categories.")
+        raise UsageError(
+            f"{file}: not COCO's JSON, which is an object with images, annotations, categories."
+        )
     return content
 
 
@@ -248,7 +250,7 @@ def _side(value: object) -> int | None:
 
 
 def _as_number(value: object) -> object:
-    """A number that is written as text, as a number."""
+    """`value`, converted to a number if it is a number written as text."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -260,13 +262,13 @@ def _as_number(value: object) -> object:
 def _box(
     annotation: Mapping[str, Any], name: str, sides: tuple[Any, Any], where: str
 ) -> tuple[Box, list[str]]:
-    """An object, and what of it is not taken. Raises UsageError when it is none."""
+    """An object, and remarks on fields left out. Raises UsageError if it cannot be used."""
     bbox = annotation.get("bbox")
     x, y, width, height = coco_box(
         [_as_number(v) for v in bbox] if isinstance(bbox, list) else bbox, where
     )
     if width < 0 or height < 0:
-        raise UsageError(f"{where}: its bbox is {bbox!r}, of a negative width or height")
+        raise UsageError(f"{where}: its bbox is {bbox!r}, with a negative width or height")
     own = ("bbox", "image_id", "category_id", "iscrowd")
     details = {k: v for k, v in annotation.items() if k not in own and v is not None}
     if "area" in details:
@@ -286,7 +288,7 @@ def _box(
     if points is not None and not (
         isinstance(points, list) and len(points) % 3 == 0 and all(map(is_number, points))
     ):
-        remarks.append(f"keypoints left out: {where}: they are not x, y, visibility of each")
+        remarks.append(f"keypoints left out: {where}: x, y, visibility of each point are needed")
         del details["keypoints"]
     box = Box(
         name, x, y, x + width, y + height, crowd=_crowd(annotation.get("iscrowd"), where),
@@ -328,7 +330,7 @@ def coco_box(value: object, where: str) -> tuple[float, float, float, float]:
 
 
 def _segmentation(value: object, sides: tuple[Any, Any], where: str) -> object:
-    """Polygons or a run-length mask; sides: height and width of the image, where it says so.
+    """Polygons or a run-length mask. sides: height and width of the image, None if unknown.
 
     Raises UsageError, beginning with `where`, for anything else.
     """
@@ -341,16 +343,17 @@ def _segmentation(value: object, sides: tuple[Any, Any], where: str) -> object:
             pass
         elif None not in known and size != known:
             raise UsageError(
-                f"{where}: its mask is of {size}, height x width, the image of {known}"
+                f"{where}: its mask has {size} pixels (height x width), but the image has {known}"
             )
         elif isinstance(counts, str):
             return value
         elif isinstance(counts, list) and all(isinstance(c, int) and c >= 0 for c in counts):
             if sum(counts) == size[0] * size[1]:
                 return value
-            raise UsageError(f"{where}: its mask is of {sum(counts)} pixels, not of {size}")
+            raise UsageError(f"{where}: its mask has {sum(counts)} pixels, but its size is {size}")
     elif isinstance(value, list):
-        flat = len(value) >= 6 and all(map(is_number, value))  # some tools write one polygon bare
+        # Some tools write a single polygon without the outer list.
+        flat = len(value) >= 6 and all(map(is_number, value))
         polygons = [value] if flat else value
         if all(
             isinstance(p, list) and len(p) % 2 == 0 and all(map(is_number, p)) for p in polygons
@@ -363,7 +366,7 @@ def _segmentation(value: object, sides: tuple[Any, Any], where: str) -> object:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a finite number."""
+    """Whether `value` is a finite number."""
     try:
         return isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:  # an integer larger than any float
@@ -371,7 +374,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def with_keypoints(coco: CocoSet) -> CocoSet:
-    """Objects with the keypoints that COCO keeps in a file of their own, if it lies beside."""
+    """Add the keypoints that COCO keeps in a separate file, if that lies beside this one."""
     beside = coco.file.with_name(coco.file.name.replace(_INSTANCES, _KEYPOINTS))
     if beside == coco.file or not beside.is_file():
         return coco
@@ -382,7 +385,7 @@ def with_keypoints(coco: CocoSet) -> CocoSet:
         }
     except (KeyError, TypeError) as error:
         raise UsageError(
-            f"{beside}: not as COCO writes it: {type(error).__name__}: {error}."
+            f"{beside}: not COCO's format: {type(error).__name__}: {error}."
         ) from error
 
     def completed(box: Box) -> Box:
@@ -393,7 +396,7 @@ def with_keypoints(coco: CocoSet) -> CocoSet:
 
 
 def coco_files(folder: Path) -> list[Path]:
-    """The JSON of each split of a COCO folder; none where it is no such folder."""
+    """The JSON of each split of a COCO folder; empty if it is not such a folder."""
     if not folder.is_dir():
         return []
     listed = [file for file in _json_files(folder / "annotations") if _looks_like_coco(file)]
@@ -406,7 +409,7 @@ def coco_files(folder: Path) -> list[Path]:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    """JSON of a folder that may be of objects: COCO's keypoints and captions are not."""
+    """The JSON files of a folder, without COCO's keypoints, captions and the like."""
     if not folder.is_dir():
         return []
     files = named(folder, lambda name: name.lower().endswith(".json") and name[0] != ".")
@@ -414,12 +417,12 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _looks_like_coco(file: Path) -> bool:
-    """Whether the names of COCO's lists are at the start or the end of a file."""
+    """Whether the names of COCO's lists occur near the start or the end of a file."""
     if file.name.startswith(_INSTANCES):
         return True
     with file.open("rb") as opened:
-        start = opened.read(_PEEKED)
-        opened.seek(max(0, file.stat().st_size - _PEEKED))
+        start = opened.read(_PEEK_BYTES)
+        opened.seek(max(0, file.stat().st_size - _PEEK_BYTES))
         text = (start + opened.read()).replace(b"\0", b"")
     return b'"images"' in text and any(
         name in text for name in (b'"annotations"', b'"categories"', b'"image_id"')
@@ -427,8 +430,8 @@ def _looks_like_coco(file: Path) -> bool:
 
 
 def coco_split(file: Path) -> str:
-    """train of instances_train2017.json and of train/labels.json, val of valid/...; else the
-    file's own name, or train where that is what a tool calls any file."""
+    """The split of a file: train for instances_train2017.json and train/labels.json, val for
+    valid/...; otherwise the file's own name, or train if a tool gives every file that name."""
     name = _plain_name(file)
     if file.name in _BESIDE:
         return split_named(file.parent.name) or "train"
@@ -436,29 +439,30 @@ def coco_split(file: Path) -> str:
 
 
 def find_split(files: Sequence[Path], split: str) -> list[Path]:
-    """The files of a split: train2017 of that name, or train of any of a train split."""
+    """The files of a split: `train2017` is the file of that name, `train` any train split."""
     exact = [f for f in files if split in (f.stem, _plain_name(f))]
     return exact or [file for file in files if coco_split(file) in (split, split_named(split))]
 
 
 def coco_split_file(root: Path, split: str) -> Path:
-    """The JSON of a split: `train2017`, or `train` where no other file is of a train split.
+    """The JSON of a split: `train2017`, or `train` if only one file is of a train split.
 
-    Raises UsageError for an unknown split, or one that several files could be.
+    Raises UsageError for an unknown split, or one that several files match.
     """
     files = coco_files(root)
     found = find_split(files, split)
     if len(found) != 1:
         known = (coco_split(f) if f.name in _BESIDE else _plain_name(f) for f in files)
         raise UsageError(
-            f"{root}: there is no split {split!r} (annotations/instances_{split}.json or "
-            f"annotations/{split}.json); annotations/ has {', '.join(known)}."
+            f"{root}: {'several files match' if found else 'no file is'} the split {split!r} "
+            f"(annotations/instances_{split}.json or annotations/{split}.json); its splits are "
+            f"{', '.join(known)}."
         )
     return found[0]
 
 
 def coco_root(file: Path) -> Path:
-    """The folder that holds annotations/ and the images; the file's own where there is none."""
+    """The folder that holds annotations/ and the images; without annotations/, the file's own."""
     return file.parent.parent if file.parent.name == "annotations" else file.parent
 
 
@@ -470,18 +474,18 @@ def image_folders(file: Path) -> list[Path]:
 
 
 def image_folder(coco: CocoSet, places: Sequence[Path] | None = None) -> Path | None:
-    """The first place, of the usual ones by default, that has one of the first images; None where
-    none has."""
+    """The first of `places` (by default the usual ones) that has one of the first images, or
+    None."""
     for place in places or image_folders(coco.file):
-        some = coco.images[:_LOOKED_FOR]
+        some = coco.images[:_PROBED_IMAGES]
         if not coco.images or any(image_path(place, i.file_name).is_file() for i in some):
             return place
     return None
 
 
 def image_path(folder: Path, file_name: str) -> Path:
-    """The file of an image in a folder: as it is written, else as another system or a server of
-    labels would write it. It need not exist."""
+    """The file of an image in a folder: by the name as written, otherwise by a name in the style of
+    another system or a label server. The file need not exist."""
     path = folder / file_name
     if path.is_file():
         return path
@@ -498,8 +502,8 @@ def _plain_name(file: Path) -> str:
 class CocoSplit:
     """Images of one JSON of COCO: `train2017` is annotations/instances_train2017.json.
 
-    `train` is too, where no other file of annotations/ is of a train split. Images go by their file
-    names: ids begin anew in every file of many tools.
+    `train` also names it if annotations/ has no other train split. Images are identified by their
+    file names, because many tools start ids from 1 in every file.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -508,10 +512,10 @@ class CocoSplit:
         places = [*([] if root.is_file() else [root / split]), *image_folders(file)]
         folder = image_folder(coco, places)
         if folder is None:
-            looked = ", ".join(str(place) for place in dict.fromkeys(places))
+            tried = ", ".join(str(place) for place in dict.fromkeys(places))
             raise UsageError(
-                f"{file}: its first image, {coco.images[0].file_name}, is in none of {looked}. "
-                f"Put the images there."
+                f"{file}: its first image, {coco.images[0].file_name}, is in none of {tried}. "
+                f"Put the images into one of them."
             )
         self._folder, self._images = folder, coco.images
         # Roboflow's folders may each have an image of the same name.

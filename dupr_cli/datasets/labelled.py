@@ -1,10 +1,9 @@
-"""Labelled sets: images with boxes, and masks, from wherever they lie, seen the same way.
+"""Labelled sets: images with boxes and masks, in one form for all layouts.
 
-Opening a set reads every annotation and image header once, so that what is wrong with the data is
-said before any training: an image that cannot be used is left out, named and counted, and so is a
-label. Pixels are decoded later, one image at a time. Images and boxes are upright and placed as
-`dupr prepare` places them (`pixels`, `placement`), boxes are pixel edges, 0-based and half-open,
-inside the image.
+Opening a set reads every annotation and image header once, so that faults in the data are reported
+before any training: images and labels that cannot be used are left out, named and counted. Pixels
+are decoded later, one image at a time. Images and boxes are upright and placed as by `dupr prepare`
+(`pixels`, `placement`). Boxes are pixel edges, 0-based and half-open, inside the image.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pycocotools import mask as coco_mask
 
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
 from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture, open_picture
-from dupr_cli.datasets.placement import Placed, placed, said
+from dupr_cli.datasets.placement import Placed, placed, summarise_notes
 from dupr_cli.datasets.splits import LabelSource, open_source
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.metrics.types import Rle, Truth
@@ -36,12 +35,12 @@ Outline = list[list[float]] | dict[str, Any]
 
 @dataclass(frozen=True)
 class Annotation:
-    """What is known about one image without its pixels.
+    """The labels and size of one image, without its pixels.
 
     width, height: of the upright image, pixels. boxes: (n, 4) float32, x_min, y_min, x_max, y_max.
-    names: class of each box. difficult, crowd: (n,) bool. areas: (n,) of the object, square pixels:
-    of its mask where the source says it. outlines: COCO's polygons or run lengths of each object,
-    None where masks were not asked for.
+    names: class of each box. difficult, crowd: (n,) bool. areas: (n,) square pixels, of the
+    object's mask if the source gives it, otherwise of the box. outlines: COCO's polygons or run
+    lengths of each object, None if masks were not requested.
     """
 
     image_id: str
@@ -83,7 +82,7 @@ class LabelledSet:
 
     @property
     def digest(self) -> str:
-        """sha256 over image ids, file sizes, boxes and classes: what training and AP hang on."""
+        """sha256 over image ids, file sizes, boxes and classes, which decide training and AP."""
         digest = hashlib.sha256()
         for annotation, size in zip(self.annotations, self.sizes, strict=True):
             digest.update(f"{annotation.image_id} {size} {annotation.names}\n".encode())
@@ -110,17 +109,17 @@ class LabelledSet:
         )
 
     def image(self, position: int) -> Image.Image:
-        """Upright RGB image. Raises RunError naming it when it cannot be read or decoded."""
+        """Upright RGB image. Raises RunError that names it if it cannot be read or decoded."""
         with _opened(self._source, self._numbers[position]) as (picture, _):
             return picture.rgb()
 
     def read(self, position: int) -> bytes:
-        """The image's file, as it is."""
+        """The bytes of the image's file."""
         with self._source.image(self._numbers[position]) as file:
             return file.read()
 
     def truth(self, position: int, classes: Sequence[str]) -> Truth:
-        """Objects of an image as the metric wants them; `classes` gives the numbers."""
+        """Objects of an image in the form of the metrics; `classes` numbers the classes."""
         annotation = self.annotations[position]
         labels = np.array([classes.index(name) for name in annotation.names], dtype=np.int64)
         return Truth(
@@ -133,7 +132,7 @@ class LabelledSet:
         )
 
     def masks(self, position: int) -> NDArray[np.bool_]:
-        """(n, height, width) of the objects of an image. Raises RunError when one is no mask."""
+        """(n, height, width) masks of an image's objects. Raises RunError if one is malformed."""
         annotation = self.annotations[position]
         coded = self._coded(annotation)
         if not coded:
@@ -142,7 +141,7 @@ class LabelledSet:
         return drawn.transpose(2, 0, 1)
 
     def _coded(self, annotation: Annotation) -> tuple[Rle, ...]:
-        """Outlines in run lengths of the whole image."""
+        """Outlines as run lengths over the whole image."""
         assert annotation.outlines is not None
         size = annotation.height, annotation.width
         return tuple(self._run_lengths(o, size, annotation) for o in annotation.outlines)
@@ -154,12 +153,12 @@ class LabelledSet:
             coded = outline if compressed else coco_mask.frPyObjects(outline, *size)
             if isinstance(coded, list):
                 coded = coco_mask.merge(coded)
-            coco_mask.area(coded)  # fails for run lengths that are none
+            coco_mask.area(coded)  # fails for malformed run lengths
         except Exception as error:  # pycocotools raises Exception itself
             raise RunError(f"{where}: a mask cannot be drawn ({error}).") from error
         if tuple(coded["size"]) != size:
             raise RunError(
-                f"{where}: a mask is of {coded['size']}, height x width, but the image is of "
+                f"{where}: a mask has {coded['size']} pixels (height x width), but the image has "
                 f"{list(size)}."
             )
         counts = coded["counts"]
@@ -168,7 +167,7 @@ class LabelledSet:
 
 @contextmanager
 def _opened(source: LabelSource, number: int) -> Iterator[tuple[Picture, int]]:
-    """An image whose pixels are not decoded yet, and the size of its file in bytes."""
+    """Open an image without decoding its pixels; also yields the size of its file in bytes."""
     try:
         with source.image(number) as file:
             picture = open_picture(file)
@@ -176,7 +175,7 @@ def _opened(source: LabelSource, number: int) -> Iterator[tuple[Picture, int]]:
             yield picture, size
     except FileNotFoundError:
         raise RunError(
-            f"{source.place(number)}: the image is missing, but the split lists it. Put it there, "
+            f"{source.place(number)}: the image is missing, but the split lists it. Restore it, "
             f"or take it off the list."
         ) from None
     except IMAGE_ERRORS as error:
@@ -189,13 +188,12 @@ def _opened(source: LabelSource, number: int) -> Iterator[tuple[Picture, int]]:
 def open_labelled(
     address: str, splits: Sequence[str], reporter: Reporter, *, masks: bool = False
 ) -> LabelledSet:
-    """Splits of a labelled set, joined; see splits.py for what can be one.
+    """Open splits of a labelled set, joined into one; splits.py lists the layouts.
 
-    Boxes are clipped to the image, those left without area are dropped; images and labels that
-    cannot be used are left out: all of it is reported as warnings.
-    masks: keep the objects' outlines, and ask for them.
-    Raises UsageError when there is no such set or split, it has no images, or none of them can be
-    used.
+    Boxes are clipped to the image, and those without area are dropped. Images and labels that
+    cannot be used are left out. All of this is reported as warnings.
+    masks: keep the objects' outlines; every object must have one.
+    Raises UsageError when the set or split does not exist, or none of its images can be used.
     """
     source = open_source(address, splits)
     annotations, sizes, numbers = list[Annotation](), list[int](), list[int]()
@@ -210,19 +208,19 @@ def open_labelled(
                 continue
             if masks and not all("segmentation" in box.details for box in found.boxes):
                 raise UsageError(
-                    f"{address}: image {image_id}: an object has no mask, and the detector of the "
-                    f"recipe is trained on masks. Set detector.model to one without."
+                    f"{address}: image {image_id}: an object has no mask, but the detector of the "
+                    f"recipe is trained on masks. Set detector.model to one without masks."
                 )
-            annotation, further = _annotate(image_id, found, upright, masks)
+            annotation, cut_notes = _annotate(image_id, found, upright, masks)
             annotations.append(annotation)
             sizes.append(size)
             numbers.append(number)
-            notes += [(image_id, note) for note in (*found.notes, *further)]
+            notes += [(image_id, note) for note in (*found.notes, *cut_notes)]
             task.advance()
     where = f"{address}, split {named}"
     if not annotations:
         raise UsageError(f"{where}: no image can be used; the first of {len(errors)}: {errors[0]}")
-    warnings = [*source.notes, *(f"{where}: {text}" for text in said(notes))]
+    warnings = [*source.notes, *(f"{where}: {text}" for text in summarise_notes(notes))]
     if errors:
         warnings.insert(
             0, f"{where}: {len(errors)} of {len(source.ids)} images were left out; the first: "
@@ -234,11 +232,11 @@ def open_labelled(
 
 
 def _read(source: LabelSource, number: int) -> tuple[Placed, tuple[int, int], int]:
-    """The objects of an image, its upright size, and the bytes of its file. Raises RunError."""
+    """The objects of an image, its upright size, and its file's size in bytes. Raises RunError."""
     labels = source.labels(number)
     with _opened(source, number) as (picture, size):
         if picture.is_wide:
-            picture.rgb()  # only its pixels tell whether they can be used
+            picture.rgb()  # only decoding shows whether its range of values is known
         stored, orientation, upright = picture.stored, picture.orientation, picture.upright
     try:
         return placed(labels, stored, orientation), upright, size
@@ -249,26 +247,26 @@ def _read(source: LabelSource, number: int) -> tuple[Placed, tuple[int, int], in
 def _annotate(
     image_id: str, found: Placed, size: tuple[int, int], masks: bool
 ) -> tuple[Annotation, list[str]]:
-    """Objects inside the image, and a note for every box that was changed or left out."""
+    """The objects inside the image, and a note for every box that was changed or left out."""
     corners = np.array([box.corners for box in found.boxes], dtype=np.float64).reshape(-1, 4)
     width, height = size
     inside = corners.clip(0, [width, height, width, height])
     has_area = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
     cut = int(np.count_nonzero((inside != corners).any(axis=1) & has_area))
-    notes = ["box cut: it reached out of the image and was cut at its edge"] * cut
+    notes = ["box cut: it extended beyond the image and was cut at its edge"] * cut
     notes += ["box dropped: it had no area inside the image"] * int(np.count_nonzero(~has_area))
-    kept = [box for box, keep in zip(found.boxes, has_area, strict=True) if keep]
+    usable = [box for box, keep in zip(found.boxes, has_area, strict=True) if keep]
     sides = (inside[:, 2:] - inside[:, :2])[has_area]
-    areas = [box.details.get("area", area) for box, area in zip(kept, sides.prod(1), strict=True)]
+    areas = [box.details.get("area", area) for box, area in zip(usable, sides.prod(1), strict=True)]
     annotation = Annotation(
         image_id,
         width,
         height,
         inside[has_area].astype(np.float32),
-        tuple(box.name for box in kept),
-        np.array([box.difficult for box in kept], dtype=np.bool_),
-        np.array([box.crowd for box in kept], dtype=np.bool_),
+        tuple(box.name for box in usable),
+        np.array([box.difficult for box in usable], dtype=np.bool_),
+        np.array([box.crowd for box in usable], dtype=np.bool_),
         np.array(areas, dtype=np.float64),
-        tuple(box.details["segmentation"] for box in kept) if masks else None,
+        tuple(box.details["segmentation"] for box in usable) if masks else None,
     )
     return annotation, notes

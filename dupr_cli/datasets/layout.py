@@ -1,4 +1,4 @@
-"""Folders of images and labels: which of them are splits, and the walk over all images."""
+"""Recognises the folders of splits and the files of labels, and walks over all images."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SPLITS = ("train", "val", "test")
 
 
 def split_named(name: str) -> str:
-    """train, val or test, where a folder's or file's name begins so (train2017, valid); else ""."""
+    """train, val or test if a name begins with it (train2017, valid), otherwise ""."""
     return next((split for split in SPLITS if name.lower().startswith(split)), "")
 
 
 def split_folders(root: Path) -> list[Path]:
-    """Folders in `root` that are named as splits are, train before val before test."""
+    """Folders in `root` that are named like splits: first train, then val, then test."""
     if not root.is_dir():
         return []
     with os.scandir(root) as found:
@@ -31,7 +31,7 @@ def walk(
 ) -> Iterator[str]:
     """Paths of the images under `root`, relative to it, in the order of their names.
 
-    One folder at a time is in memory. Hidden files and folders, and `exclude`, are left out.
+    Only one folder at a time is in memory. Hidden files and folders, and `exclude`, are left out.
     seen: called with the path and the names of each folder. Raises UsageError when a folder cannot
     be read.
     """
@@ -64,14 +64,14 @@ def walk(
 
 
 def has_images(folder: Path) -> bool:
-    """Whether an image file lies in the folder, at any depth."""
+    """Whether the folder holds an image file at any depth."""
     return next(walk(folder), None) is not None
 
 
 def is_label_name(path: str) -> bool:
-    """Whether a file is of labels, by its name and its folders alone."""
+    """Whether a path looks like a label file, judged by its name and folders alone."""
     *folders, name = path.lower().split("/")
     if not name.endswith((".xml", ".txt", ".json", ".csv")):
         return False
-    telling = name.endswith((".xml", ".coco.json")) or "annotations" in name or "instances" in name
-    return telling or any(folder in ("annotations", "labels") for folder in folders)
+    by_name = name.endswith((".xml", ".coco.json")) or "annotations" in name or "instances" in name
+    return by_name or any(folder in ("annotations", "labels") for folder in folders)

@@ -1,13 +1,13 @@
-"""The pixels of an image file: upright, RGB, 8 bits, the same for every stage.
+"""Decodes an image file to upright RGB pixels of 8 bits, the same way for every stage.
 
-    picture = open_picture(file)       # the header: size, orientation; nothing is decoded
+    picture = open_picture(file)       # reads the header: size, orientation; decodes nothing
     picture.rgb()                      # upright RGB image
 
-Orientation, size and pixels belong together: a TIFF turns itself while Pillow decodes it, a PNG may
-carry its tag behind its pixels, and a tag in damaged EXIF counts as none. So an image is opened
-once, here, and everything else asks the `Picture`.
-Source: `PIL.ImageOps.exif_transpose`, which decides what upright is (EXIF 2.3, tag Orientation, and
-XMP's tiff:Orientation).
+Orientation, size and pixels belong together: Pillow turns a TIFF while decoding it, a PNG may carry
+its tag after its pixels, and a tag in damaged EXIF is ignored. Therefore an image is opened once,
+here, and all other code uses the `Picture`.
+Source: `PIL.ImageOps.exif_transpose`, which defines upright (EXIF 2.3, tag Orientation, and XMP's
+tiff:Orientation).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 
 from dupr_cli.errors import StoppedRunError
 
-# What opening and decoding a damaged image raises, save for some plugins' own mistakes.
+# Errors from opening and decoding a damaged image, except for bugs in some of Pillow's plugins.
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 _ORIENTATION = 0x0112
@@ -36,12 +36,12 @@ _TURN = {
     8: Image.Transpose.ROTATE_90,
 }
 _WIDTH, _HEIGHT = 256, 257  # tags of TIFF
-# A file that does not reach this share of its depth may as well be 12 bits in 16.
+# A file whose values stay below this share of its depth may hold, for example, 12 bits in 16.
 _LEAST_SHARE = 1 / 4
 
 
 class UnknownRangeError(ValueError):
-    """Which values of an image are black and white is not known."""
+    """It is unknown which values of an image are black and white."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,19 @@ class Picture:
 
     @cached_property
     def orientation(self) -> int:
-        """1 to 8. A PNG's may lie behind its pixels, which are decoded then; raises as `rgb`."""
+        """1 to 8. A PNG may have to be decoded to find its tag; raises the same errors as `rgb`."""
         if self.image.format == "PNG" and "exif" not in self.image.info:
             self.image.load()
         return _tag(self.image)
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height as the image is seen."""
+        """Width and height of the upright image."""
         return self.stored[::-1] if self.orientation >= 5 else self.stored
 
     @property
     def is_wide(self) -> bool:
-        """Whether a value may have more than 8 bits, so that only decoding tells its range."""
+        """Whether values may have more than 8 bits, so that only decoding shows their range."""
         return self.deep or self.image.mode[0] in "IF"
 
     def rgb(
@@ -79,23 +79,23 @@ class Picture:
         resample: Image.Resampling = Image.Resampling.LANCZOS,
         limits: tuple[float, float] | None = None,
     ) -> Image.Image:
-        """The upright image in RGB; transparency is laid over white.
+        """The upright image in RGB; transparent parts become white.
 
-        size: to shrink it to, upright, pixels. limits: values of black and white of images with
-        more than 8 bits; by default those of their depth, as far as it is known.
-        Raises UnknownRangeError where it is not, OSError, ValueError or SyntaxError where the image
-        is damaged.
+        size: width and height of the upright result, pixels. limits: values of black and white of
+        an image with more than 8 bits; by default those of its depth, if it is known.
+        Raises UnknownRangeError if it is not; OSError, ValueError or SyntaxError if the image is
+        damaged.
         """
         image, box = self.image, None
         size = size or self.upright
         if size != self.upright:
-            # libjpeg shrinks by a power of two while it decodes; twice the size is left to the
-            # filter.
+            # libjpeg shrinks by a power of two while decoding; the filter shrinks the rest, from at
+            # least twice the size.
             wide, high = size[::-1] if self.orientation >= 5 else size
             drafted = image.draft("RGB", (2 * wide, 2 * high))
             box = drafted[1] if drafted else None
         image.load()
-        # A TIFF has turned itself by now.
+        # Pillow has turned a TIFF by now.
         turn = _tag(image) if image.format == "TIFF" else self.orientation
         rgb = self._converted(image, limits)
         if turn >= 5:
@@ -106,7 +106,7 @@ class Picture:
             rgb = rgb.transpose(_TURN[turn])
         if rgb is image:
             rgb = image.copy()
-        rgb.info = {}  # no stale EXIF, no profile of another colour space
+        rgb.info = {}  # drops stale EXIF, and the profile of another colour space
         return rgb
 
     def _converted(self, image: Image.Image, limits: tuple[float, float] | None) -> Image.Image:
@@ -122,20 +122,20 @@ class Picture:
             if highest < 255 * _LEAST_SHARE and limits != (0, 65535):
                 raise UnknownRangeError(
                     f"black and white are not known: the upper 8 of 16 bits of its colours do not "
-                    f"exceed {highest} of 255; convert it to 8 bits, or take it as it is with "
+                    f"exceed {highest} of 255; convert it to 8 bits, or take it unchanged with "
                     f"`dupr prepare --set image.range=[0, 65535]`"
                 )
         return rgb
 
 
 def _grey(image: Image.Image, deep: bool, limits: tuple[float, float] | None) -> Image.Image:
-    """8 bits of integers or floats: black and white are `limits`, or those of a depth that fits."""
+    """Integers or floats as 8 bits: black and white are `limits`, or those of a depth that fits."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if limits is None:
         depths = (65535.0,) if deep else (1.0, 255.0) if image.mode == "F" else (255.0,)
         fitting = [depth for depth in depths if depth * _LEAST_SHARE <= high <= depth]
-        if low < 0 or not fitting:  # also where a value is not a number
+        if low < 0 or not fitting:  # `fitting` is also empty if a value is NaN
             kind = "16 bits" if deep else "floats" if image.mode == "F" else "32 bits"
             raise _unknown(f"values of {kind} from {low:g} to {high:g}")
         limits = (0.0, fitting[0])
@@ -152,15 +152,15 @@ def _grey(image: Image.Image, deep: bool, limits: tuple[float, float] | None) ->
 
 def _unknown(found: str) -> UnknownRangeError:
     return UnknownRangeError(
-        f"black and white are not known: {found}; `dupr prepare --set image.range=[LOW, HIGH]` "
-        f"says which values they are"
+        f"black and white are not known: {found}; give them with "
+        f"`dupr prepare --set image.range=[LOW, HIGH]`"
     )
 
 
 def open_picture(file: Path | BinaryIO) -> Picture:
-    """Open an image, decoding no more than its header needs.
+    """Open an image and read only its header.
 
-    Raises one of IMAGE_ERRORS when it is none.
+    Raises one of IMAGE_ERRORS if the file is not an image.
     """
     image = Image.open(file)
     raw_modes = str([tile.args for tile in getattr(image, "tile", ())])
@@ -170,20 +170,20 @@ def open_picture(file: Path | BinaryIO) -> Picture:
         or (image.format == "PPM" and image.mode == "I")
     )
     tags = getattr(image, "tag_v2", None)
-    # From Pillow 11 on, the size of a TIFF is that of the upright image.
+    # Since Pillow 11, the size of a TIFF is that of the upright image.
     stored = image.size if tags is None else (tags[_WIDTH], tags[_HEIGHT])
     picture = Picture(image, stored, deep)
     if image.format == "TIFF":
-        _ = picture.orientation  # decoding takes the tag away
+        _ = picture.orientation  # cached now, because decoding removes the tag
     return picture
 
 
 def _tag(image: Image.Image) -> int:
-    """The orientation of an image, 1 where it has none, one that is no orientation, or damage."""
+    """The orientation of an image, or 1 if its tag is missing, invalid or damaged."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except StoppedRunError:
         raise
-    except Exception:  # parsers of damaged metadata raise whatever they ran into
+    except Exception:  # on damaged metadata, parsers raise exceptions of any kind
         return 1
     return int(orientation) if orientation in _TURN else 1

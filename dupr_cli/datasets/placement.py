@@ -1,9 +1,9 @@
-"""Where labels lie on the pixels of an upright image: the one placement that every reader uses.
+"""Places labels on the pixels of an upright image; every reader uses this module.
 
-A reader gives `Labels` as their file has them; `placed` turns and scales them to the image as it is
-seen, with their polygons, keypoints and masks. Whether they were drawn on the stored or on the
-upright pixels is decided by the size that their file states; where a size cannot tell (180 degrees,
-mirrored, square, no size) they count as drawn on the stored pixels, and a remark says so.
+A reader returns `Labels` as their file has them. `placed` turns and scales them, with their
+polygons, keypoints and masks, to the upright image. The size that their file states decides whether
+they were drawn on the stored or on the upright pixels. If the size cannot decide (180 degrees,
+mirrored, square, no size), they count as drawn on the stored pixels, and a note says so.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True)
 class Labels:
-    """Objects of one image as their source draws them.
+    """Objects of one image in the coordinates of their source.
 
-    size: of the image that they were drawn on, None where the source does not say. upright: they
-    were drawn on the upright image. unit: they are shares of its sides. left_out: what the source
-    lists and could not be taken, and why. remarks: what was taken and should be known.
+    size: of the image that they were drawn on, None if the source does not give it. upright: they
+    were drawn on the upright image. unit: coordinates are fractions of its sides. left_out: reasons
+    for each label that could not be used. remarks: notes on labels that were used.
     """
 
     boxes: tuple[Box, ...] = ()
@@ -41,10 +41,10 @@ class Labels:
 
 @dataclass(frozen=True)
 class Placed:
-    """Objects in the pixels of the upright image.
+    """Objects in pixels of the upright image.
 
-    notes: what was left out and what should be known, of each a line that begins with its kind and
-    a colon.
+    notes: one line for each label left out and each remark; a line begins with its kind and a
+    colon.
     """
 
     boxes: tuple[Box, ...]
@@ -52,9 +52,9 @@ class Placed:
 
 
 def placed(labels: Labels, stored: Size, orientation: int, new: Size | None = None) -> Placed:
-    """The labels on an image of `stored` pixels with that orientation, scaled to `new` pixels.
+    """Place labels on an image of `stored` pixels with this orientation, scaled to `new` pixels.
 
-    Raises RunError where the labels are of an image of another shape.
+    Raises RunError if the labels belong to an image of another shape.
     """
     upright = stored[::-1] if orientation >= 5 else stored
     named = [box for box in labels.boxes if box.name]
@@ -66,31 +66,32 @@ def placed(labels: Labels, stored: Size, orientation: int, new: Size | None = No
     frame, turned = _frame(labels, stored, upright, orientation)
     new = new or upright
     boxes = [_in_pixels(box, frame) for box in named] if labels.unit else named
-    way = Placement(1 if turned else orientation, *frame, *new)
+    placement = Placement(1 if turned else orientation, *frame, *new)
     if boxes and frame not in (stored, upright):
         notes.append(
-            f"labels scaled: they are of {_text(frame)} pixels, the image has "
+            f"labels scaled: they are for {_text(frame)} pixels, but the image has "
             f"{_text(upright if turned else stored)}"
         )
     known = labels.upright or labels.unit or orientation == 1
     if boxes and not known and _in_doubt(labels.size, frame, orientation):
         notes.append(
             f"orientation in doubt: EXIF orientation {orientation}, and the labels' size does not "
-            f"tell whether they were drawn on the upright image; taken as drawn on the stored one"
+            f"show whether they were drawn on the upright image; they are taken as drawn on the "
+            f"stored one"
         )
-    kept = []
+    moved = []
     for box in boxes:
         try:
-            kept.append(way.box(box))
+            moved.append(placement.box(box))
         except (ValueError, IndexError) as error:
             rest = {k: v for k, v in box.details.items() if k != "segmentation"}
-            kept.append(way.box(replace(box, details=rest)))
+            moved.append(placement.box(replace(box, details=rest)))
             notes.append(f"mask left out: of {box.name}: {error}")
-    return Placed(tuple(kept), tuple(notes))
+    return Placed(tuple(moved), tuple(notes))
 
 
-def said(notes: Sequence[tuple[str, str]]) -> list[str]:
-    """Notes of many images, (image, note) each: a line for each kind, how many and the first."""
+def summarise_notes(notes: Sequence[tuple[str, str]]) -> list[str]:
+    """Summarise (image, note) pairs: one line per kind, with the number of notes and the first."""
     first: dict[str, str] = {}
     counts = Counter(note.partition(":")[0] for _, note in notes)
     for image, note in notes:
@@ -100,7 +101,7 @@ def said(notes: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _frame(labels: Labels, stored: Size, upright: Size, orientation: int) -> tuple[Size, bool]:
-    """Size of the image that the labels were drawn on, and whether that was the upright one."""
+    """Size of the image that the labels were drawn on, and whether that image was upright."""
     if labels.upright or labels.unit:
         return upright, True
     size = labels.size
@@ -113,7 +114,7 @@ def _frame(labels: Labels, stored: Size, upright: Size, orientation: int) -> tup
     if orientation >= 5 and _same_shape(size, upright):
         return size, True
     raise RunError(
-        f"its labels are of an image of {_text(size)} pixels, but the image has {_text(stored)}; "
+        f"its labels are for an image of {_text(size)} pixels, but the image has {_text(stored)}; "
         f"correct the size, or give the image that was labelled"
     )
 
@@ -123,7 +124,7 @@ def _in_doubt(size: Size | None, frame: Size, orientation: int) -> bool:
 
 
 def _same_shape(first: Size, second: Size) -> bool:
-    """Whether one is the other resized, to a pixel."""
+    """Whether one size is the other one resized, to within a pixel."""
     return abs(first[0] * second[1] - first[1] * second[0]) <= max(*first, *second)
 
 
@@ -132,7 +133,7 @@ def _text(size: Size) -> str:
 
 
 def _in_pixels(box: Box, size: Size) -> Box:
-    """A box, polygons and keypoints in shares of the sides, in pixels."""
+    """Convert a box with its polygons and keypoints from fractions of the sides to pixels."""
     width, height = size
     details = dict(box.details)
     if "segmentation" in details:
@@ -149,7 +150,7 @@ def _in_pixels(box: Box, size: Size) -> Box:
     )  # fmt: skip
 
 
-# What each EXIF orientation does to a point (x, y) of an image of w x h, to see it upright.
+# The map of each EXIF orientation from a point (x, y) of an image of w x h to the upright image.
 # Source: EXIF 2.3, tag Orientation.
 _TURNS: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
     1: lambda x, y, _w, _h: (x, y),
@@ -165,7 +166,7 @@ _TURNS: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
 
 @dataclass(frozen=True)
 class Placement:
-    """How an image of width x height pixels is turned, then scaled to new_width x new_height.
+    """Turns an image of width x height pixels, then scales it to new_width x new_height.
 
     orientation: EXIF tag 274, 1 to 8.
     """
@@ -178,7 +179,7 @@ class Placement:
 
     @classmethod
     def upright(cls, orientation: int, width: int, height: int) -> Placement:
-        """Turned, and as large as it was."""
+        """A placement that only turns the image upright, without scaling."""
         sides = (height, width) if orientation >= 5 else (width, height)
         return cls(orientation, width, height, *sides)
 
@@ -198,12 +199,12 @@ class Placement:
         return self.new_width / width, self.new_height / height
 
     def point(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point goes; pixel edges are whole numbers."""
+        """The new position of a point; pixel edges are whole numbers."""
         x, y = _TURNS[self.orientation](x, y, self.width, self.height)
         return x * self.scale[0], y * self.scale[1]
 
     def box(self, box: Box) -> Box:
-        """Where an object goes, with its polygons, keypoints and masks."""
+        """An object in its new position, with its polygons, keypoints and masks."""
         if not self.moves:
             return box
         (xs, ys) = zip(
@@ -230,7 +231,7 @@ class Placement:
         return [value for point in points for value in point]
 
     def _keypoints(self, flat: Sequence[float]) -> list[float]:
-        """[x, y, visibility, ...]; COCO's x and y name a pixel, whose centre is 1/2 further on."""
+        """[x, y, visibility, ...]; COCO's x and y index a pixel, whose centre is at + 1/2."""
         moved: list[float] = []
         for x, y, visibility in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
             if visibility:
@@ -240,11 +241,11 @@ class Placement:
         return moved
 
     def mask(self, rle: Mapping[str, Any]) -> dict[str, object]:
-        """A run-length encoded mask, turned, and scaled to the nearest pixel."""
+        """Turn a run-length encoded mask, and scale it by nearest neighbour."""
         pixels = decode_mask(rle)
         if pixels.shape != (self.height, self.width):
             raise ValueError(
-                f"a mask is of {list(pixels.shape)}, height x width, but the image is of "
+                f"a mask has {list(pixels.shape)} pixels (height x width), but the image has "
                 f"{[self.height, self.width]}"
             )
         turned = {
@@ -263,9 +264,9 @@ class Placement:
 
 
 def decode_mask(rle: Mapping[str, Any]) -> NDArray[Any]:
-    """Bool (height, width) of a COCO mask, its counts as numbers or in COCO's text form.
+    """Bool (height, width) of a COCO mask whose counts are numbers or COCO's text form.
 
-    Source: COCO data format, runs of zeros and ones in turn, column by column.
+    Source: COCO data format, alternating runs of zeros and ones, column by column.
     """
     height, width = rle["size"]
     counts = rle["counts"]
@@ -283,8 +284,8 @@ def encode_mask(pixels: NDArray[Any]) -> dict[str, object]:
 
 
 def _numbers(text: str | bytes) -> list[int]:
-    """COCO's text form: 5 bits a character, the 6th says that more follow; from the third number
-    on, the difference from the number two before."""
+    """Decode COCO's text form: each character has 5 bits of a number and a 6th bit that says
+    whether more follow; from the third number on, the difference to the number two before."""
     codes = text.encode() if isinstance(text, str) else text
     numbers: list[int] = []
     value = shift = 0

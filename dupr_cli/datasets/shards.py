@@ -1,4 +1,4 @@
-"""Shards as a labelled set or as plain images, written by dupr or by anyone."""
+"""Reads shards, written by dupr or another tool, as a labelled set or as plain images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def holds_shards(folder: Path) -> bool:
 
 
 def labels_of(sample: Sample) -> Labels | None:
-    """Labels of a sample; None where it has none."""
+    """Labels of a sample, or None if it has none."""
     if sample.boxes is None:
         return None
     size = (sample.width, sample.height) if sample.width > 0 and sample.height > 0 else None
@@ -45,11 +45,11 @@ class ShardSplit:
         return io.BytesIO(self._shards[number].image)
 
     def labels(self, number: int) -> Labels:
-        """Raises RunError where a sample has none."""
+        """Raises RunError when the sample has no labels."""
         labels = labels_of(self._shards.described(number))
         if labels is None:
             raise RunError(
-                f"{self.place(number)} has no boxes (no {self.ids[number]}.boxes.json). A labelled "
-                f"set is needed: a VOC tree, or the shards that `dupr prepare` makes of one."
+                f"{self.place(number)} has no boxes (no {self.ids[number]}.boxes.json). Give a "
+                f"labelled set: a VOC tree, or the shards that `dupr prepare` makes from one."
             )
         return labels

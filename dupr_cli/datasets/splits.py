@@ -1,8 +1,7 @@
-"""The splits of a labelled set, whichever layout it has, as images by number.
+"""Opens the splits of a labelled set of any layout, as images by number.
 
-Each source is some images with their labels as their file has them (`voc`, `coco`, `yolo`,
-`cityscapes`, `shards`); what is made of that (upright, inside the image) is the same for all, in
-labelled.py.
+Each source (`voc`, `coco`, `yolo`, `cityscapes`, `shards`) gives images with their labels as its
+files have them. labelled.py then brings them into one form (upright, inside the image).
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from dupr_cli.errors import UsageError
 
 
 class LabelSource(Protocol):
-    """Images of a split, by number. `place` names an image in messages; notes: what should be known
-    of the source as a whole."""
+    """Images of a split, by number. `place` names an image in messages; notes: on the source as a
+    whole, for the user."""
 
     ids: list[str]
     notes: list[str]
@@ -33,12 +32,12 @@ class LabelSource(Protocol):
     def image(self, number: int) -> BinaryIO: ...
 
     def labels(self, number: int) -> Labels:
-        """Raises RunError when they are missing or damaged."""
+        """Raises RunError when the labels are missing or damaged."""
         ...
 
 
 class JoinedSource:
-    """Several sources as one, one after the other. What one of them lists twice is in it once."""
+    """Several sources in sequence as one. An image that a source lists twice appears once."""
 
     def __init__(self, address: str, parts: dict[str, LabelSource]) -> None:
         """Raises UsageError when an image is in two of the sources."""
@@ -58,12 +57,12 @@ class JoinedSource:
                 else:
                     raise UsageError(
                         f"{address}: image {image_id} is in the split {split!r} and in "
-                        f"{seen[image_id]!r}; join splits that share none."
+                        f"{seen[image_id]!r}; join splits that share no image."
                     )
             if twice:
                 self.notes.append(
-                    f"{address}: the split {split!r} lists {len(twice)} images again, which count "
-                    f"once; the first is {twice[0]}"
+                    f"{address}: the split {split!r} lists {len(twice)} images more than once; "
+                    f"each counts once; the first is {twice[0]}"
                 )
 
     def place(self, number: int) -> str:
@@ -80,9 +79,9 @@ class JoinedSource:
 
 
 def open_source(address: str, splits: Sequence[str]) -> LabelSource:
-    """The splits of a labelled set, joined.
+    """Open the splits of a labelled set, joined into one.
 
-    Raises UsageError when there is no such set or split, or an image is in two of the splits.
+    Raises UsageError when the set or a split does not exist, or an image is in two of the splits.
     """
     source = JoinedSource(address, {split: _open_split(address, split) for split in splits})
     if not source.ids:
@@ -104,11 +103,11 @@ def _open_split(address: str, split: str) -> LabelSource:
     if is_yolo(path):
         return YoloSplit(path, split)
     if not path.exists():
-        raise UsageError(f"{address}: there is no such folder.")
+        raise UsageError(f"{address}: the folder does not exist.")
     # Shards without a manifest have no splits: training and testing would use the same images.
     raise UsageError(
-        f"{address}: not a labelled set. A VOC tree is needed (JPEGImages and Annotations, or XML "
+        f"{address}: not a labelled set. Give a VOC tree (JPEGImages and Annotations, or XML "
         f"beside the images), COCO's layout (annotations/*.json beside folders of images), YOLO's "
         f"(data.yaml, or images and labels), Cityscapes (leftImg8bit and gtFine), or the shards "
-        f"with a {MANIFEST} that `dupr prepare` makes of one."
+        f"with a {MANIFEST} that `dupr prepare` makes from one of these."
     )

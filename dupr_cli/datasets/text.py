@@ -1,4 +1,4 @@
-"""Text files as people save them: UTF-8 with or without a byte order mark, and UTF-16."""
+"""Reads text files as people save them: UTF-8 with or without a byte order mark, and UTF-16."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dupr_cli.errors import UsageError
 
 
 def encoding_of(path: Path) -> str:
-    """The encoding that the first bytes of a file name; UTF-8 where they name none."""
+    """The encoding that the byte order mark of a file names; UTF-8 if it has no mark."""
     with path.open("rb") as file:
         start = file.read(2)
     # Excel and Notepad write these marks.
@@ -16,7 +16,7 @@ def encoding_of(path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises OSError, or UsageError when it is no text."""
+    """The text of a file. Raises OSError, or UsageError if the file is not text."""
     try:
         return path.read_text(encoding=encoding_of(path))
     except UnicodeError as error:

@@ -1,13 +1,13 @@
-"""PASCAL VOC annotations, read: the kit's trees, and what LabelImg, CVAT and Roboflow write.
+"""Reads PASCAL VOC annotations: the kit's trees, and what LabelImg, CVAT and Roboflow write.
 
     JPEGImages/<id>.jpg    Annotations/<id>.xml    ImageSets/Main/<split>.txt    (VOC, CVAT)
     images/<id>.png        annotations/<id>.xml                                  (no lists)
     <id>.jpg               <id>.xml                                              (LabelImg)
     train/<id>.jpg         train/<id>.xml          valid/... test/...            (Roboflow)
 
-Without lists every image with an annotation is of the split that its folder names, else of train.
-VOC counts pixels from 1 and includes both ends of a box; here boxes are pixel edges, counted from
-0 and half-open, so that x_max - x_min is the width: x_min - 1, y_min - 1, x_max, y_max.
+Without lists, every image with an annotation belongs to the split that its folder names, or to
+train. VOC counts pixels from 1 and includes both ends of a box. Here boxes are pixel edges, counted
+from 0 and half-open, so that x_max - x_min is the width: x_min - 1, y_min - 1, x_max, y_max.
 Source: the VOC development kit's annotation format.
 """
 
@@ -36,15 +36,15 @@ _LISTS = Path("ImageSets", "Main")
 _PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"))
 _FLAG = re.compile(r"(.*\S)\s+[+-]?[01]")
 _ROOT = re.compile(rb"<annotation[\s>]")
-# So many XML files are looked into to see whether they are VOC's.
-_LOOKED_AT = 5
+# Number of XML files that are read to recognise VOC annotations.
+_PROBED_FILES = 5
 
 
 @dataclass(frozen=True)
 class VocTree:
-    """One year's folder of a VOC tree, or a folder of images with annotations and no lists.
+    """One year of a VOC tree, or a folder of images with annotations and without lists.
 
-    images, annotations: their folders within the root.
+    images, annotations: folders of these, relative to the root.
     """
 
     root: Path
@@ -58,7 +58,7 @@ class VocTree:
     def splits(self) -> list[str]:
         """Names of ImageSets/Main/*.txt that list images (not the per-class files)."""
         names = {file.stem for file in (self.root / _LISTS).glob("*.txt")}
-        # aeroplane_train.txt holds the labels of one class over train.txt, not a split.
+        # aeroplane_train.txt is not a split; it holds the labels of one class for train.txt.
         found = [n for n in sorted(names) if not ("_" in n and n.rpartition("_")[2] in names)]
         return found or [split_named(self.root.name) or "train"]
 
@@ -70,22 +70,23 @@ class VocTree:
         return self.root / _LISTS / f"{split}.txt"
 
     def image_ids(self, split: str) -> list[str]:
-        """Ids of a split, in the order of its file; of all images and annotations without one.
+        """Ids of a split in the order of its list; without lists, of all images and annotations.
 
-        Raises UsageError for an unknown split, or a list that is no text.
+        Raises UsageError for an unknown split, or a list that is not text.
         """
         path = self._list(split)
         if not path.is_file():
             if split in self.splits:
                 return self._unlisted()
             raise UsageError(
-                f"{path}: there is no split {split!r}; the tree has {', '.join(self.splits)}."
+                f"{path}: the tree has no split {split!r}; its splits are {', '.join(self.splits)}."
             )
         lines = (line.strip() for line in read_text(path).splitlines())
         return [self._listed(line) for line in lines if line]
 
     def _listed(self, line: str) -> str:
-        """The id of a line: all of it, or without VOC's flag of a class, quotes, or folders."""
+        """The id in a line: the whole line, or the line without VOC's class flag, quotes or
+        folders."""
         flagged = _FLAG.fullmatch(line)
         plain = flagged[1] if flagged else line
         unquoted = [text[1:-1] for text in (line, plain) if re.fullmatch(r"(['\"]).*\1", text)]
@@ -96,22 +97,22 @@ class VocTree:
         return plain
 
     def _unlisted(self) -> list[str]:
-        """Stems of all annotations, and of the images that have none."""
+        """Stems of all annotations, and of the images without one."""
         stems = set(
             _stems(self.root / self.annotations, lambda name: name.lower().endswith(".xml"))
         )
         pictured = Counter(_stems(self.root / self.images, is_image_name))
-        # An annotation may name a file that is called otherwise than itself.
+        # An annotation may name an image file with another stem than its own.
         claimed = {Path(self._stated_name(stem)).stem for stem in stems - set(pictured)}
         ids = stems | (set(pictured) - claimed)
         for stem in (stem for stem, count in pictured.items() if count > 1):
-            taken = self.image_path(stem).name  # a.jpg and a.png have one a.xml
+            taken = self.image_path(stem).name  # a.jpg and a.png share a.xml
             above = stem.rpartition("/")[0]
             ids |= {f"{above}/{n}".lstrip("/") for n in self._files(stem) if n != taken}
         return sorted(ids)
 
     def _files(self, image_id: str) -> list[str]:
-        """Names of the image files of an id, the likelier first; an id may name its file."""
+        """Names of the image files of an id, the likeliest first; an id may include the suffix."""
         folder, name = _parted(self.root / self.images, image_id)
         if folder not in self._names:
             by_stem: dict[str, list[str]] = {}
@@ -134,7 +135,7 @@ class VocTree:
         files = self._files(image_id)
         if len(files) == 1:
             return folder / files[0]
-        # Several images of one stem, or none: the annotation may say which file it is of.
+        # With several images of one stem, or none, the annotation may name its file.
         stated = self._stated_name(image_id)
         if stated in files:
             return folder / stated
@@ -145,7 +146,7 @@ class VocTree:
         return folder / f"{name}.jpg"
 
     def _stated_name(self, image_id: str) -> str:
-        """<filename> of an annotation, without folders; empty where it has none or is damaged."""
+        """<filename> of an annotation without folders; empty if it is missing or damaged."""
         try:
             text = ET.parse(self._annotation_path(image_id)).findtext("filename")
         except (OSError, ET.ParseError, ValueError, LookupError):
@@ -160,7 +161,7 @@ class VocTree:
         return path
 
     def files(self, image_id: str) -> list[Path]:
-        """Image and annotation of an image; neither need exist."""
+        """Paths of an image and its annotation; neither need exist."""
         return [self.image_path(image_id), self._annotation_path(image_id)]
 
     def is_annotated(self, image_id: str) -> bool:
@@ -171,9 +172,9 @@ class VocTree:
         return list(self.labels(image_id).boxes)
 
     def labels(self, image_id: str) -> Labels:
-        """What is known of one image; `part` boxes inside objects are not objects.
+        """Labels of one image; `part` boxes inside objects do not count as objects.
 
-        Raises RunError when the annotation is missing or no XML.
+        Raises RunError when the annotation is missing or is not XML.
         """
         path = self._annotation_path(image_id)
         try:
@@ -181,15 +182,15 @@ class VocTree:
         except FileNotFoundError:
             raise RunError(f"{path}: the annotation is missing.") from None
         except (ET.ParseError, ValueError, LookupError) as error:
-            # The last two: an encoding that Python's parser does not know.
+            # The last two mean an encoding that Python's parser does not know.
             raise RunError(
-                f"{path}: not valid XML: {error}. Is it in the encoding that its first line names, "
-                f"UTF-8 where it names none?"
+                f"{path}: not valid XML: {error}. Check that its encoding is the one that its "
+                f"first line names, or UTF-8 if that names none."
             ) from error
         others = self._files(image_id.rpartition(".")[0]) if is_image_name(image_id) else []
         stated = self._stated_name(image_id) if len(others) > 1 else ""
         if stated in others and stated not in self._files(image_id):
-            raise RunError(f"{path}: the annotation is of {stated}, and this image has none.")
+            raise RunError(f"{path}: the annotation is for {stated}, so this image has none.")
         width, height = (_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
         size = (int(width), int(height)) if width >= 1 and height >= 1 else None
         boxes, left_out = list[Box](), list[str]()
@@ -202,13 +203,13 @@ class VocTree:
 
 
 def _parted(folder: Path, image_id: str) -> tuple[Path, str]:
-    """The folder of an id and its last part: ids may lie in folders (day/a)."""
+    """The folder of an id, and its last part: ids may include folders (day/a)."""
     above, _, name = image_id.rpartition("/")
     return folder / above, name
 
 
 def _number(text: str | None) -> float:
-    """NaN where it is no finite number."""
+    """The number in a text, or NaN if it is not a finite number."""
     try:
         value = float(text or "")
     except ValueError:
@@ -246,7 +247,7 @@ def _flag(element: ET.Element, name: str) -> bool:
 
 
 def _stems(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
-    """Names of files at any depth without their suffix, relative to the folder."""
+    """Names of files at any depth, relative to the folder and without their suffix."""
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         above = PurePosixPath(Path(place).relative_to(folder).as_posix())
@@ -256,32 +257,32 @@ def _stems(folder: Path, wanted: Callable[[str], bool]) -> Iterator[str]:
 
 
 def _is_annotated(folder: Path) -> bool:
-    """Whether XML files of the folder are VOC's."""
+    """Whether the folder holds VOC's XML files."""
     if not folder.is_dir():
         return False
     with os.scandir(folder) as entries:
         names = (e.name for e in entries if e.name.lower().endswith(".xml"))
-        looked_at = list(islice(names, _LOOKED_AT))
-    return any(_ROOT.search(_start(folder / name)) for name in looked_at)
+        probed = list(islice(names, _PROBED_FILES))
+    return any(_ROOT.search(_start(folder / name)) for name in probed)
 
 
 def _start(file: Path) -> bytes:
     with file.open("rb") as opened:
-        # UTF-16 has a zero in every letter.
+        # In UTF-16, every ASCII character has a zero byte.
         return opened.read(4096).replace(b"\0", b"")
 
 
 def find_voc_trees(path: Path) -> list[VocTree]:
-    """The years of a VOC tree: `path` itself, or VOC* folders in it or in its VOCdevkit; or the
-    folders of images and annotations that other tools write.
+    """The years of a VOC tree: `path` itself, or folders in it or in its VOCdevkit; or the folders
+    of images and annotations that other tools write.
 
-    Returns an empty list where `path` is nothing of these.
+    Returns an empty list if `path` is none of these.
     """
     if _is_year(path):
         return [VocTree(path)]
     for parent in (path, path / "VOCdevkit"):
         if parent.is_dir():
-            with os.scandir(parent) as entries:  # it may be a folder of a million images
+            with os.scandir(parent) as entries:  # the folder may hold a million images
                 folders = sorted(parent / entry.name for entry in entries if _is_folder(entry))
             years = [VocTree(folder) for folder in folders if _is_year(folder)]
             if years:
@@ -305,14 +306,14 @@ def _unlisted_tree(folder: Path) -> VocTree | None:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # DirEntry.is_dir fails for a link that leads round in a circle.
+    # DirEntry.is_dir fails for a symbolic link that points to itself.
     return Path(entry).is_dir() if entry.is_symlink() else entry.is_dir()
 
 
 def trees_of_split(trees: Sequence[VocTree], split: str, address: str) -> list[tuple[VocTree, str]]:
-    """The lists that make up a split, `trainval` of every year or `2007/trainval` of one.
+    """The lists that make up a split: `trainval` of every year, or `2007/trainval` of one.
 
-    Raises UsageError where no tree has it.
+    Raises UsageError if no tree has the split.
     """
     year, _, name = split.rpartition("/")
     of_year = [tree for tree in trees if not year or tree.root.name.endswith(year)]
@@ -321,7 +322,7 @@ def trees_of_split(trees: Sequence[VocTree], split: str, address: str) -> list[t
         known = sorted({name for tree in of_year for name in tree.splits})
         years = ", ".join(tree.root.name for tree in trees)
         raise UsageError(
-            f"{address}: there is no split {split!r}; ImageSets/Main of {years} has "
+            f"{address} has no split {split!r}; ImageSets/Main of {years} has "
             f"{', '.join(known) or 'no lists'}."
         )
     return found
@@ -330,13 +331,13 @@ def trees_of_split(trees: Sequence[VocTree], split: str, address: str) -> list[t
 class VocSplit:
     """Images of one split of a VOC tree.
 
-    names: the images' own ids; `ids` name the year too where the tree has several.
+    names: the images' own ids; `ids` also name the year if the tree has several.
     """
 
     def __init__(self, trees: Sequence[VocTree], split: str, address: str) -> None:
         found = trees_of_split(trees, split, address)
         self._entries = [(tree, i) for tree, name in found for i in tree.image_ids(name)]
-        # Ids of 2007 do not name their year: those of several years must not meet.
+        # Ids of 2007 do not name their year, so ids of several years could collide.
         self.names = [image_id for _, image_id in self._entries]
         several = len(trees) > 1
         self.ids = [f"{tree.root.name}_{i}" if several else i for tree, i in self._entries]

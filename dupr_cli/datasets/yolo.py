@@ -1,13 +1,13 @@
-"""YOLO's labels, read: a text file for each image, a line for each object, in shares of the image.
+"""Reads YOLO's labels: a text file per image and a line per object, in fractions of the image.
 
-    class x_center y_center width height                     detection; with a confidence behind it
+    class x_center y_center width height                     detection; a confidence may follow
     class x1 y1 x2 y2 x3 y3 ...                              a polygon, or an oriented box
-    class x_center y_center width height x y [v] x y [v] ... pose, where data.yaml has kpt_shape
+    class x_center y_center width height x y [v] x y [v] ... pose, if data.yaml has kpt_shape
 
-Where images lie is found as Ultralytics finds it (data.yaml, images/ and labels/ side by side); the
+Images are found as Ultralytics finds them (data.yaml, images/ and labels/ side by side). The
 layouts of Roboflow (train/, valid/, test/), of CVAT's YOLO 1.1 (obj.data) and of LabelImg (labels
-and classes.txt beside the images) are known too. Its readers turn images upright by EXIF before
-they use the labels, and so does this one.
+and classes.txt beside the images) are also recognised. Ultralytics turns images upright by EXIF
+before it uses the labels, and so does this reader.
 Sources: ultralytics.data.utils (check_det_dataset, img2label_paths, verify_image_label).
 """
 
@@ -31,20 +31,20 @@ from dupr_cli.datasets.placement import Labels
 from dupr_cli.datasets.text import read_text
 from dupr_cli.errors import RunError, UsageError
 
-# Ultralytics takes shares this far out of the image for rounding.
+# Ultralytics accepts coordinates this far outside the image as rounding errors.
 _SLACK = 0.01
-_LOOKED_AT = 20
+_PROBED_IMAGES = 20
 
 
 def is_yolo(path: Path) -> bool:
-    """Whether a path is a data.yaml, or a folder laid out as one of the tools does."""
+    """Whether a path is a data.yaml, or a folder in the layout of one of the tools."""
     if path.is_file():
         return path.suffix.lower() in (".yaml", ".yml")
     return path.is_dir() and (_data_file(path) is not None or bool(_plain_splits(path)))
 
 
 class YoloSet:
-    """A set at a data.yaml, or at a folder. exclude: a folder that is no part of it."""
+    """A YOLO set at a data.yaml or a folder. exclude: a folder that is not part of it."""
 
     def __init__(self, path: Path, exclude: Path | None = None) -> None:
         self.path, self._exclude = path, exclude
@@ -52,7 +52,7 @@ class YoloSet:
 
     @cached_property
     def _data(self) -> Mapping[str, Any]:
-        """Raises UsageError when the file is no data.yaml."""
+        """Raises UsageError when the file is not a data.yaml."""
         file = self.path if self.path.is_file() else _data_file(self.path)
         if file is None:
             return {}
@@ -66,15 +66,15 @@ class YoloSet:
 
     @cached_property
     def root(self) -> Path:
-        """The folder that data.yaml's paths start from."""
-        # It is often that of another machine.
+        """The folder that the paths in data.yaml are relative to."""
+        # `path` is often a folder of another machine.
         given = self._data.get("path")
         folder = self._folder / _plain(str(given)) if given else self._folder
         return folder if folder.is_dir() else self._folder
 
     @cached_property
     def _names(self) -> tuple[dict[int, str], str]:
-        """Names of classes by their number, and the file that has them; none where none is."""
+        """Class names by number, and the file that has them; both empty without such a file."""
         names = self._data.get("names")
         if isinstance(names, list):
             return {number: str(name) for number, name in enumerate(names)}, "data.yaml"
@@ -83,7 +83,7 @@ class YoloSet:
                 return {int(number): str(name) for number, name in names.items()}, "data.yaml"
             except (ValueError, TypeError) as error:
                 raise UsageError(
-                    f"{self.path}: the keys of `names` are the numbers of classes: {error}."
+                    f"{self.path}: the keys of `names` must be class numbers: {error}."
                 ) from error
         count = self._data.get("nc")
         if names is None and isinstance(count, int):
@@ -99,13 +99,13 @@ class YoloSet:
         file = next((place for place in places if place.is_file()), None)
         if file is None:
             return {}, ""
-        # The number of a line is the class, as LabelImg reads its own file.
+        # The number of a line is the class, as LabelImg reads the file.
         lines = (line.strip() for line in read_text(file).strip().splitlines())
         return {number: name for number, name in enumerate(lines) if name}, file.name
 
     @property
     def notes(self) -> list[str]:
-        """What should be known of the set as a whole."""
+        """Notes on the set as a whole for the user."""
         names, file = self._names
         gaps = sorted(set(range(max(names, default=-1) + 1)) - names.keys())
         if not gaps:
@@ -117,9 +117,9 @@ class YoloSet:
 
     @cached_property
     def splits(self) -> dict[str, list[str]]:
-        """Folders, lists and images of each split, as data.yaml has them.
+        """Folders, lists and images of each split, as in data.yaml.
 
-        Raises UsageError where data.yaml names something else.
+        Raises UsageError if data.yaml gives anything else for a split.
         """
         found: dict[str, list[str]] = {}
         for key, value in self._data.items():
@@ -132,18 +132,18 @@ class YoloSet:
             found.setdefault(split, []).extend(places)
         return found or _plain_splits(self.root)
 
-    def is_there(self, split: str) -> bool:
-        """Whether any place of a split exists."""
+    def exists(self, split: str) -> bool:
+        """Whether any path of a split exists."""
         return any(path.exists() for given in self.splits[split] for path in self._places(given))
 
     def images(self, split: str) -> Iterator[str]:
-        """Paths of the images of a split, relative to the root where they are below it.
+        """Paths of the images of a split, relative to the root if they are below it.
 
-        Raises UsageError for an unknown split, or a place that is not there.
+        Raises UsageError for an unknown split or a missing path.
         """
         if split not in self.splits:
             raise UsageError(
-                f"{self.path}: there is no split {split}; it has {', '.join(self.splits)}."
+                f"{self.path} has no split {split}; its splits are {', '.join(self.splits)}."
             )
         for place in self.splits[split]:
             yield from self._images_at(place)
@@ -162,24 +162,25 @@ class YoloSet:
             yield name
         else:
             raise UsageError(
-                f"{path}: there is no such folder of images. Correct data.yaml, or put it there."
+                f"{path}: the folder of images does not exist. Correct data.yaml, or put the "
+                f"images there."
             )
 
     def _relative(self, path: Path) -> str:
         return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
 
     def _places(self, given: str) -> list[Path]:
-        """Where a path of data.yaml may lead, the likeliest first."""
+        """The paths that a path in data.yaml may mean, the likeliest first."""
         plain = _plain(given)
         places = [self.root / plain, self._folder / plain]
-        # Roboflow writes ../train/images for train/images; other paths are of another machine.
+        # Roboflow writes ../train/images for train/images; other paths may be of another machine.
         places.append(self.root / plain.removeprefix("../"))
-        # `images` alone is the end of too many paths.
+        # A last part such as `images` alone would match too many paths.
         ends = _tails(self.root, plain)
         return places + (ends if Path(plain).suffix else ends[:-1])
 
     def _listed(self, line: str, folder: Path) -> Path:
-        """The image of a line of a list."""
+        """The image that a line of a list names."""
         plain = _plain(line)
         if line.startswith("./"):
             places = [folder / plain, self.root / plain]
@@ -192,13 +193,13 @@ class YoloSet:
         return self.root / image
 
     def files(self, image: str) -> list[Path]:
-        """What an image and its labels are read from; not all of it need exist."""
+        """The files that an image and its labels are read from; not all need exist."""
         path = self.path_of(image)
-        return [path, label_file(path), *self._describing]
+        return [path, label_file(path), *self._class_files]
 
     @cached_property
-    def _describing(self) -> list[Path]:
-        """Files that say what the labels mean."""
+    def _class_files(self) -> list[Path]:
+        """The files that define the classes and the format of the labels."""
         data = self.path if self.path.is_file() else _data_file(self.path)
         names = [
             self._folder / "classes.txt",
@@ -208,14 +209,14 @@ class YoloSet:
         return [path for path in (data, *names) if path is not None and path.is_file()]
 
     def labels(self, image: str) -> Labels:
-        """Labels of an image; without a file of them it is an image without objects.
+        """Labels of an image; an image without a label file has no objects.
 
-        Raises RunError when the file is no text.
+        Raises RunError when the file is not text.
         """
         file = label_file(self.path_of(image))
         boxes, left_out, remarks = list[Box](), list[str](), list[str]()
         if not file.is_file():
-            remarks.append("no label file: taken as an image without objects")
+            remarks.append("no label file: the image is taken as one without objects")
         try:
             lines = read_text(file).splitlines() if file.is_file() else []
         except UsageError as error:
@@ -229,16 +230,14 @@ class YoloSet:
                 left_out.append(f"{file}, line {number}: {error}")
                 continue
             if len(words) == 6:
-                remarks.append(
-                    f"confidence not taken: {file}, line {number} has one behind its box"
-                )
+                remarks.append(f"confidence not taken: {file}, line {number} has one after its box")
         return Labels(
             tuple(boxes), upright=True, unit=True, left_out=tuple(left_out), remarks=tuple(remarks)
         )
 
     @cached_property
     def _keypoints(self) -> tuple[int, int] | None:
-        """Number of keypoints and of values of each, of a pose set."""
+        """Number of keypoints and of values per keypoint in a pose set; None for other sets."""
         shape = self._data.get("kpt_shape")
         if shape is None:
             return None
@@ -249,13 +248,13 @@ class YoloSet:
         return int(shape[0]), int(shape[1])
 
     def _box(self, words: list[str]) -> Box:
-        """Raises ValueError when it is no label."""
+        """Raises ValueError when the words are not a label."""
         try:
             number, *values = (float(word) for word in words)
         except ValueError as error:
             raise ValueError(f"not a label of YOLO ({error})") from None
         if not all(map(math.isfinite, (number, *values))):
-            raise ValueError("not a label of YOLO (a value is no finite number)")
+            raise ValueError("not a label of YOLO (a value is not a finite number)")
         name = self._name(number)
         count = len(values)
         points: list[float] = []
@@ -263,18 +262,18 @@ class YoloSet:
             wanted = 4 + self._keypoints[0] * self._keypoints[1]
             if count != wanted:
                 raise ValueError(
-                    f"{count} numbers after the class, but kpt_shape asks for 4 or {wanted}"
+                    f"{count} numbers after the class, but kpt_shape requires 4 or {wanted}"
                 )
             values, points = values[:4], values[4:]
         elif count not in (4, 5) and (count < 6 or count % 2):
             raise ValueError(
-                f"{count} numbers after the class; a box has 4, or 5 with a confidence, a polygon "
-                f"an even number from 6 on, keypoints need kpt_shape in data.yaml"
+                f"{count} numbers after the class; a box has 4, or 5 with a confidence; a polygon "
+                f"has an even number from 6 on; keypoints need kpt_shape in data.yaml"
             )
         shares = values[:4] if count == 5 else values
         if not all(-_SLACK <= value <= 1 + _SLACK for value in shares):
             raise ValueError(
-                "coordinates outside 0 to 1; shares of the image are needed, no pixels"
+                "coordinates outside 0 to 1; fractions of the image are needed, not pixels"
             )
         if len(shares) > 4:
             xs, ys = shares[::2], shares[1::2]
@@ -291,7 +290,7 @@ class YoloSet:
     def _name(self, number: float) -> str:
         names, _ = self._names
         if number != int(number) or number < 0:
-            raise ValueError(f"the class is {number:g}; a whole number from 0 on is needed")
+            raise ValueError(f"the class is {number:g}; a whole number from 0 is needed")
         if not names:
             return str(int(number))
         if int(number) not in names:
@@ -299,7 +298,7 @@ class YoloSet:
         return names[int(number)]
 
     def _as_coco(self, points: list[float]) -> list[float]:
-        """x, y, visibility of each keypoint; 0, 0 is one that is not labelled."""
+        """x, y, visibility of each keypoint; 0, 0 means that it is not labelled."""
         assert self._keypoints is not None
         if self._keypoints[1] == 3:
             return points
@@ -308,7 +307,7 @@ class YoloSet:
 
 
 def label_file(image: Path) -> Path:
-    """Where the labels of an image lie: below labels/ instead of images/, or beside it."""
+    """The label file of an image: below labels/ instead of images/, or beside the image."""
     beside, folders = image.with_suffix(".txt"), list(image.parts[:-1])
     if "images" not in folders:
         return beside
@@ -318,18 +317,18 @@ def label_file(image: Path) -> Path:
 
 
 def _plain(path: str) -> str:
-    """A path as this machine writes it: no backslashes, no drive, no ./ before it."""
+    """A path in the style of this machine, without backslashes, drive or leading ./."""
     return re.sub(r"^[A-Za-z]:", "", path.strip().replace("\\", "/")).removeprefix("./")
 
 
 def _tails(root: Path, path: str) -> list[Path]:
-    """Ends of a path, the longest first, below the root: for paths of another machine."""
+    """Ends of a path, the longest first, below the root, for paths of another machine."""
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     return [root.joinpath(*parts[start:]) for start in range(len(parts))]
 
 
 def _data_file(folder: Path) -> Path | None:
-    """data.yaml, the one YAML file of the folder that names classes, or obj.data."""
+    """data.yaml, obj.data, or the first YAML file of the folder that names classes."""
     for name in ("data.yaml", "data.yml", "obj.data"):
         if (folder / name).is_file():
             return folder / name
@@ -345,7 +344,7 @@ def _label_folders(root: Path) -> list[Path]:
 
 
 def _plain_splits(root: Path) -> dict[str, list[str]]:
-    """Splits of a folder without a data.yaml; none where it holds no labels of YOLO."""
+    """Splits of a folder without a data.yaml; empty if it holds no labels of YOLO."""
     splits: dict[str, list[str]] = {}
     if (root / "images").is_dir() and _has_texts(root / "labels"):
         with_names = split_folders(root / "images")
@@ -375,10 +374,10 @@ def _has_texts(folder: Path) -> bool:
 
 
 def _has_labels_beside(folder: Path) -> bool:
-    """Whether images have labels of YOLO beside them, and classes.txt says what they are."""
+    """Whether images have labels of YOLO beside them, and a classes.txt exists."""
     if not any((place / "classes.txt").is_file() for place in (folder, folder.parent)):
         return False
-    images = islice(walk(folder), _LOOKED_AT)
+    images = islice(walk(folder), _PROBED_IMAGES)
     return any((folder / image).with_suffix(".txt").is_file() for image in images)
 
 

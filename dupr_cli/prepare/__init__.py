@@ -1,9 +1,10 @@
-"""Stage 1, `dupr prepare`: images of any layout to WebDataset shards with a manifest.
+"""Stage 1, `dupr prepare`: turns images of any layout into WebDataset shards with a manifest.
 
-A source (`sources`) is listed into a file (`listing`), cut into blocks; a block is read, checked
-and written by itself (`ingest`, `blocks`), by whichever process, task or machine (`engines`); when
-all are done, duplicates leave and the shards get their names (`assembly`). So the bytes of the
-output depend on source, recipe and seed alone, and whatever is finished stays finished.
+A source (`sources`) is listed into a file that is cut into blocks (`listing`). Each block is read,
+checked and written independently (`ingest`, `blocks`) by any process, task or machine (`engines`).
+When all blocks are finished, duplicates are removed and the shards get their names (`assembly`).
+The bytes of the output therefore depend on source, recipe and seed alone, and finished work is kept
+when a call is interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dupr_cli.artifacts.shards import MANIFEST, NOTES, SKIPPED, UNFINISHED, Manifest
-from dupr_cli.datasets.placement import said
+from dupr_cli.datasets.placement import summarise_notes
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.assembly import assemble, is_planned
 from dupr_cli.prepare.blocks import Work, blocks_folder, read_report
@@ -44,7 +45,7 @@ def plan(
     overwrite: bool = False,
     append: bool = False,
 ) -> PreparePlan:
-    """List the source and say what `run` would do. Nothing is changed. Raises UsageError."""
+    """List the source and say what `run` would do. Changes nothing. Raises UsageError."""
     recipe = resolve_recipe(PrepareRecipe, recipe, overrides)
     source, out = as_address(source, "source"), as_path(out, "out")
     kind = _kind(recipe, source)
@@ -78,9 +79,9 @@ def run(
     """Write the shards of `source` into `out`, or finish what an interrupted call began.
 
     recipe, overrides: see `dupr_cli.recipe.given`. workers: processes that decode; 0 means one per
-    core. append: where the source has grown, add shards of what is new to the set in `out`, whose
-    shards stay as they are. engine: processes or ray. task: (i, n), write only every n-th block
-    from the i-th on, i from 1; `merge` makes a set of them.
+    core. append: if the source has grown, add shards of the new images to the set in `out`, whose
+    existing shards do not change. engine: processes or ray. task: (i, n) writes only every n-th
+    block, starting with the i-th (i counts from 1); `merge` then turns the blocks into a set.
     Raises UsageError when the source has no images, `out` holds something else or the engine is not
     installed, RunError when no image could be used, OSError when the output cannot be written,
     StoppedRunError after a signal.
@@ -105,11 +106,11 @@ def run(
         if standing.clears:
             clear(work.folder)
         if standing.action == "nothing":
-            reporter.info(f"{out} is complete already; nothing to do")
+            reporter.info(f"{out} is already complete; nothing to do")
             return _result(out, Manifest.read(out))
         if standing.action == "append":
             reporter.info(f"{out}: {standing.changes.describe('new')}; their shards are added")
-        with _without_traces(work.folder, task), _alone(work.folder, task):
+        with _clear_on_early_failure(work.folder, task), _task_lock(work.folder, task):
             listing = _listing(work, made, standing.action == "append", reporter)
             for note in _notes(made):
                 reporter.warning(note)
@@ -124,15 +125,15 @@ def run(
 
 
 def merge(out: Path, *, reporter: Reporter | None = None) -> PrepareResult:
-    """Make a set of what all tasks of a preparation have written.
+    """Assemble the blocks that all tasks of a preparation have written into a set.
 
-    Raises UsageError when there is no preparation in `out`, or when blocks are missing.
+    Raises UsageError when `out` holds no preparation, or when blocks are missing.
     """
     state = State.read(out / UNFINISHED)
     if state is None:
         if (out / MANIFEST).is_file():
             return _result(out, Manifest.read(out))
-        raise UsageError(f"{out}: no tasks of `dupr prepare --task I/N` have written here.")
+        raise UsageError(f"{out}: no task of `dupr prepare --task I/N` has written here.")
     recipe = PrepareRecipe.model_validate(state.recipe)
     work = Work(state.kind, state.source, str(out), recipe, recipe.filter.duplicates == "near")
     with (
@@ -150,19 +151,19 @@ def _kind(recipe: PrepareRecipe, source: str) -> str:
 
 
 @contextmanager
-def _without_traces(folder: Path, task: tuple[int, int] | None) -> Iterator[None]:
-    """Take away what was made for the output when it fails before anything is worth keeping."""
+def _clear_on_early_failure(folder: Path, task: tuple[int, int] | None) -> Iterator[None]:
+    """Clear the working folder if the preparation fails before its state has been written."""
     try:
         yield
     except BaseException:
-        if task is None and State.read(folder) is None:  # else another task may be at work there
+        if task is None and State.read(folder) is None:  # another task may be working in the folder
             clear(folder)
         raise
 
 
 @contextmanager
-def _alone(folder: Path, task: tuple[int, int] | None) -> Iterator[None]:
-    """No second process does the same task; without one, `writing` sees to it."""
+def _task_lock(folder: Path, task: tuple[int, int] | None) -> Iterator[None]:
+    """Keep a second process from doing the same task; without tasks, `writing` locks the output."""
     folder.mkdir(parents=True, exist_ok=True)
     if task is None:
         yield
@@ -172,15 +173,15 @@ def _alone(folder: Path, task: tuple[int, int] | None) -> Iterator[None]:
             yield
     except Timeout:
         raise UsageError(
-            f"{folder.parent}: another process does task {task[0]}/{task[1]}. Wait until it ends, "
-            f"or stop it."
+            f"{folder.parent}: another process is working on task {task[0]}/{task[1]}. Wait until "
+            f"it ends, or stop it."
         ) from None
 
 
 def _listing(work: Work, source: ImageSource, appends: bool, reporter: Reporter) -> Listing:
-    """The listing of the source: that of an earlier call or another task, or a new one."""
+    """Return the listing from an earlier call or another task, or list the source now."""
     folder = work.folder
-    with FileLock(folder / "listing.lock"):  # tasks begin together
+    with FileLock(folder / "listing.lock"):  # tasks start at the same time
         listing = read_listing(folder)
         if listing is None or State.read(folder) is None:
             reporter.detail(f"listing {work.address}")
@@ -212,7 +213,7 @@ def _write(
         for split, number in blocks
     )
     if done:
-        reporter.info(f"{work.out}: continues, {done} of {total} images are in finished shards")
+        reporter.info(f"{work.out}: continuing; {done} of {total} images are in finished shards")
     with reporter.task("prepare", total, "images", done) as progress:
         missing = [block for block in blocks if block not in finished]
         write_blocks(work, missing, engine, workers, source.remote, progress)
@@ -241,16 +242,18 @@ def _assemble(work: Work, listing: Listing, reporter: Reporter) -> PrepareResult
 
 
 def _notes(source: ImageSource) -> list[str]:
-    # Sources of other packages may have none.
+    # A source class from another package may lack `notes`.
     return list(getattr(source, "notes", ()))
 
 
 def _label_notes(out: Path) -> list[str]:
-    """What a finished preparation has to say of labels: how many of each kind, and the first."""
+    """Summarise the notes on labels: how many of each kind, and the first of them."""
     if not (out / NOTES).is_file():
         return []
     with (out / NOTES).open(encoding="utf-8") as lines:
-        return said([(entry["path"], entry["reason"]) for entry in map(json.loads, lines)])
+        return summarise_notes(
+            [(entry["path"], entry["reason"]) for entry in map(json.loads, lines)]
+        )
 
 
 def _result(out: Path, manifest: Manifest) -> PrepareResult:

@@ -1,7 +1,7 @@
-"""From finished blocks to a finished set: duplicates out, final names, manifest.
+"""Turns finished blocks into a finished set: removes duplicates, names shards, writes the manifest.
 
-What is to be done is decided first and written down (`plan.json`); then every step can be repeated,
-so that an interruption anywhere in between is made good by the next call.
+All decisions are made first and written to `plan.json`. Every later step can be repeated, so the
+next call completes an assembly that was interrupted at any point.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from dupr_cli.recipe.prepare import FilterSection
 from dupr_cli.runtime.output import remove
 
 _PLAN = "plan.json"
-# Records of all samples, for finding duplicates among images that are added later.
+# Records of all samples, kept to find duplicates among images that are added later.
 RECORDS = "records.bin"
-_BESIDE = (SKIPPED, NOTES, SOURCE, RECORDS)  # files of a set beside its shards and manifest
+_BESIDE = (SKIPPED, NOTES, SOURCE, RECORDS)  # the other files of a set
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A tar of a block. start: position of its first sample among all samples."""
+    """One tar of a block. start: position of its first sample among all samples."""
 
     split: str
     entry: ShardEntry
@@ -65,18 +65,17 @@ class _Part:
 
 
 def is_planned(folder: Path) -> bool:
-    """Whether assembly has begun: all blocks were done, some may have their final names."""
+    """Whether assembly has begun: all blocks are finished and some may have their final names."""
     return (folder / _PLAN).exists()
 
 
 def assemble(
     work: Work, listing: Listing, duplicates: str, base: Manifest | None, reporter: Reporter
 ) -> Manifest:
-    """Make a set of all blocks of `listing` and write its manifest.
+    """Assemble all blocks of `listing` into a set and write its manifest.
 
-    duplicates: keep, exact or near. base: the set that is there, when shards are added to it; its
-    files stay as they are. Raises UsageError when blocks are missing, RunError when not a single
-    image could be used.
+    duplicates: keep, exact or near. base: the existing set when shards are added to it; its files
+    do not change. Raises UsageError when blocks are missing, RunError when no image could be used.
     """
     out, folder = Path(work.out), work.folder
     if not is_planned(folder):
@@ -106,7 +105,7 @@ def assemble(
 
 
 def _place(out: Path, folder: Path, shard: dict[str, Any], name: str) -> ShardEntry:
-    """Give a part its final name, or write it anew where samples leave it or change their key."""
+    """Give a part its final name; rewrite it if samples are dropped or get another key."""
     part, final = blocks_folder(folder) / shard["part"], out / name
     if shard["drop"] or shard["rename"]:
         if part.exists():
@@ -139,23 +138,23 @@ def _rewrite(part: Path, final: Path, drop: set[int], rename: dict[str, str]) ->
 def _plan(
     work: Work, listing: Listing, duplicates: str, base: Manifest | None, reporter: Reporter
 ) -> None:
-    """Decide what the set will be, and write it down. Nothing else is changed."""
+    """Decide what the set will contain and write the plan. Changes nothing else."""
     out, folder = Path(work.out), work.folder
     reports = _reports(folder, listing, out)
-    kept = _kept_parts(base) if base else []
-    parts = _parts(reports, sum(part.entry.samples for part in kept))
+    existing = _existing_parts(base) if base else []
+    parts = _parts(reports, sum(part.entry.samples for part in existing))
     total = sum(part.entry.samples for part in parts)
     skipped = [entry for report in reports.values() for entry in report.skipped]
     if not total and base is None:
         first = skipped[0]
         clear(folder)
         raise RunError(
-            f"{work.address}: none of {listing.total} images could be used; the first, "
+            f"{work.address}: none of {listing.total} images could be used. The first is "
             f"{first.path}: {first.reason}."
         )
-    records = _Records(folder, out / RECORDS, kept, list(reports))
+    records = _Records(folder, out / RECORDS, existing, list(reports))
     changes = _changes(records, records.before + total, duplicates, work.recipe.filter, reporter)
-    names = _Names(out, kept, blocks_folder(folder), parts)
+    names = _Names(out, existing, blocks_folder(folder), parts)
     for position, (first_one, reason) in changes.drop.items():
         skipped.append(Skipped(names.source(position), f"{reason}: {names.key(first_one)}"))
     shards: dict[str, list[dict[str, object]]] = {split: [] for split in listing.entries}
@@ -210,7 +209,7 @@ def _plan(
 
 
 def _join_records(folder: Path, out: Path) -> None:
-    """The record of the source as of all images: gzip files one after the other are one."""
+    """Append the new record to that of the set: concatenated gzip files form a valid gzip file."""
     joined, new = folder / f".{SOURCE}.joined.tmp", folder / SOURCE
     with joined.open("wb") as file:
         for path in (out / SOURCE, new):
@@ -222,7 +221,7 @@ def _join_records(folder: Path, out: Path) -> None:
 
 
 def _write_lines(path: Path, entries: list[Skipped], base: Path | None) -> None:
-    """One line of JSON for each entry, behind those of the set in `base`."""
+    """Write one line of JSON per entry, after the lines of the set in `base`."""
     earlier = base / path.name if base else None
     lines = [earlier.read_text(encoding="utf-8")] if earlier and earlier.exists() else []
     for entry in entries:
@@ -241,14 +240,14 @@ def _reports(folder: Path, listing: Listing, out: Path) -> dict[tuple[str, int],
             reports[split, number] = report
     if missing:
         raise UsageError(
-            f"{out}: {missing} of {len(listing.blocks())} blocks are not finished. Give the "
-            f"commands of the tasks again that have not ended, then merge."
+            f"{out}: {missing} of {len(listing.blocks())} blocks are not finished. Run the "
+            f"unfinished tasks again, then merge."
         )
     return reports
 
 
-def _kept_parts(base: Manifest) -> list[_Part]:
-    """The shards that are there already."""
+def _existing_parts(base: Manifest) -> list[_Part]:
+    """The shards of the existing set."""
     parts, start = [], 0
     for split, entries in base.splits.items():
         for entry in entries:
@@ -258,7 +257,7 @@ def _kept_parts(base: Manifest) -> list[_Part]:
 
 
 def _parts(reports: dict[tuple[str, int], BlockReport], start: int) -> list[_Part]:
-    """The tars of the blocks. start: samples before them."""
+    """The tars of the blocks. start: number of samples before them."""
     parts = []
     for (split, _), report in reports.items():
         for entry in report.parts:
@@ -268,21 +267,21 @@ def _parts(reports: dict[tuple[str, int], BlockReport], start: int) -> list[_Par
 
 
 def _inside(part: _Part, positions: list[int]) -> list[int]:
-    """Those of sorted positions that lie in a part."""
+    """Those of the sorted `positions` that lie in a part."""
     end = part.start + part.entry.samples
     return positions[bisect_left(positions, part.start) : bisect_left(positions, end)]
 
 
 def output_files(out: Path) -> list[Path]:
-    """Files of the set in `out`, the manifest first, by the manifest alone.
+    """The files of the set in `out` according to its manifest, which comes first.
 
-    Where it is damaged, a tar counts that has an index of dupr beside it and is as long as it says.
+    If the manifest is damaged, a tar counts if dupr's index beside it gives the tar's exact size.
     """
     if not (out / MANIFEST).exists():
         return []
     try:
         splits = Manifest.read(out).splits
-        # By its last part: a manifest that leads elsewhere must not cost files there.
+        # Only the last part of the path: a manifest that points elsewhere must not delete files.
         tars = [out / Path(entry.file).name for listed in splits.values() for entry in listed]
     except UsageError:
         tars = [tar for tar in out.glob("*.tar") if _is_indexed(tar)]
@@ -299,27 +298,31 @@ def _is_indexed(tar: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Changes:
-    """By position: what is left out, with the one it equals and how; what gets another key."""
+    """Changes by position.
+
+    drop: for each sample left out, the earlier sample it repeats and the reason. rename: samples
+    that get another key.
+    """
 
     drop: dict[int, tuple[int, str]]
     rename: list[int]
 
 
 class _Records:
-    """`RECORD`s of all samples, in their order: of the set that is there, then of each block."""
+    """`RECORD`s of all samples in order: those of the existing set, then those of each block."""
 
     def __init__(
-        self, folder: Path, file: Path, kept: list[_Part], blocks: list[tuple[str, int]]
+        self, folder: Path, file: Path, existing: list[_Part], blocks: list[tuple[str, int]]
     ) -> None:
-        """file: records of the samples of `kept`, in their order.
+        """file: records of the samples in `existing`, in the same order.
 
-        Raises UsageError when those are not there.
+        Raises UsageError when the file does not hold them.
         """
-        self._folder, self._file, self._kept, self._blocks = folder, file, kept, blocks
-        self.before = before = sum(part.entry.samples for part in kept)
+        self._folder, self._file, self._existing, self._blocks = folder, file, existing, blocks
+        self.before = before = sum(part.entry.samples for part in existing)
         if before and (not file.is_file() or file.stat().st_size != before * RECORD.itemsize):
             raise UsageError(
-                f"{file}: the records of the {before} samples that are there are missing or of "
+                f"{file}: the records of the {before} existing samples are missing or belong to "
                 f"another set, so duplicates of them cannot be found. Restore the file, or make "
                 f"the set again with --overwrite."
             )
@@ -329,9 +332,9 @@ class _Records:
             yield start, found
 
     def _by_split(self) -> Iterator[tuple[str, int, Array]]:
-        if self._kept:
+        if self._existing:
             found = np.fromfile(self._file, RECORD)
-            for part in self._kept:
+            for part in self._existing:
                 yield part.split, part.start, found[part.start :][: part.entry.samples]
         start = self.before
         for block in self._blocks:
@@ -340,7 +343,7 @@ class _Records:
             start += len(found)
 
     def write(self, path: Path, dropped: Array) -> None:
-        """All records but those of dropped samples, in the order of the set that comes of it."""
+        """Write all records except those of dropped samples, in the order of the final set."""
         splits = dict.fromkeys(split for split, _, _ in self._by_split())
         with atomic_file(path) as file:
             for wanted in splits:
@@ -368,15 +371,15 @@ def _changes(
 
 
 class _Names:
-    """What samples are called, read as it is asked for."""
+    """Keys, source names and hashes of samples, read on demand."""
 
-    def __init__(self, out: Path, kept: list[_Part], blocks: Path, parts: list[_Part]) -> None:
+    def __init__(self, out: Path, existing: list[_Part], blocks: Path, parts: list[_Part]) -> None:
         self._samples = ShardSet(
             [
-                *(out / part.entry.file for part in kept),
+                *(out / part.entry.file for part in existing),
                 *(blocks / part.entry.file for part in parts),
             ],
-            [part.entry.samples for part in [*kept, *parts]],
+            [part.entry.samples for part in [*existing, *parts]],
             str(blocks),
         )
         self._samples.cached_indexes = 64

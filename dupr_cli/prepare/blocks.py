@@ -1,11 +1,11 @@
-"""One block of a listing to shards: the unit of work, whoever does it and wherever.
+"""Writes one block of a listing as shards: the unit of work for processes, tasks and machines.
 
     OUT/.prepare/blocks/train-000007.000.tar          the first part of block 7, and its index
     OUT/.prepare/blocks/train-000007.000.index.json
     OUT/.prepare/blocks/train-000007.records          a `duplicates.RECORD` for each sample
-    OUT/.prepare/blocks/train-000007.json             written last: the block is done
+    OUT/.prepare/blocks/train-000007.json             written last: the block is finished
 
-No block depends on another, so any number of processes, tasks and machines give the same bytes.
+Blocks are independent, so any number of processes, tasks and machines writes the same bytes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _FOLDER = "blocks"
 
 @dataclass(frozen=True)
 class Work:
-    """What all blocks have in common; it travels to the workers.
+    """What all blocks have in common; it is sent to the workers.
 
-    kind, address: of the source. near: whether perceptual hashes are wanted.
+    kind, address: of the source. near: whether to compute perceptual hashes.
     """
 
     kind: str
@@ -58,9 +58,9 @@ class Work:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """A finished block. parts: its tars, most often one; none where no image could be used.
+    """A finished block. parts: its tars, usually one; empty if no image could be used.
 
-    notes: on the labels of its images, one for each label.
+    notes: remarks on the labels of its images, one per label.
     """
 
     images: int
@@ -79,7 +79,7 @@ def blocks_folder(folder: Path) -> Path:
 
 
 def read_report(folder: Path, split: str, number: int) -> BlockReport | None:
-    """The report of a block that is whole; None otherwise."""
+    """The report of a block, or None if the block is not complete."""
     blocks = blocks_folder(folder)
     name = block_name(split, number)
     try:
@@ -98,14 +98,14 @@ def read_report(folder: Path, split: str, number: int) -> BlockReport | None:
 
 
 def read_records(folder: Path, split: str, number: int) -> Array:
-    """(samples,) `RECORD`s of a block that is done."""
+    """(samples,) `RECORD`s of a finished block."""
     path = blocks_folder(folder) / f"{block_name(split, number)}.records"
     return np.fromfile(path, RECORD) if path.exists() else np.empty(0, RECORD)
 
 
 @lru_cache(maxsize=2)
 def _opened(work: Work, _listed: int) -> tuple[ImageSource, Listing]:
-    """Source and listing, kept from block to block. _listed: when the listing was written."""
+    """Source and listing, cached between blocks. _listed: when the listing was written."""
     listing = read_listing(work.folder)
     assert listing is not None, "the listing is written before any block"
     source = make_source(work.kind, work.address, work.recipe.source, Path(work.out))
@@ -117,11 +117,11 @@ def write_block(
 ) -> BlockReport:
     """Ingest the entries of one block into one or several tars.
 
-    threads: that read and decode. advance: called after each image. Raises OSError when the output
-    cannot be written; what was written of the block is then taken away.
+    threads: number of threads that read and decode. advance: called after each image. Raises
+    OSError when the output cannot be written; the tar being written is then removed.
     """
     Image.preinit()
-    with warnings.catch_warnings(action="ignore"):  # Pillow's, on odd metadata
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns about odd metadata
         return _write_block(work, block, threads, advance)
 
 
@@ -189,7 +189,7 @@ def _write_block(
 
 
 def another_key(key: str, sha256: str) -> str:
-    """A key for an image whose own is another image's."""
+    """A key for an image whose own key already belongs to another image."""
     return f"{key}-{sha256[:8]}"
 
 
@@ -204,7 +204,7 @@ def _short(digest: bytes) -> int:
 def _in_order(
     read: Callable[[Entry], Ingested | Skipped], entries: Sequence[Entry], threads: int
 ) -> Iterator[Ingested | Skipped]:
-    """Results in the order of the entries, a few ahead of their use where there are threads."""
+    """Yield results in the order of the entries; several threads read a few entries ahead."""
     if threads == 1:
         yield from map(read, entries)
         return

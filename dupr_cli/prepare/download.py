@@ -1,9 +1,10 @@
-"""Official archives of PASCAL VOC and COCO: fetched with resume, checked, unpacked.
+"""Fetches the official archives of PASCAL VOC and COCO, checks and unpacks them.
 
-An archive grows as `.NAME.part`; what is there is not asked for again (http Range). It is unpacked
-when its MD5 is that of the publisher, and then deleted; a marker says so to the next call.
-Sources: MD5 of VOC as torchvision has them (`torchvision.datasets.voc`), of COCO as the field
-publishes them; addresses and sizes of the publishers.
+An archive is fetched into `.NAME.part`, and an interrupted download resumes (http Range). When its
+MD5 matches the publisher's, the archive is unpacked and deleted; a marker file lists the archives
+that were unpacked.
+Sources: the MD5 sums of VOC are those of torchvision (`torchvision.datasets.voc`), those of COCO
+are as the field publishes them; addresses and sizes are the publishers'.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _ATTEMPTS, _DELAY_SECONDS = 8, 1.0
 
 @dataclass(frozen=True)
 class Archive:
-    """One file of a set. bytes: its size."""
+    """One file of a data set. bytes: its size."""
 
     address: str
     md5: str
@@ -79,7 +80,7 @@ SETS: dict[str, tuple[Archive, ...]] = {
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What was left to fetch: addresses of archives, and bytes of them that are not there."""
+    """What remained to be fetched: addresses of archives, and the number of missing bytes."""
 
     sets: list[str]
     folder: str
@@ -92,29 +93,30 @@ def download_sets(
 ) -> DownloadPlan:
     """Fetch and unpack the sets that are not in `folder` yet.
 
-    mirror: an address under which the archives lie by their names. dry_run: only say what it costs.
-    Raises UsageError for an unknown set or a full disk, RunError when an archive cannot be had.
+    mirror: address of a folder that holds the archives under their names. dry_run: only report the
+    cost. Raises UsageError for an unknown set or a full disk, RunError when an archive cannot be
+    fetched.
     """
     for name in names:
         if name not in SETS:
             near = get_close_matches(name, SETS, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise UsageError(f"--download {name}: there is {', '.join(SETS)}.{hint}")
+            raise UsageError(f"--download {name}: unknown set; known: {', '.join(SETS)}.{hint}")
     missing = [a for name in names for a in SETS[name] if a.name not in _done(folder)]
     if not missing:
-        reporter.info(f"{folder}: {', '.join(names)} is there already")
-    rest = {archive: archive.bytes - _have(folder, archive) for archive in missing}
+        reporter.info(f"{folder}: {', '.join(names)} is already complete")
+    rest = {archive: archive.bytes - _fetched(folder, archive) for archive in missing}
     addresses = [f"{mirror.rstrip('/')}/{a.name}" if mirror else a.address for a in missing]
     plan = DownloadPlan(list(names), str(folder), addresses, sum(rest.values()))
     if missing:
-        _say_cost(names, missing, rest, folder, reporter)
+        _report_cost(names, missing, rest, folder, reporter)
     if dry_run or not missing:
         return plan
     folder.mkdir(parents=True, exist_ok=True)
     for archive, address in zip(missing, addresses, strict=True):
         part = _part(folder, archive)
         with reporter.task(f"download {archive.name}", archive.bytes, "bytes", 0) as progress:
-            progress.advance(_have(folder, archive))
+            progress.advance(_fetched(folder, archive))
             with naming(part):
                 _fetch(address, part, archive, progress.advance)
         _check(part, archive, address)
@@ -141,19 +143,20 @@ def _part(folder: Path, archive: Archive) -> Path:
     return folder / f".{archive.name}.part"
 
 
-def _have(folder: Path, archive: Archive) -> int:
+def _fetched(folder: Path, archive: Archive) -> int:
     part = _part(folder, archive)
     return part.stat().st_size if part.is_file() else 0
 
 
-def _say_cost(
+def _report_cost(
     names: Sequence[str],
     missing: Sequence[Archive],
     rest: dict[Archive, int],
     folder: Path,
     reporter: Reporter,
 ) -> None:
-    # Images hardly shrink in an archive: what is unpacked is about as large. One at a time is both.
+    # Images hardly compress: unpacked files take about as much space as their archive. While an
+    # archive is unpacked, both exist.
     needed = sum(a.bytes for a in missing) + max(a.bytes for a in missing)
     needed -= sum(a.bytes - rest[a] for a in missing)
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -164,13 +167,13 @@ def _say_cost(
     )
     if needed > free:
         raise UsageError(
-            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Give a "
+            f"{folder}: {needed / 1e9:.1f} GB are needed but {free / 1e9:.1f} GB are free. Give a "
             f"SOURCE on another disk."
         )
 
 
 def _fetch(address: str, part: Path, archive: Archive, advance: Callable[[int], None]) -> None:
-    """Let `part` grow until it is whole. Raises RunError."""
+    """Download into `part` until it is complete. Raises RunError."""
     failures = 0
     while True:
         have = part.stat().st_size if part.exists() else 0
@@ -179,7 +182,7 @@ def _fetch(address: str, part: Path, archive: Archive, advance: Callable[[int], 
         request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
-                if answer.status != 206 and have:  # it cannot go on in the middle
+                if answer.status != 206 and have:  # the server cannot resume
                     advance(-have)
                     part.unlink()
                 with part.open("ab") as file:
@@ -191,8 +194,8 @@ def _fetch(address: str, part: Path, archive: Archive, advance: Callable[[int], 
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404, 410):
                 raise RunError(
-                    f"{address} cannot be had: {error.code} {error.reason}. Give another place of "
-                    f"the archives with --mirror URL."
+                    f"{address} cannot be fetched: {error.code} {error.reason}. Give another "
+                    f"address for the archives with --mirror URL."
                 ) from error
             reason = f"{error.code} {error.reason}"
         except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
@@ -204,8 +207,8 @@ def _fetch(address: str, part: Path, archive: Archive, advance: Callable[[int], 
         failures += 1
         if failures >= _ATTEMPTS:
             raise RunError(
-                f"{address} cannot be had: {reason}, {failures} times. Give the same command again "
-                f"later; it goes on after {_size(part):,} bytes."
+                f"{address} cannot be fetched: {reason}, {failures} times. Give the same command "
+                f"again later; it continues after {_size(part):,} bytes."
             )
         time.sleep(_DELAY_SECONDS * 2 ** (failures - 1))
 

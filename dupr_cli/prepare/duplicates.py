@@ -1,7 +1,7 @@
-"""Images that are there twice, over the whole set: by their bytes, or by how they look.
+"""Finds duplicate images across a whole set, by their bytes or by how they look.
 
-Every written sample leaves one `RECORD` of 32 bytes; they are compared in passes that hold at most
-`_AT_ONCE` of them. Of several equal images the first in the order of the source stays.
+Every written sample leaves one `RECORD` of 32 bytes. Records are compared in passes that hold about
+`_AT_ONCE` of them in memory. Of several equal images, the first in the order of the source is kept.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from dupr_cli.artifacts.hashes import count_bits
 
 Array = NDArray[Any]
 
-# key: hash of the sample's key. low, high: of the sha256 of the source's bytes. look: perceptual.
+# key: hash of the sample's key. low, high: parts of the sha256 of the source's bytes. look:
+# perceptual hash.
 RECORD = np.dtype([("key", "<u8"), ("low", "<u8"), ("high", "<u8"), ("look", "<u8")])
 _AT_ONCE = 16_000_000
 
-# Reads all records, of one block after the other, with the position of the first.
+# Yields the records of one block after another, each with the position of its first record.
 Records = Callable[[], Iterator[tuple[int, Array]]]
 
 
 def equal_rows(records: Records, total: int, names: tuple[str, ...]) -> Array:
-    """(n, 2) int64: position of each record that is equal in `names` to an earlier one, and of the
-    first that it is equal to; sorted by the former."""
+    """(n, 2) int64: position of each record whose `names` equal those of an earlier one, and
+    position of the first such record; sorted by the former."""
     passes = -(-total // _AT_ONCE) or 1
     found = []
     for number in range(passes):
@@ -45,7 +46,7 @@ def equal_rows(records: Records, total: int, names: tuple[str, ...]) -> Array:
 def _collect(
     records: Records, names: tuple[str, ...], passes: int, number: int
 ) -> tuple[Array, Array]:
-    """Positions and columns of the records of one pass: those of a share of the hash values."""
+    """Positions and columns of the records of one pass, which covers a share of the hash values."""
     positions, values = [np.empty(0, np.int64)], [np.empty(0, RECORD)[list(names)]]
     for start, block in records():
         chosen = np.flatnonzero(block[names[0]] % passes == number)
@@ -55,17 +56,17 @@ def _collect(
 
 
 def similar_rows(records: Records, dropped: Array, distance: int) -> Array:
-    """(n, 2) int64 as `equal_rows`: records whose `look` differs in at most `distance` bits from
-    that of an earlier one, which itself stays. dropped: positions that are out already.
+    """(n, 2) int64 as in `equal_rows`: records whose `look` differs in at most `distance` bits from
+    that of an earlier record that is kept. dropped: positions that are already left out.
 
-    Two hashes that differ in d bits agree in one of d + 1 parts: only those are compared. Holds
-    all hashes in memory (16 bytes for each image).
+    Two hashes that differ in d bits agree in at least one of d + 1 parts, so only hashes that share
+    a part are compared. Holds all hashes in memory (16 bytes for each image).
     """
     positions, values = _collect(records, ("look",), 1, 0)
     looks = values["look"].astype(np.uint64)
     stays = ~np.isin(positions, dropped)
     positions, looks = positions[stays], looks[stays]
-    # Equal hashes first: they may be many, and one of them stands for all.
+    # Merge equal hashes first: they may be many, and one of them stands for all.
     unique, first, inverse = np.unique(looks, return_index=True, return_inverse=True)
     pairs = _close_pairs(unique, distance)
     later = np.maximum(first[pairs[:, 0]], first[pairs[:, 1]])

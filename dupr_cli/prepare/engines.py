@@ -1,6 +1,6 @@
-"""Who writes the blocks: this process, a pool of processes, or a Ray cluster.
+"""Runs `blocks.write_block` in this process, in a pool of processes, or on a Ray cluster.
 
-All of them run `blocks.write_block`; they differ in where, and in how they tell of progress.
+The engines differ in where the blocks are written and in how progress is reported.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from dupr_cli.runtime.stopping import deferred, ignore_signals, raise_if_stopped
 Block = tuple[str, int]
 ENGINES = ("processes", "ray")
 
-# Images that wait for a server, at once and per process.
+# Images that each process requests from a server at the same time.
 _REMOTE_THREADS = 16
 _POLL_SECONDS = 0.2
 
 
 def check_engine(engine: str) -> None:
-    """Raises UsageError when an engine is none, or its package is not installed."""
+    """Raises UsageError when the engine is unknown or its package is not installed."""
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: use {' or '.join(ENGINES)}.")
     if engine == "ray" and find_spec("ray") is None:
@@ -53,7 +53,7 @@ def write_blocks(
         return
     workers = workers or os.cpu_count() or 1
     processes = min(workers, len(blocks))
-    # Where blocks are few, the threads of a process share one.
+    # With fewer blocks than workers, several threads share a block.
     threads = -(-workers // processes) * (_REMOTE_THREADS if remote else 1)
     if processes > 1:
         _in_processes(work, blocks, processes, threads, progress)
@@ -81,7 +81,7 @@ def _in_processes(
         counted, remaining = 0, iter(blocks)
         try:
             while True:
-                # Few are handed out at a time: a hundred thousand futures are not free.
+                # Only a few are submitted at a time: a hundred thousand futures are not free.
                 while len(waiting) < 2 * processes and (block := next(remaining, None)):
                     waiting.add(pool.submit(_write_in_worker, work, block, threads))
                 if not waiting:
@@ -95,8 +95,8 @@ def _in_processes(
                     counted = now
         except BrokenProcessPool:
             raise RunError(
-                "a worker process was killed, most often because memory ran out. Give the same "
-                "command again with fewer --workers; it goes on."
+                "a worker process was killed, most likely because memory ran out. Give the same "
+                "command again with fewer --workers to continue."
             ) from None
         except BaseException:
             stop.set()
@@ -105,20 +105,20 @@ def _in_processes(
 
 
 class _StoppedError(Exception):
-    """A worker was told to stop in the middle of a block."""
+    """Raised in a worker that must stop in the middle of a block."""
 
 
 def _nothing() -> None:
     pass
 
 
-# Of this worker; `_start_worker` sets it.
+# Counts an image of this worker; `_start_worker` sets it.
 _advance: Callable[[], None] = _nothing
 
 
 def _start_worker(main: int, images: Any, stop: Any) -> None:
     ignore_signals()
-    Thread(target=_end_with, args=(main,), daemon=True).start()
+    Thread(target=_exit_after, args=(main,), daemon=True).start()
 
     def advance() -> None:
         if stop.is_set():
@@ -130,11 +130,11 @@ def _start_worker(main: int, images: Any, stop: Any) -> None:
     _advance = advance
 
 
-def _end_with(main: int) -> None:
-    """A pool's worker would wait for work for ever when the main process is killed."""
+def _exit_after(main: int) -> None:
+    """Exit once the main process has been killed: the worker would wait for work for ever."""
     with suppress(ProcessLookupError):
         while True:
-            os.kill(main, 0)  # asks whether it is there
+            os.kill(main, 0)  # signal 0 only checks that the process exists
             time.sleep(1)
     os._exit(1)
 
@@ -144,7 +144,7 @@ def _write_in_worker(work: Work, block: Block, threads: int) -> BlockReport:
 
 
 def _on_ray(work: Work, blocks: Sequence[Block], remote: bool, progress: Task) -> None:
-    """Blocks as tasks of a Ray cluster, whose machines all see source and output."""
+    """Run blocks as tasks of a Ray cluster, whose machines must all see source and output."""
     ray: Any = import_module("ray")
     begun_here = not ray.is_initialized()
     if begun_here:
@@ -152,8 +152,8 @@ def _on_ray(work: Work, blocks: Sequence[Block], remote: bool, progress: Task) -
             ray.init(address="auto", log_to_driver=False, logging_level="error")
         except ConnectionError as error:
             raise UsageError(
-                "--engine ray: no Ray cluster is running that this machine belongs to. Start one "
-                "with `ray start --head`, or set RAY_ADDRESS."
+                "--engine ray: this machine belongs to no running Ray cluster. Start one with "
+                "`ray start --head`, or set RAY_ADDRESS."
             ) from error
     write = ray.remote(num_cpus=1, max_retries=2)(write_block)
     threads = _REMOTE_THREADS if remote else 1
@@ -175,7 +175,7 @@ def _on_ray(work: Work, blocks: Sequence[Block], remote: bool, progress: Task) -
         raise (cause if isinstance(cause, OSError) else RunError(str(error))) from error
     except ray.exceptions.RayError as error:
         raise RunError(
-            f"the Ray cluster failed: {error}. Give the same command again; it goes on."
+            f"the Ray cluster failed: {error}. Give the same command again to continue."
         ) from error
     finally:
         if begun_here:

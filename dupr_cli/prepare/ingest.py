@@ -1,8 +1,8 @@
-"""One image in, one sample or one reason out.
+"""Turns one image of a source into one sample, or into the reason why it is left out.
 
-Bytes are kept where nothing has to change, and decoded to see that they are whole. An image that
-is rotated by EXIF, not RGB, animated, too large, or of a format that shards do not hold is written
-anew, and its labels move with it.
+The bytes of an image that need not change are kept, and decoded to check that they are whole. An
+image that is rotated by EXIF, not RGB, animated, too large, or of a format that shards do not hold
+is re-encoded, and its labels are adjusted to it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dupr_cli.recipe.prepare import ImageSection
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _WANTED = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _RESAMPLE = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
-_SAMPLED = 20  # one of so many is decoded with verify: sampled
+_SAMPLED = 20  # verify: sampled decodes one image in this many
 
 T = TypeVar("T")
 
-# From Pillow's limit on, it would refuse by itself, with words that do not name our recipe key.
+# Above its own limit Pillow would refuse with a message that does not name our recipe key.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -42,9 +42,9 @@ class _UnusableImageError(Exception):
 
 @dataclass(frozen=True)
 class Ingested:
-    """A sample, with the sha256 and the perceptual hash of the image as the source has it.
+    """A sample, with the sha256 and the perceptual hash of the image in the source.
 
-    notes: on its labels, see `Placed`.
+    notes: remarks on its labels, see `Placed`.
     """
 
     sample: Sample
@@ -56,7 +56,7 @@ class Ingested:
 def ingest(
     entry: Entry, read: Callable[[Entry], RawImage], recipe: PrepareRecipe, look: bool = False
 ) -> Ingested | Skipped:
-    """Read, check and, where needed, change one image of a source.
+    """Read, check and, if needed, change one image of a source.
 
     look: compute the perceptual hash.
     """
@@ -76,7 +76,7 @@ def ingest(
 
 
 def readable(name: str) -> str:
-    """A file's name as text: bytes that are not UTF-8 are written as escapes."""
+    """A file's name as text, with bytes that are not UTF-8 written as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -98,7 +98,7 @@ def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> I
         and not picture.is_wide
         and extension is not None
         and wanted in (None, extension)
-        # The frames of an MPO, a camera's JPEG with a preview behind it, are no animation.
+        # An MPO is a camera's JPEG followed by a preview; its frames are not an animation.
         and (extension == "jpg" or not getattr(picture.image, "is_animated", False))
     )
     data = raw.data
@@ -124,8 +124,8 @@ def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> I
         raw.extras,
         sha256.hexdigest() if stays else "",
     )
-    look_ = _look(pixels, raw.data) if look else 0
-    return Ingested(sample, sha256.digest(), look_, found.notes if found else raw.remarks)
+    perceptual = _perceptual_hash(pixels, raw.data) if look else 0
+    return Ingested(sample, sha256.digest(), perceptual, found.notes if found else raw.remarks)
 
 
 def _open(data: bytes) -> Picture:
@@ -136,7 +136,7 @@ def _open(data: bytes) -> Picture:
 
 
 def _check(image: Image.Image, recipe: PrepareRecipe) -> None:
-    """Raises _UnusableImageError for an image that must not be decoded or fails the filters."""
+    """Raises _UnusableImageError for an image that is too large to decode or fails the filters."""
     width, height = image.size
     if width * height > recipe.image.max_pixels:
         raise _UnusableImageError(
@@ -165,7 +165,7 @@ def _new_size(upright: Size, recipe: ImageSection) -> Size:
 
 
 def _labels(raw: RawImage, picture: Picture, size: Size) -> Placed | None:
-    """The labels in the pixels of the image in the shard; None where the source has none."""
+    """The labels in pixels of the image in the shard, or None if the source has no labels."""
     if raw.labels is None:
         return None
     return placed(raw.labels, picture.stored, picture.orientation, size)
@@ -176,26 +176,27 @@ def _is_sampled(key: str) -> bool:
 
 
 def _decoded(step: Callable[[], T]) -> T:
-    """What a step of decoding gives. Raises _UnusableImageError where it fails."""
+    """The result of a step of decoding. Raises _UnusableImageError when it fails."""
     try:
         return step()
     except StoppedRunError:
         raise
     except UnknownRangeError as error:
         raise _UnusableImageError(str(error)) from None
-    # Decoders of damaged files raise whatever their parsing ran into.
+    # On damaged files, decoders raise exceptions of any kind.
     except Exception as error:
         raise _UnusableImageError(f"does not decode: {error}") from None
 
 
 def _decode(image: Image.Image, small: bool = False) -> None:
-    """Decode all of it. small: a JPEG at an eighth, which reads every byte at half the cost."""
+    """Decode the whole image. small: at 1/8 size if a JPEG, which reads every byte at half the
+    cost."""
     if small:
         image.draft("RGB", (image.width // 8, image.height // 8))
     _decoded(image.load)
 
 
-def _look(image: Image.Image | None, data: bytes) -> int:
+def _perceptual_hash(image: Image.Image | None, data: bytes) -> int:
     if image is None:
         image = Image.open(io.BytesIO(data))
         image.draft("L", (128, 128))
@@ -206,7 +207,7 @@ def _look(image: Image.Image | None, data: bytes) -> int:
 def _encode(image: Image.Image, extension: str, shrunk: bool, recipe: ImageSection) -> bytes:
     buffer = io.BytesIO()
     if extension == "jpg":
-        # 4:4:4 where no pixel is thrown away: the source's subsampling was applied once already.
+        # 4:4:4 unless the image was shrunk: the source's chroma was already subsampled once.
         subsampling = 2 if shrunk else 0
         image.save(buffer, "JPEG", quality=recipe.quality, subsampling=subsampling)
     elif extension == "webp":

@@ -1,12 +1,12 @@
-"""The images of a source as a file, cut into blocks: what workers, tasks and continuation share.
+"""Lists the images of a source in a file, cut into blocks, for workers, tasks and later calls.
 
     OUT/.prepare/listing/<split>.jsonl    one entry per line, in the order of the shards
     OUT/.prepare/listing/<split>.starts   where each block begins: uint64
-    OUT/.prepare/listing.json             how many, and the digest of the source
-    OUT/.prepare/source.jsonl.gz          the record that stays with the set (`source_record`)
+    OUT/.prepare/listing.json             number of entries, and the digest of the source
+    OUT/.prepare/source.jsonl.gz          the record that is kept with the set (`source_record`)
 
-A block is `shard.max_samples` entries. Writing a listing takes the memory of a folder, or,
-shuffled, of a 64th of the entries.
+A block has `shard.max_samples` entries. Writing a listing takes as much memory as the names in one
+folder, or, if shuffled, as a 64th of the entries.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Listing:
 
 
 def _line(entry: Entry) -> bytes:
-    """As little as an entry needs: its name alone, where that is all."""
+    """An entry as JSON, without the values at its end that are empty."""
     values = [entry.name, entry.place, entry.key]
     while values[-1] in (None, "") and len(values) > 1:
         values.pop()
@@ -85,7 +85,7 @@ def _parse(line: bytes, split: str) -> Entry:
 
 
 def split_entries(source: ImageSource, recipe: PrepareRecipe) -> Iterator[Entry]:
-    """The entries of a source, those held out in a split of their own, with their stamps."""
+    """The entries of a source with their stamps; held-out ones get a split of their own."""
     share, name = recipe.split.held_out, recipe.split.name
     for entry in source.entries():
         if share and entry.split == "train" and _fraction(entry.sample_key) < share:
@@ -100,7 +100,7 @@ def _fraction(key: str) -> float:
 
 
 def survey(source: ImageSource, recipe: PrepareRecipe) -> SourceDigest:
-    """Number of images by split and the digest, without writing anything."""
+    """Count the images by split and compute the digest, without writing anything."""
     digest = SourceDigest()
     for entry in split_entries(source, recipe):
         digest.add(entry)
@@ -110,9 +110,9 @@ def survey(source: ImageSource, recipe: PrepareRecipe) -> SourceDigest:
 def write_listing(
     source: ImageSource, recipe: PrepareRecipe, folder: Path, known: KnownSource | None = None
 ) -> Listing:
-    """List a source into `folder`. Raises what listing the source raises.
+    """List a source into `folder`. Raises whatever listing the source raises.
 
-    known: list only images that are new to this record; the digest is that of the whole source.
+    known: list only images that this record lacks; the digest still covers the whole source.
     """
     place = folder / _FOLDER
     clear(folder, only=_FOLDER)
@@ -143,12 +143,12 @@ def write_listing(
 
 
 def listing_path(folder: Path) -> Path:
-    """The file that marks a listing as whole."""
+    """The file that marks a listing as complete."""
     return folder / _FILE
 
 
 def read_listing(folder: Path) -> Listing | None:
-    """The listing in `folder`, or None where none is whole."""
+    """The listing in `folder`, or None if none is complete."""
     try:
         return Listing(folder, **json.loads(listing_path(folder).read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -156,7 +156,7 @@ def read_listing(folder: Path) -> Listing | None:
 
 
 class _SplitFile:
-    """The listing of one split being written."""
+    """Writes the listing of one split."""
 
     def __init__(self, place: Path, recipe: PrepareRecipe) -> None:
         self._block, self._seed = recipe.shard.max_samples, recipe.seed

@@ -1,10 +1,10 @@
-"""What a set of shards was made of: OUT/source.jsonl.gz, one line for each image of the source.
+"""The record of a set's source: OUT/source.jsonl.gz, one line for each image of the source.
 
     [split, name, stamp]
 
-The stamp is what decides whether an image is still the same one: its size and modification time, or
-with `source.identity: content` the sha256 of its bytes and labels. With the record a grown source
-can be told from a changed one, and only what is new be added.
+The stamp decides whether an image is unchanged. It is the size and modification time, or, with
+`source.identity: content`, the sha256 of the bytes and labels. The record distinguishes a source
+that has grown from one that has changed, so that only new images are added.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dupr_cli.prepare.sources import Entry, ImageSource
 
 SOURCE = "source.jsonl.gz"
 _KINDS = ("new", "changed", "missing")
-_NAMED = 3  # names that a message gives as examples
+_NAMED = 3  # number of names that a message gives as examples
 
 
 class SourceDigest:
-    """Identity of a source: its names, splits and stamps, in order.
+    """Identity of a source: a digest of its names, splits and stamps, in order.
 
     entries: number of images by split. names_alone: the digest that dupr 0.1 recorded.
     """
@@ -54,7 +54,7 @@ class SourceDigest:
 
 
 def stamp_of_content(source: ImageSource, entry: Entry) -> str:
-    """sha256 of an image's bytes and labels; what cannot be read has a stamp of its own."""
+    """sha256 of an image's bytes and labels, or "unreadable" if it cannot be read."""
     try:
         raw = source.read(entry)
     except (OSError, DuprError):
@@ -73,7 +73,7 @@ class SourceRecordWriter:
         self._packed = gzip.GzipFile("", "wb", 6, self._file, mtime=0)
 
     def add(self, entry: Entry) -> None:
-        # Names of files are bytes; those that are no UTF-8 survive as escapes.
+        # File names are bytes; those that are not UTF-8 are kept as escapes.
         line = json.dumps([entry.split, entry.name, entry.stamp], separators=(",", ":"))
         self._packed.write(line.encode() + b"\n")
 
@@ -100,7 +100,7 @@ def read_record(path: Path) -> Iterator[tuple[str, str, str]]:
 
 @dataclass
 class SourceChanges:
-    """How a source differs from the record: how many images, and the first names of each kind."""
+    """How a source differs from the record: number of images and first names of each kind."""
 
     new: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -127,7 +127,7 @@ class SourceChanges:
 
 
 class KnownSource:
-    """The images of a record by hashes: 16 bytes for each, so that a hundred million fit.
+    """The images of a record as hashes of 16 bytes each, so that a hundred million fit in memory.
 
     Raises UsageError when the record is damaged.
     """
@@ -146,7 +146,7 @@ class KnownSource:
         self._seen = np.zeros(len(hashes), dtype=bool)
 
     def kind(self, entry: Entry) -> str | None:
-        """new, changed, or None where the image is in the record as it is."""
+        """new, changed, or None if the record has the image unchanged."""
         name, stamp = _hashed(entry.split, entry.name, entry.stamp)
         place = int(np.searchsorted(self._names, np.uint64(name)))
         if place == len(self._names) or int(self._names[place]) != name:
@@ -155,7 +155,7 @@ class KnownSource:
         return None if int(self._stamps[place]) == stamp else "changed"
 
     def add_missing(self, changes: SourceChanges) -> None:
-        """Add the images of the record that `kind` was never asked for."""
+        """Add the images of the record that were never passed to `kind`."""
         gone = set(self._names[~self._seen].tolist())
         if gone:
             for split, name, stamp in read_record(self._record):

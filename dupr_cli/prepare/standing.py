@@ -1,4 +1,4 @@
-"""What is in OUT already, and what a call has to do there. Looking changes nothing."""
+"""Examines OUT and decides what a call has to do there, without changing anything."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Action = Literal["begin", "continue", "append", "replace", "nothing"]
 
 @dataclass(frozen=True)
 class Standing:
-    """What a call has to do. clears: unfinished work is in the way and is to be taken away.
+    """What a call has to do. clears: unfinished work is in the way and must be removed.
 
-    to_read: images by split, where they are known without listing the source once more.
+    to_read: images by split, if they are known without listing the source again.
     """
 
     action: Action
@@ -43,40 +43,42 @@ def require_other_folder(work: Work) -> None:
 def look(
     work: Work, source: ImageSource, *, overwrite: bool, append: bool, is_task: bool = False
 ) -> Standing:
-    """What is there, and what is to be done about it.
+    """Examine the output folder and decide what to do.
 
-    Raises UsageError when something else is there, unless it may be overwritten, or the source is
-    not the one that was prepared.
+    Raises UsageError when the folder holds something else, unless it may be overwritten, or when
+    the source is not the one that was prepared.
     """
     out = Path(work.out)
     require_other_folder(work)
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file has this name, but the output is a folder.")
+        raise UsageError(f"{out} is a file, but the output must be a folder.")
     state, finished = State.read(work.folder), (out / MANIFEST).is_file()
     if not finished and state is None:
         if holds_anything(out, besides=[UNFINISHED]):
-            raise UsageError(f"{out}: the folder is not empty and holds no shards of dupr.")
+            raise UsageError(
+                f"{out}: the folder is not empty and holds no shards of dupr. Give another OUT."
+            )
         return Standing("begin")
     if is_task and state is not None and not _other_recipe(state.recipe, state.source, work):
-        return Standing("continue")  # the first task has listed the source for all
+        return Standing("continue")  # the first task has listed the source for all tasks
     digest = survey(source, work.recipe)
     if state is not None and not finished:
-        return _of_unfinished(work, state, digest, overwrite)
+        return _for_unfinished(work, state, digest, overwrite)
     manifest = _read_manifest(out, overwrite)
     if manifest is None:
         return Standing("replace", clears=state is not None)
     other = _other_recipe(manifest.recipe, manifest.source, work)
     known_digest = manifest.fingerprint.rpartition("-")[2]
-    old = not (out / SOURCE).is_file()  # of a dupr that recorded names alone
+    old = not (out / SOURCE).is_file()  # written by a dupr that recorded only names
     same_source = known_digest == (digest.names_alone if old else str(digest))
     if not other and same_source:
         rest = state is not None and not _other_recipe(state.recipe, state.source, work)
-        return _of_same_set(work, manifest, rest, overwrite)
+        return _for_same_set(work, manifest, rest, overwrite)
     if state is not None:
-        found = _of_unfinished(work, state, digest, overwrite)
+        found = _for_unfinished(work, state, digest, overwrite)
         if found.action == "continue" and not state.appends and not overwrite:
             raise UsageError(
-                f"{out}: finished shards are there, and unfinished ones that would replace them. "
+                f"{out}: the folder holds finished shards, and unfinished ones that would replace them. "
                 f"Give --overwrite again to finish them."
             )
         return found
@@ -84,42 +86,42 @@ def look(
         return Standing("replace")
     if other or old:
         raise UsageError(
-            f"{out}: shards of another recipe or source are there:\n"
-            + "\n".join(other.values() or ["  the names of the images are others"])
+            f"{out} holds shards of another recipe or source:\n"
+            + "\n".join(other.values() or ["  the names of the images differ"])
             + "\nGive another OUT, or --overwrite to replace them."
         )
-    return _of_changed_source(work, source, append)
+    return _for_changed_source(work, source, append)
 
 
-def _of_unfinished(work: Work, state: State, digest: SourceDigest, overwrite: bool) -> Standing:
+def _for_unfinished(work: Work, state: State, digest: SourceDigest, overwrite: bool) -> Standing:
     other = _other_recipe(state.recipe, state.source, work)
     if not other and state.digest in (str(digest), digest.names_alone):
         return Standing("continue")
     if overwrite:
         return Standing("replace", clears=True)
     raise UsageError(
-        f"{work.out}: unfinished shards of another source or recipe are there:\n"
+        f"{work.out} holds unfinished shards of another source or recipe:\n"
         + "\n".join(other.values() or ["  images of the source are new, changed or gone"])
-        + "\nGive that command again to finish them, on the source as it was, or --overwrite to "
-        "replace them."
+        + "\nTo finish them, give the earlier command again with the source as it was; to replace "
+        "them, add --overwrite."
     )
 
 
-def _of_same_set(work: Work, manifest: Manifest, rest: bool, overwrite: bool) -> Standing:
-    """rest: unfinished work of the same set is left by an interruption of the last two steps."""
+def _for_same_set(work: Work, manifest: Manifest, rest: bool, overwrite: bool) -> Standing:
+    """rest: an interruption of the last two steps left unfinished work of the same set."""
     wrong = _damaged(Path(work.out), manifest)
     if wrong is None:
         return Standing("nothing", clears=rest)
     if overwrite:
         return Standing("replace", clears=rest)
     raise UsageError(
-        f"{wrong} is missing or has another size, although the set is complete. Put it back, or "
+        f"{wrong} is missing or has the wrong size, although the set is complete. Put it back, or "
         f"make the set again with --overwrite."
     )
 
 
-def _of_changed_source(work: Work, source: ImageSource, append: bool) -> Standing:
-    """A complete set of this recipe, whose source has other images now."""
+def _for_changed_source(work: Work, source: ImageSource, append: bool) -> Standing:
+    """For a complete set of this recipe whose source now has other images."""
     new: dict[str, int] = {}
     known, changes = KnownSource(Path(work.out) / SOURCE), SourceChanges()
     for entry in split_entries(source, work.recipe):
@@ -130,14 +132,14 @@ def _of_changed_source(work: Work, source: ImageSource, append: bool) -> Standin
             changes.add(kind, entry.name)
     known.add_missing(changes)
     if not any(changes.counts.values()):
-        return Standing("nothing")  # images that were gone came back
+        return Standing("nothing")  # images that had been missing are back
     changed, count = changes.counts["changed"], changes.counts["new"]
     if changed or not append:
         way = "--overwrite to make all shards again"
         if not changed:
             way = "--append to add shards of the new images, " * (count > 0) + way
         raise UsageError(
-            f"{work.out}: the source is not as it was when its shards were made: of its images "
+            f"{work.out}: the source has changed since its shards were made; of its images, "
             f"{changes.describe()}. Give another OUT, {way}."
         )
     warning = ""
@@ -148,8 +150,8 @@ def _of_changed_source(work: Work, source: ImageSource, append: bool) -> Standin
 
 
 def _other_recipe(recipe: dict[str, Any], source: str, work: Work) -> dict[str, str]:
-    """What differs from the recipe and the source's address, in words, by key."""
-    # Validated: keys that an older dupr did not have yet are as by default.
+    """What differs from the recipe and the source's address, as one line of text per key."""
+    # Validation fills in the defaults of keys that an older dupr did not have.
     before = recipe_keys(PrepareRecipe.model_validate(recipe).model_dump(mode="json"))
     now = recipe_keys(work.recipe.model_dump(mode="json"))
     found = differences({**before, "SOURCE": source}, {**now, "SOURCE": work.address})
@@ -157,7 +159,7 @@ def _other_recipe(recipe: dict[str, Any], source: str, work: Work) -> dict[str, 
 
 
 def _read_manifest(out: Path, overwrite: bool) -> Manifest | None:
-    """The manifest, None where it is damaged and may be replaced."""
+    """The manifest, or None if it is damaged and may be replaced."""
     try:
         return Manifest.read(out)
     except UsageError:
@@ -167,7 +169,7 @@ def _read_manifest(out: Path, overwrite: bool) -> Manifest | None:
 
 
 def _damaged(out: Path, manifest: Manifest) -> Path | None:
-    """The first shard that is not as long as the manifest says."""
+    """The first shard whose length differs from the manifest."""
     for entries in manifest.splits.values():
         for entry in entries:
             tar = out / entry.file

@@ -1,4 +1,4 @@
-"""What is in shards, in numbers and as a picture: sizes, aspects, colours, classes, boxes."""
+"""Statistics of shards, as numbers and as a picture: sizes, aspects, colours, classes, boxes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dupr_cli.datasets.pixels import open_picture
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
-_COLOURS_OF = 1000  # images whose pixels are averaged, spread over the set
+_COLOURS_OF = 1000  # number of images whose pixels are averaged, spread over the set
 _SMALL, _LARGE = 32**2, 96**2  # pixels; source: COCO's small, medium and large objects
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts[i] of values from edges[i] to below edges[i + 1]; the last edge is included."""
+    """counts[i]: values from edges[i] to below edges[i + 1]; the last includes its upper edge."""
 
     edges: list[float]
     counts: list[int]
@@ -32,8 +32,8 @@ class Histogram:
 class Stats:
     """widths, heights: quantiles 0, 0.25, 0.5, 0.75, 1, in pixels. aspect: width / height.
 
-    mean, std: of the channels R, G, B in 0..1, over the pixels of some images. objects: labelled
-    boxes, by class; sizes: how many are small, medium and large by COCO's areas.
+    mean, std: of the channels R, G, B in 0..1, over the pixels of some images. objects: number of
+    labelled boxes by class. object_sizes: how many are small, medium and large by COCO's areas.
     """
 
     shards: int
@@ -54,7 +54,7 @@ class Stats:
 
 
 def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
-    """Read every sample once. Raises UsageError when there are no shards."""
+    """Read every sample once. Raises UsageError when `address` holds no shards."""
     shards = open_shards(address, split)
     shards.cached_indexes = 8
     every = max(1, len(shards) // _COLOURS_OF)
@@ -76,7 +76,7 @@ def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
                     values = np.asarray(picture.rgb(), dtype=np.float64).reshape(-1, 3) / 255
                     sums += [values.sum(0), (values**2).sum(0)]
                     pixels += len(values)
-            # Decoders of damaged files raise whatever their parsing ran into.
+            # On damaged files, decoders raise exceptions of any kind.
             except Exception:
                 unreadable += 1
             if sample.label is not None:
@@ -113,7 +113,7 @@ def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
 
 
 def _histogram(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Histogram:
-    """Bins of equal ratio: sizes and aspects spread over powers."""
+    """Bins of equal ratio, since sizes and aspects vary by orders of magnitude."""
     positive = values[values > 0]
     if not len(positive):
         return Histogram([], [])
@@ -126,7 +126,7 @@ def _histogram(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> His
 
 
 def as_facts(stats: Stats) -> list[tuple[str, str]]:
-    """For a table of two columns."""
+    """Names and values for a table of two columns."""
 
     def spread(values: Sequence[float]) -> str:
         low, quarter, middle, three, high = (round(value) for value in values)

@@ -1,4 +1,4 @@
-"""What a preparation plans and returns."""
+"""The plan and the result of a preparation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 class PreparePlan:
     """What a preparation will do, before it does it.
 
-    action: begin, continue, append, replace, or nothing where the set is complete. items: images to
-    read, by split. notes: what of the source is not taken.
+    action: begin, continue, append, replace, or nothing if the set is complete. items: images to
+    read, by split. notes: what the source holds that is not read.
     """
 
     source: str
@@ -24,9 +24,9 @@ class PreparePlan:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What a preparation left behind. samples: per split.
+    """What a preparation has written. samples: per split.
 
-    task: of `--task`, which leaves blocks only; shards is then their number.
+    task: the value of `--task`, which writes blocks only; `shards` is then their number.
     """
 
     out: str

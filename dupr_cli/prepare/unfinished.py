@@ -1,6 +1,6 @@
-"""OUT/.prepare: what a preparation that is not finished has written, and how it is taken away.
+"""OUT/.prepare: the files of an unfinished preparation, and their removal.
 
-state.json    what is being made: recipe, source and its digest
+state.json    what is being prepared: recipe, source and its digest
 listing.json  listing/  source.jsonl.gz    the images of the source (`listing`)
 blocks/       finished blocks (`blocks`)
 plan.json  skipped.jsonl  records.bin      the assembly under way (`assembly`)
@@ -29,7 +29,7 @@ _FILES = (
 
 @dataclass(frozen=True)
 class State:
-    """state.json. digest: of the source. appends: to a set that is there, only what is new."""
+    """state.json. digest: of the source. appends: only new images are added to an existing set."""
 
     recipe: dict[str, Any]
     kind: str
@@ -45,10 +45,10 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State | None:
-        """None where nothing is being prepared."""
+        """The state in `folder`, or None if nothing is being prepared."""
         try:
             values = dict(json.loads((folder / _STATE).read_bytes()))
-            if "fingerprint" in values:  # of dupr 0.1: digest of the recipe, then of the names
+            if "fingerprint" in values:  # dupr 0.1: digest of the recipe, then that of the names
                 values["digest"] = values.pop("fingerprint").rpartition("-")[2]
                 values.pop("recipe_digest", None)
             return cls(**values)
@@ -57,9 +57,9 @@ class State:
 
 
 def clear(folder: Path, only: str = "") -> None:
-    """Remove what a preparation wrote into `folder`, the state last: then nothing is there.
+    """Remove what a preparation wrote into `folder`; the state goes last, as the mark of the rest.
 
-    only: a subfolder, to leave all the rest.
+    only: a subfolder; everything else then stays.
     """
     files = (path for pattern in _FILES for path in folder.glob(pattern))
     if only:

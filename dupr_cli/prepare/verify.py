@@ -1,4 +1,4 @@
-"""Is a set of shards whole? Every byte against the manifest, every image decoded."""
+"""Checks that a set of shards is whole: compares every byte, decodes every image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dupr_cli.progress import Reporter
 
 @dataclass(frozen=True)
 class Verified:
-    """problems: a line for each, with its shard and key. Nothing is wrong where there are none."""
+    """problems: one line each, with shard and key; empty if the set is whole."""
 
     shards: int
     samples: int
@@ -45,16 +45,16 @@ class Verified:
 
 
 def verify_shards(address: str, reporter: Reporter, workers: int = 0) -> Verified:
-    """Read everything of a set. workers: processes, 0 for one per core.
+    """Read and check a whole set. workers: processes, 0 for one per core.
 
-    Raises UsageError when there are no shards at all.
+    Raises UsageError when `address` holds no shards.
     """
     folder = Path(address)
     entries: list[ShardEntry | None]
     if (folder / MANIFEST).is_file():
         manifest = Manifest.read(folder)
         listed = [entry for entries in manifest.splits.values() for entry in entries]
-        problems = _strangers(folder, manifest)
+        problems = _problems_of_folder(folder, manifest)
         tars, counts = [folder / e.file for e in listed], [e.samples for e in listed]
         shards, entries = ShardSet(tars, counts, address), [*listed]
     else:
@@ -80,7 +80,7 @@ def verify_shards(address: str, reporter: Reporter, workers: int = 0) -> Verifie
 
 @contextmanager
 def _mapper(workers: int) -> Iterator[Any]:
-    """`map` in order, in worker processes where there are several."""
+    """A `map` that keeps the order, over worker processes if `workers` is above 1."""
     if workers == 1:
         yield map
         return
@@ -92,7 +92,7 @@ def _mapper(workers: int) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Checked:
-    """Of one shard: samples that are good, what is wrong, and all keys."""
+    """One shard: number of good samples, problems, and all keys."""
 
     good: int
     problems: list[str]
@@ -110,7 +110,7 @@ def _check(shards: ShardSet, job: tuple[int, ShardEntry | None]) -> _Checked:
         index = shards.index(number)
     except DuprError as error:
         return _Checked(0, [*problems, str(error)], [])
-    # An index that is not the manifest's cannot tell where samples lie by their number.
+    # If the index contradicts the manifest, positions of samples in the whole set are wrong.
     alone = ShardSet([tar], [len(index)], shards.name, shards.remote_of(number))
     good = 0
     for position, key in enumerate(index.keys):
@@ -120,8 +120,8 @@ def _check(shards: ShardSet, job: tuple[int, ShardEntry | None]) -> _Checked:
     return _Checked(good, problems, index.keys)
 
 
-def _strangers(folder: Path, manifest: Manifest) -> list[str]:
-    """What lies among the shards and is not of the manifest, and what it counts wrongly."""
+def _problems_of_folder(folder: Path, manifest: Manifest) -> list[str]:
+    """Shards that the manifest does not list, and a number of skipped images that is wrong."""
     listed = {entry.file for entries in manifest.splits.values() for entry in entries}
     problems = [
         f"{tar}: the manifest does not list it"
@@ -142,11 +142,11 @@ def _strangers(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _problem_of_file(tar: Path, entry: ShardEntry) -> str:
-    """What is wrong with a shard as a file; nothing where it is as the manifest says."""
+    """What is wrong with a shard as a file; empty if it agrees with the manifest."""
     if not tar.is_file():
         return "it is missing"
     if tar.stat().st_size != entry.bytes:
-        return f"{tar.stat().st_size} bytes, {entry.bytes} by the manifest"
+        return f"it has {tar.stat().st_size} bytes, {entry.bytes} by the manifest"
     if sha256_file(tar) != entry.sha256:
         return "its sha256 is not that of the manifest: bytes in it have changed"
     beside = index_path(tar)
@@ -158,9 +158,9 @@ def _problem_of_file(tar: Path, entry: ShardEntry) -> str:
         return str(error)
     places = [tuple(place) for place in index.images]
     if (index.keys, places, index.sha256) != (scanned.keys, scanned.images, entry.sha256):
-        return "its index is of another shard"
+        return "its index belongs to another shard"
     if len(index) != entry.samples:
-        return f"{len(index)} samples, {entry.samples} by the manifest"
+        return f"it has {len(index)} samples, {entry.samples} by the manifest"
     return ""
 
 
@@ -174,9 +174,9 @@ def _problem_of_sample(shards: ShardSet, number: int) -> str:
             image.load()
     except DuprError as error:
         return str(error)
-    # Decoders of damaged files raise whatever their parsing ran into.
+    # On damaged files, decoders raise exceptions of any kind.
     except Exception as error:
         return f"does not decode: {error}"
     if sample.width and size != (sample.width, sample.height):
-        return f"{size[0]} x {size[1]} pixels, {sample.width} x {sample.height} by its JSON"
+        return f"it has {size[0]} x {size[1]} pixels, {sample.width} x {sample.height} by its JSON"
     return ""

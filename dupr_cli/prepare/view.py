@@ -1,4 +1,4 @@
-"""A contact sheet of shards: images as they are in them, labelled ones with their boxes."""
+"""Draws a contact sheet of shards: images as stored, with their boxes if they are labelled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class View:
 
 
 def draw_sheet(address: str, split: str | None, path: Path, count: int, seed: int) -> View:
-    """Write a PNG of `count` samples drawn by `seed`, in the order of the shards."""
+    """Write a PNG of `count` samples, chosen at random by `seed`, in the order of the shards."""
     shards = open_shards(address, split)
     shards.cached_indexes = 8
     chosen = sorted(Random(seed).sample(range(len(shards)), min(count, len(shards))))
@@ -63,7 +63,7 @@ def _cell(sample: Sample) -> Image.Image:
         scale = _CELL / max(picture.upright)
         width, height = (max(1, round(side * scale)) for side in picture.upright)
         cell = picture.rgb((width, height), Image.Resampling.BICUBIC)
-    # Decoders of damaged files raise whatever their parsing ran into.
+    # On damaged files, decoders raise exceptions of any kind.
     except Exception:
         cell = Image.new("RGB", (_CELL, _CELL), "#cc3333")
         ImageDraw.Draw(cell).text((8, 8), "does not decode", "white")
@@ -78,7 +78,7 @@ def _cell(sample: Sample) -> Image.Image:
 
 
 def _colour(name: str) -> str:
-    """Always the same for a class."""
+    """A colour that depends only on the class."""
     hue = zlib.crc32(name.encode()) / 2**32
     red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.9, 1.0))
     return f"#{red:02x}{green:02x}{blue:02x}"

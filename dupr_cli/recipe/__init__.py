@@ -1,8 +1,8 @@
-"""Recipes: what a stage is told to do, as YAML checked by pydantic before anything starts.
+"""Recipes: the settings of a stage as YAML, checked by pydantic before anything starts.
 
-`load_recipe` reads a file or a shipped recipe by name, follows `extends`, applies `--set`
-overrides, and returns the validated model with the origin of every key; a mistake becomes a
-`RecipeError` that names file, line, key, the value found and what was expected.
+`load_recipe` reads a file or a shipped recipe by name, follows `extends`, applies `--set` overrides
+and returns the validated model. A mistake becomes a `RecipeError` that names file, line, key, the
+value found and the value expected.
 """
 
 from dupr_cli.recipe.base import Level, Section

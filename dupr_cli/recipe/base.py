@@ -1,4 +1,4 @@
-"""What every recipe is made of: strict sections, the field's level names, shared value types."""
+"""The base of all recipes: strict sections, names of feature levels, shared value types."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pydantic_core import PydanticCustomError
 Level = Literal["res2", "res3", "res4", "res5"]
 LEVELS: tuple[Level, ...] = ("res2", "res3", "res4", "res5")
 
-# Cells of a ResNet feature map are this many image pixels apart.
+# Distance of neighbouring cells of a ResNet feature map, in image pixels.
 LEVEL_STRIDES: dict[Level, int] = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 Backbone = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"
 ]
-# Before a network's name: any that timm can cut into levels, for pre-training.
+# Prefix of a network's name: any network that timm can split into levels, for pre-training.
 TIMM = "timm:"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -27,7 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values do not change after validation."""
+    """A part of a recipe: it refuses unknown keys, and its values never change."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -39,8 +39,9 @@ class Section(BaseModel):
 
 
 def reject(key: str, message: str) -> NoReturn:
-    """Fail a cross-field check at the recipe key `key`, written relative to the section.
+    """Fail a cross-field check at the recipe key `key`, relative to the section.
 
-    The key travels with the error, so that the message can name the line where it was set.
+    The error carries the key, so that the message can name the line where it was set. `message`
+    completes the sentence "KEY is ...".
     """
     raise PydanticCustomError("dupr_check", "{message}", {"message": message, "key": key})

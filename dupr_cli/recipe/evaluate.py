@@ -1,4 +1,4 @@
-"""The recipe of a transfer protocol: the detector, its training schedule and how it is tested."""
+"""The recipe of a transfer protocol: the detector, its training schedule and its test."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ Labels = Annotated[str, Field(pattern=r"^(\d+(\.\d+)?%|.+\.json)$")]
 class DetectorSection(Section):
     model: Model = "faster-rcnn-c4"
     """C4: res5 is the box head, on regions of res4. FPN: heads on a feature pyramid of res2 to res5
-    (RetinaNet: res3 on). Mask R-CNN needs labels with masks."""
+    (RetinaNet: from res3). Mask R-CNN needs labels with masks."""
     backbone: Literal["auto"] | Backbone = "auto"
-    """`auto` takes the architecture that the weights name (resnet50 when there is only `none`)."""
+    """`auto` takes the architecture that the weights name (resnet50 if only `none` is given)."""
     norm: Literal["sync", "batch", "frozen"] = "sync"
-    """Batch norm of the backbone: trained, with statistics of the whole batch over all devices
-    (sync) or of each device's part (batch); or frozen."""
+    """Batch norm of the backbone: trained with statistics of the whole batch over all devices
+    (sync) or of each device's part (batch), or frozen."""
     new_norm: Literal["sync", "batch", "group", "none"] = "sync"
-    """Norm of what is new: after res5 in C4, after the convolutions of the pyramid in FPN. group:
-    32 groups, which do not depend on the batch."""
+    """Norm of new layers: after res5 in C4, after the convolutions of the pyramid in FPN. group: 32
+    groups, independent of the batch."""
     roi_size: Annotated[int, Field(ge=2, le=28)] = 14
-    """Side of the RoIAlign output, in cells, that enters the box head (14 in C4, 7 in FPN)."""
+    """Side of the RoIAlign output that enters the box head, in cells (14 in C4, 7 in FPN)."""
     mask_roi_size: Annotated[int, Field(ge=2, le=28)] = 14
-    """The same for the mask head of FPN; masks have twice this side."""
+    """Side of the RoIAlign output for the mask head of FPN; masks have twice this side."""
     anchor_sizes: Annotated[list[Positive], Field(min_length=1)] = [32, 64, 128, 256, 512]
-    """Anchor sides, pixels of the resized image. FPN: one for each level of the pyramid."""
+    """Anchor sides, pixels of the resized image. FPN: one per level of the pyramid."""
     anchor_ratios: list[Annotated[float, Field(gt=0)]] = [0.5, 1.0, 2.0]
-    """Height over width."""
+    """Height over width of the anchors."""
     anchor_octaves: Positive = 1
-    """Anchors of each size, at 2^(k/n) of it (3 in RetinaNet)."""
+    """Number n of anchors per size, scaled by 2^(k/n) (3 in RetinaNet)."""
     pyramid_channels: Positive = 256
     rpn_batch_per_image: Positive = 256
     """Anchors per image in the loss of the region proposal network."""
     rpn_pre_nms: tuple[Positive, Positive] = (12000, 6000)
     """Proposals kept before non-maximum suppression, in training and in testing (FPN: per level).
-    RetinaNet: the second is how many candidates of a level are decoded in testing."""
+    RetinaNet: the second is the number of candidates per level that are decoded in testing."""
     rpn_post_nms: tuple[Positive, Positive] = (2000, 1000)
-    """Proposals kept after it, in training and in testing."""
+    """Proposals kept after non-maximum suppression, in training and in testing."""
     rois_per_image: Positive = 512
     """Sampled regions per image in the loss of the box head."""
     positive_fraction: Fraction = 0.25
-    """Share of positives aimed at among the sampled regions."""
+    """Target share of positives among the sampled regions."""
 
     @model_validator(mode="after")
     def _pyramid_has_five_levels(self) -> DetectorSection:
@@ -57,35 +57,36 @@ class DetectorSection(Section):
             reject(
                 "anchor_sizes",
                 f"{self.anchor_sizes}, but the pyramid of {self.model} has 5 levels, "
-                f"{'p3 to p7' if self.model == 'retinanet-fpn' else 'p2 to p6'}: give one for each",
+                f"{'p3 to p7' if self.model == 'retinanet-fpn' else 'p2 to p6'}; give one for each",
             )
         return self
 
 
 class DetectionDataSection(Section):
     train_splits: Annotated[list[str], Field(min_length=1)] = ["train"]
-    """Splits to train on, joined. In a VOC tree `trainval` is that of every year, `2007/trainval`
-    that of one; in COCO's layout `train2017` means annotations/instances_train2017.json."""
+    """Splits to train on, joined. In a VOC tree, `trainval` means that of every year and
+    `2007/trainval` that of one year; in COCO's layout, `train2017` means
+    annotations/instances_train2017.json."""
     test_splits: Annotated[list[str], Field(min_length=1)] = ["val"]
     """Splits to test on, joined."""
     labels: Positive | Labels | None = None
-    """Train on this many labelled images only, or on this share of them (`1%`): drawn once, so that
-    every class keeps its share, the same for every seed, and stored in labels.json. Or on those
-    that such a file names."""
+    """Train only on this number of labelled images, on this share of them (`1%`), or on those that
+    a labels.json names. The images are drawn once, so that every class keeps its share, are the
+    same for every seed, and are stored in labels.json."""
     labels_seed: Seed = 0
-    """Which of the possible draws."""
+    """Seed of that draw."""
     train_sizes: Annotated[list[Positive], Field(min_length=1)] = list(range(480, 801, 32))
-    """Short sides, pixels, one drawn for every training image."""
+    """Short sides, pixels; one is drawn for every training image."""
     test_size: Positive = 800
     """Short side in testing, pixels."""
     max_size: Positive = 1333
-    """The long side is at most this, pixels."""
+    """Limit of the long side, pixels."""
     flip: bool = True
     """Horizontal flip with probability 0.5 in training."""
     group_by_aspect: bool = True
-    """Batches of wide images and batches of tall ones, so that less of a batch is padding."""
+    """Form batches of only wide or only tall images, so that less of a batch is padding."""
     test_images: Positive | None = None
-    """Test on the first this many images only; all by default."""
+    """Test on only this many images, the first ones; on all by default."""
 
 
 class DetectionTrainSection(Section):
@@ -93,8 +94,8 @@ class DetectionTrainSection(Section):
     batch_size: Positive = 16
     """Images per iteration, over all devices."""
     reference_devices: Positive = 8
-    """Devices the schedule is meant for: `--scale-to-device` scales batch, lr and schedule by the
-    share of them that is there."""
+    """Number of devices that the schedule is meant for; `--scale-to-device` scales batch, lr and
+    schedule to the number of available devices."""
     lr: Annotated[float, Field(gt=0)] = 0.02
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -103,16 +104,16 @@ class DetectionTrainSection(Section):
     milestones: list[Positive] = [18_000, 22_000]
     """Iterations at which lr is multiplied by 0.1."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the network's arithmetic; losses and boxes stay float32."""
+    """Precision of the network's arithmetic; losses and boxes stay float32."""
     workers: Annotated[int, Field(ge=0)] = 4
     log_every: Positive = 20
     checkpoint_every: Positive = 1000
-    """Iterations between checkpoints, from which an interrupted trial goes on."""
+    """Iterations between checkpoints, from which an interrupted trial continues."""
 
     @model_validator(mode="after")
     def _milestones_in_order(self) -> DetectionTrainSection:
         if sorted(set(self.milestones)) != self.milestones:
-            reject("milestones", f"{self.milestones}, but iterations must rise, each once")
+            reject("milestones", f"{self.milestones}, but iterations must rise without repetition")
         if self.milestones and self.milestones[-1] >= self.iterations:
             reject(
                 "milestones",
@@ -124,36 +125,37 @@ class DetectionTrainSection(Section):
 
 class DetectionTestSection(Section):
     metric: Literal["voc07", "voc10", "coco"] = "voc07"
-    """VOC's average precision at 11 recall points (VOC 2007) or as area under the curve (2010 on),
-    or COCO's, boxes and, where the detector has them, masks."""
+    """VOC's average precision at 11 recall points (VOC 2007) or as area under the curve (from
+    2010), or COCO's for boxes and, if the detector has them, masks."""
     every: Annotated[int, Field(ge=0)] = 0
-    """Test after every so many iterations too, for the learning curve; 0: at the end only."""
+    """Iterations between tests, for the learning curve; 0: only at the end."""
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     detections_per_image: Positive = 100
     precise_bn_batches: Annotated[int, Field(ge=0)] = 200
-    """Training batches over which batch-norm statistics are measured anew before testing."""
+    """Training batches over which batch-norm statistics are re-estimated before testing."""
     pictures: Annotated[int, Field(ge=0)] = 12
-    """Test images drawn with detections beside the ground truth: best, worst and random ones."""
+    """Number of test images drawn with detections beside the ground truth: best, worst and random
+    ones."""
 
 
 class EvaluateRecipe(Section):
-    """A detector fine-tuned on a labelled set and tested with the protocol's metric."""
+    """Fine-tunes a detector on a labelled set and tests it with the protocol's metric."""
 
     stage: Literal["evaluate"] = "evaluate"
     description: str = ""
     """One line for `dupr recipe list`."""
     name: str = ""
-    """Of the protocol, as results name it."""
+    """Name of the protocol in the results."""
     protocol: Literal["voc", "coco", "cityscapes"] = "voc"
-    """Which `dupr evaluate` command carries it out."""
+    """The `dupr evaluate` command that runs it."""
     detector: DetectorSection = DetectorSection()
     data: DetectionDataSection = DetectionDataSection()
     train: DetectionTrainSection = DetectionTrainSection()
     test: DetectionTestSection = DetectionTestSection()
     seed: Seed = 0
     trials: Positive = 1
-    """Trainings of each of the weights, with seeds from `seed` on."""
+    """Number of trainings of each of the weights, with rising seeds from `seed`."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> EvaluateRecipe:
@@ -161,14 +163,14 @@ class EvaluateRecipe(Section):
         if largest > self.data.max_size:
             reject(
                 "data.max_size",
-                f"{self.data.max_size}, but it bounds the long side and a short side of "
-                f"{largest} is asked for; raise it to at least {largest}",
+                f"{self.data.max_size}, but it limits the long side, and the recipe has a short "
+                f"side of {largest}; raise it to at least {largest}",
             )
         if self.has_masks and self.test.metric != "coco":
             reject(
                 "test.metric",
-                f"{self.test.metric}, but masks, which {self.detector.model} has, are measured as "
-                f"coco only",
+                f"{self.test.metric}, but {self.detector.model} has masks, which only coco "
+                f"measures",
             )
         return self
 
@@ -178,7 +180,7 @@ class EvaluateRecipe(Section):
 
 
 def label_count(labels: int | str, images: int) -> int:
-    """How many of `images` labelled images `data.labels` asks for; at least one."""
+    """Number of `images` labelled images that `data.labels` selects; at least one."""
     if isinstance(labels, int):
         return min(labels, images)
     share = float(re.sub("%$", "", labels)) / 100

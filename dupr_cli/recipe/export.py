@@ -1,4 +1,4 @@
-"""The recipe of `dupr export`: which weights, in which layouts, and what the model card says."""
+"""The recipe of `dupr export`: the weights, their layouts, and the content of the model card."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from dupr_cli.recipe.base import Section, reject
 
 class CardSection(Section):
     license: str = "other"
-    """Of the weights, as the Hugging Face Hub names licences: apache-2.0, cc-by-4.0, other, ...;
-    also in timm's config.json. It depends on the images that were used: `other` grants nothing."""
+    """License of the weights, by its name on the Hugging Face Hub: apache-2.0, cc-by-4.0, other,
+    ...; also written into timm's config.json. It depends on the training images; `other` grants
+    nothing."""
     datasets: list[str] = []
-    """Names of the data sets that were pre-trained on, as the Hub has them."""
+    """Names of the pre-training data sets on the Hub."""
     base_model: str = ""
-    """OWNER/NAME on the Hub of the weights that these are made of, or whose training started there;
-    known without this where their address began with hf://."""
+    """OWNER/NAME on the Hub of the weights from which these were made or their training started;
+    not needed if the address began with hf://."""
     tags: list[str] = []
-    """Further tags, beside dupr's own."""
+    """Further tags besides dupr's own."""
     about: str = ""
-    """A paragraph of one's own: what the images are, what the weights are for."""
+    """A paragraph of your own: what the images are, what the weights are for."""
 
 
 class ExportRecipe(Section):
-    """Backbone weights of a run in the layouts that frameworks load."""
+    """Writes the backbone weights of a run in the layouts that frameworks load."""
 
     stage: Literal["export"] = "export"
     description: str = ""
     """One line for `dupr recipe list`."""
     formats: Annotated[list[str], Field(min_length=1)] = ["torchvision"]
     """Layouts: torchvision, timm, transformers, detectron2, mmdetection, onnx, or those of other
-    packages. A single one lies at the top of the output, of several each in its folder (timm's at
-    the top: its loader looks nowhere else)."""
+    packages. A single one is written to the top of the output, several each to its own folder
+    (timm's to the top, where its loader looks)."""
     encoder: Literal["query", "key"] = "query"
-    """Which encoder's backbone: the one trained by gradient (query, what MoCo transfers) or its
-    moving average (key)."""
+    """The encoder whose backbone is exported: the one trained by gradient (query, which MoCo
+    transfers) or its moving average (key)."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the tensors in the files; half the size, and rounded."""
+    """Type of the tensors in the files; the 16-bit types halve the size and round the values."""
     card: CardSection = CardSection()
 
     @model_validator(mode="after")
@@ -47,7 +48,7 @@ class ExportRecipe(Section):
         for name in self.formats:
             if not is_plugin(EXPORT_FORMATS, name):
                 known = ", ".join(plugin_names(EXPORT_FORMATS))
-                reject("formats", f"{self.formats}, but {name} is none; there are {known}")
+                reject("formats", f"{self.formats}, but {name} is unknown; use {known}")
         if len(set(self.formats)) < len(self.formats):
-            reject("formats", f"{self.formats}, but each format is given once")
+            reject("formats", f"{self.formats}, but each format may be given only once")
         return self

@@ -1,8 +1,8 @@
-"""What a stage's `run` and `plan` accept as arguments, the same for all stages.
+"""Checks the arguments of `run` and `plan`, in the same way for all stages.
 
-A recipe is a validated model, the name of a shipped recipe or the path of a file, with `overrides`
-on top; paths and addresses are strings or `pathlib.Path`. Anything else is a mistake of the calling
-program, and a TypeError says what is accepted before anything is looked at.
+A recipe is a validated model, the name of a shipped recipe or the path of a file; `overrides` are
+applied to it. Paths and addresses are strings or `pathlib.Path`. Anything else is a mistake of the
+calling program: before any work, a TypeError says what is accepted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Overrides = Mapping[str, object] | Sequence[str]
 
 
 def resolve_recipe(model: type[R], recipe: R | str | Path, overrides: Overrides = ()) -> R:
-    """The recipe to carry out. Raises RecipeError as `load_recipe`, TypeError for other types."""
+    """The recipe to run. Raises RecipeError like `load_recipe`, TypeError for other types."""
     options = _options(overrides)
     if isinstance(recipe, model):
         return apply_overrides(recipe, options) if options else recipe
     if isinstance(recipe, str | Path):
         return load_recipe(model, str(recipe), options)
     raise TypeError(
-        f"recipe: {_a(model.__name__)}, the name of a shipped recipe or the path of a recipe file "
-        f"is accepted, not {_a(type(recipe).__name__)}."
+        f"recipe: give {_a(model.__name__)}, the name of a shipped recipe or the path of a recipe "
+        f"file, not {_a(type(recipe).__name__)}."
     )
 
 
@@ -40,31 +40,31 @@ def _options(overrides: Overrides) -> list[Override | str]:
     if listed and all(isinstance(option, str) for option in overrides):
         return list(overrides)
     raise TypeError(
-        f'overrides: a mapping such as {{"train.steps": 3}} or a list of strings such as '
-        f'["train.steps=3"] is accepted, not {_shortened(overrides)}.'
+        f'overrides: give a mapping such as {{"train.steps": 3}} or a list of strings such as '
+        f'["train.steps=3"], not {_shortened(overrides)}.'
     )
 
 
 def as_path(value: str | Path, name: str) -> Path:
-    """name: of the argument, for the message. Raises TypeError."""
+    """`value` as a path. name: of the argument, for the message. Raises TypeError."""
     return Path(as_address(value, name))
 
 
 def as_address(value: str | Path, name: str) -> str:
-    """A path, or an address such as https://... and hf://...; see `as_path`."""
+    """A path, or an address such as https://... or hf://..., as a string; see `as_path`."""
     if isinstance(value, str | Path):
         return str(value)
-    raise TypeError(f"{name}: a string or a pathlib.Path is accepted, not {_shortened(value)}.")
+    raise TypeError(f"{name}: give a string or a pathlib.Path, not {_shortened(value)}.")
 
 
 def as_addresses(values: Sequence[str | Path] | str | Path, name: str) -> list[str]:
-    """One address, or several; see `as_path`."""
+    """One or several addresses as strings; see `as_path`."""
     if isinstance(values, str | Path):
         return [str(values)]
     if isinstance(values, Sequence):
         return [as_address(value, f"{name}[{number}]") for number, value in enumerate(values)]
     raise TypeError(
-        f"{name}: a string, a pathlib.Path or a list of them is accepted, not {_shortened(values)}."
+        f"{name}: give a string, a pathlib.Path or a list of them, not {_shortened(values)}."
     )
 
 

@@ -1,8 +1,8 @@
-"""Reading recipes: YAML with line numbers, `extends`, `--set`, and messages that point.
+"""Reads recipes: YAML with line numbers, `extends`, `--set`, and messages that name the line.
 
-Sections of a recipe merge with those of the recipe it extends; a map of levels (weights, bins) or
-a list replaces the inherited one whole, because {res5: 1.0} means "res5 only". `--set a.b.c=value`
-sets one key after that, and may reach into a map.
+Sections of a recipe merge with those of the recipe it extends. A map of levels (weights, bins) or
+a list replaces the inherited one entirely, because {res5: 1.0} means "only res5". After that,
+`--set a.b.c=value` sets a single key, even inside a map.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ R = typing.TypeVar("R", bound=Section)
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be used; the message lists every problem found, each with its place."""
+    """A recipe cannot be used; the message lists every problem with its place."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a key was set: a file and a line, or an option of the command line."""
+    """Where a key was set: a file and a line, or a command-line option."""
 
     file: str
     line: int | None
@@ -85,7 +85,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str, name: str) -> _Document:
-    """Values and key origins of one YAML text. Raises RecipeError for what is not a mapping."""
+    """Values and key origins of one YAML text. Raises RecipeError if it is not a mapping."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -118,7 +118,7 @@ def _construct(
             if key in result:
                 first = origins[(*at, key)].line
                 raise RecipeError(
-                    f"{place}: {'.'.join((*at, key))} is given twice; line {first} has it too."
+                    f"{place}: {'.'.join((*at, key))} is given twice, first in line {first}."
                 )
             origins[(*at, key)] = place
             result[key] = _construct(loader, value_node, (*at, key), name, origins)
@@ -135,22 +135,22 @@ def _construct(
 
 
 def _shipped_root() -> Path:
-    """Folder of the shipped recipes: inside the wheel, or the checkout's own."""
+    """Folder of the shipped recipes, inside the wheel or in the checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def shipped_recipes(stage: str | None = None) -> dict[str, Path]:
-    """Names of the shipped recipes (of one stage) and their files."""
+    """Names and files of the shipped recipes, of one stage or of all."""
     pattern = f"{stage or '*'}/*.yaml"
     return {path.stem: path for path in sorted(_shipped_root().glob(pattern))}
 
 
 def find_recipe(name_or_file: str, stage: str | None = None) -> Path:
-    """The file of a recipe that is given by path or by the name of a shipped one.
+    """The file of a recipe, given its path or the name of a shipped recipe.
 
-    Raises RecipeError, naming the nearest shipped recipe, when there is neither.
+    Raises RecipeError, naming the nearest shipped recipe, when it is neither.
     """
     path = Path(name_or_file)
     if path.is_file():
@@ -163,17 +163,17 @@ def find_recipe(name_or_file: str, stage: str | None = None) -> Path:
         other = elsewhere[name_or_file].parent.name
         raise RecipeError(f"{name_or_file} is a recipe for dupr {other}, not for dupr {stage}.")
     if path.suffix in (".yaml", ".yml") or "/" in name_or_file:
-        raise RecipeError(f"{name_or_file}: there is no such recipe file.")
+        raise RecipeError(f"{name_or_file}: the recipe file does not exist.")
     near = difflib.get_close_matches(name_or_file, named, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise RecipeError(
         f"{name_or_file} is neither a file nor a shipped recipe.{hint} "
-        f"`dupr recipe list` shows the shipped ones."
+        f"`dupr recipe list` shows the shipped recipes."
     )
 
 
 def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> Iterator[_Document]:
-    """The documents that make up a recipe, from the one it finally extends to itself."""
+    """The documents that make up a recipe: first the root of `extends`, last the file itself."""
     resolved = path.resolve()
     if resolved in seen:
         loop = " extends ".join(p.name for p in (*seen[seen.index(resolved) :], resolved))
@@ -188,7 +188,7 @@ def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> I
     if parent is not None:
         place = document.origins[("extends",)]
         if not isinstance(parent, str):
-            raise RecipeError(f"{place}: extends is {parent!r}, but it names one recipe or file.")
+            raise RecipeError(f"{place}: extends is {parent!r}, but it must name a recipe or file.")
         beside = path.parent / parent
         try:
             target = beside if beside.is_file() else find_recipe(parent, stage)
@@ -199,7 +199,7 @@ def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> I
 
 
 def _section_at(model: type[BaseModel], at: Path_) -> type[BaseModel] | None:
-    """The section that a path of keys leads to, None when it leads to a value."""
+    """The section at a path of keys, or None if the path leads to a value."""
     section: type[BaseModel] = model
     for key in at:
         field = section.model_fields.get(key)
@@ -226,15 +226,15 @@ def _merge(
 
 @dataclass(frozen=True)
 class Override:
-    """A key that is set from outside the files. said: how it was given, for messages."""
+    """A key that is set from outside the files. source: how it was given, for messages."""
 
     key: str
     value: object
-    said: str = ""
+    source: str = ""
 
     @classmethod
     def parse(cls, option: str) -> Override:
-        """`key=value` as --set takes it, the value in YAML. Raises RecipeError."""
+        """Parse `key=value` as given to --set; the value is YAML. Raises RecipeError."""
         key, separator, text = option.partition("=")
         key = key.strip()
         if not separator or not key:
@@ -253,15 +253,15 @@ class Override:
         target = values
         for part in parts[:-1]:
             inner = target.get(part)
-            # A copy: the parsed documents stay what the files say.
+            # Copied, so that the parsed documents do not change.
             target[part] = dict(inner) if isinstance(inner, dict) else {}
             target = typing.cast(dict[str, object], target[part])
         target[parts[-1]] = self.value
-        origins[parts] = Origin(self.said or f"overrides, {self.key}", None)
+        origins[parts] = Origin(self.source or f"overrides, {self.key}", None)
 
 
 def _with_defaults_for_maps(model: type[BaseModel], values: dict[str, object], key: str) -> None:
-    """Fill the default of a map that an override reaches into, so that its other entries stay."""
+    """Fill in the default of a map if an override sets an entry, to keep its other entries."""
     section: type[BaseModel] | None = model
     target = values
     for part in key.split(".")[:-1]:
@@ -282,7 +282,7 @@ def load_recipe(
     """Read, merge, override and validate one recipe of the stage that `model` belongs to.
 
     name_or_file: a YAML file, the name of a shipped recipe, or None for the defaults.
-    overrides: applied in order after the files; strings are `key=value`.
+    overrides: applied in order after the files; strings have the form `key=value`.
     Raises RecipeError with one line per problem.
     """
     stage = str(model.model_fields["stage"].default)
@@ -305,7 +305,7 @@ def load_recipe(
 
 
 def apply_overrides(recipe: R, overrides: Sequence[Override | str]) -> R:
-    """A recipe with further keys set. Raises RecipeError as `load_recipe`."""
+    """A recipe with further keys set. Raises RecipeError like `load_recipe`."""
     values = recipe.model_dump(mode="json")
     return _validated(type(recipe), values, {}, overrides, f"the {values['stage']} recipe")
 
@@ -317,7 +317,7 @@ def _validated(
     overrides: Sequence[Override | str],
     default: str,
 ) -> R:
-    """default: the place of keys that are nowhere set."""
+    """Apply the overrides and validate. default: the place of keys that are set nowhere."""
     for given in overrides:
         override = Override.parse(given) if isinstance(given, str) else given
         _with_defaults_for_maps(model, values, override.key)
@@ -334,14 +334,14 @@ def _validated(
 
 
 def _is_union_echo(details: ErrorDetails) -> bool:
-    # A union reports its None branch too: the other branch's message says what is wrong.
+    # A union also reports its None branch; the message of the other branch names the problem.
     return details["type"] == "none_required"
 
 
 def _explain(
     model: type[BaseModel], details: ErrorDetails, origins: dict[Path_, Origin], default: Origin
 ) -> str:
-    """One line: place, key, value found, what was expected, the nearest valid key."""
+    """One line with place, key, value found, value expected, and the nearest valid key."""
     context = details.get("ctx", {})
     at = _key_path(model, details["loc"])
     if details["type"] == "dupr_check":
@@ -360,7 +360,7 @@ def _explain(
         valid = str(context.get("expected", ""))
         near = difflib.get_close_matches(at[-1], re.findall(r"'(\w+)'", valid), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        return f"{place}: {key} is not a key here; expected one of {valid}.{hint}"
+        return f"{place}: {key} is not a key here; use one of {valid}.{hint}"
     hint = ""
     if details["type"] == "literal_error":
         options = re.findall(r"'([^']+)'", str(context.get("expected", "")))
@@ -371,7 +371,7 @@ def _explain(
 
 
 def _key_path(model: type[BaseModel], location: tuple[int | str, ...]) -> Path_:
-    """Recipe keys of a pydantic error location, without the names of union branches."""
+    """Recipe keys in the location of a pydantic error, without the names of union branches."""
     keys: list[str] = []
     section: type[BaseModel] | None = model
     inside_value = False
@@ -423,15 +423,15 @@ def _nearest_key(model: type[BaseModel], at: Path_) -> str:
 
 
 def recipe_yaml(recipe: Section) -> str:
-    """The resolved recipe as YAML, every key written out."""
+    """The resolved recipe as YAML with every key."""
     values = recipe.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=88)
 
 
 def recipe_keys(values: object, at: str = "") -> dict[str, object]:
-    """Dotted keys and values of a recipe's sections, for comparing two of them.
+    """Dotted keys and values of a recipe, to compare two recipes.
 
-    values: plain values, as YAML reads or `model_dump(mode="json")` gives them.
+    values: plain values, as from YAML or `model_dump(mode="json")`.
     """
     if not isinstance(values, dict):
         return {at: values}
@@ -442,7 +442,7 @@ def recipe_keys(values: object, at: str = "") -> dict[str, object]:
 
 
 def recipe_digest(recipe: Section) -> str:
-    """sha256 of the resolved recipe, the same for the same values in any order or file."""
+    """sha256 of the resolved recipe, which depends on its values but not on their order or file."""
     values = recipe.model_dump(mode="json", exclude={"description"})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -450,7 +450,7 @@ def recipe_digest(recipe: Section) -> str:
 def recipe_schema(stage: str) -> dict[str, object]:
     """JSON Schema of one stage's recipe files, for editors.
 
-    A file may leave out what it inherits, so nothing is required, and may carry `extends`.
+    No key is required, since a file may inherit any of them through `extends`.
     """
     schema = RECIPE_MODELS[stage].model_json_schema()
     for definition in (schema, *schema.get("$defs", {}).values()):
@@ -468,9 +468,9 @@ def recipe_schema(stage: str) -> dict[str, object]:
 
 
 def recipe_stage(name_or_file: str) -> str:
-    """The stage that a recipe is for, from its own `stage` key or that of one it extends.
+    """The stage of a recipe, from its `stage` key or that of a recipe it extends.
 
-    Raises RecipeError when none says it.
+    Raises RecipeError when none of them has the key.
     """
     path = find_recipe(name_or_file)
     for document in reversed(list(_read_chain(path, None))):

@@ -1,6 +1,6 @@
 """The recipe of `dupr pretrain`: method, optimisation, data.
 
-The defaults are the paper-scale values; docs/method.md tells where each comes from.
+The defaults are the values at the paper's scale; docs/method.md gives the source of each.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0, le=10.0)]
 Head = Literal["mlp", "linear"]
-# What weights say that they were trained with, see MethodSection.title.
+# The method that weights record for this recipe, see MethodSection.title.
 DUPR = "DUPR"
 
 
 class ModelSection(Section):
     backbone: str = "resnet50"
     """torchvision's resnet18, resnet34, resnet50, resnet101, resnext50_32x4d or wide_resnet50_2,
-    or timm:NAME for a network that timm can cut into levels (needs the extra `timm`)."""
+    or timm:NAME for a network that timm can split into levels (needs the extra `timm`)."""
     init: str | None = None
-    """Weights that both encoders' backbones start from: a run, a weights file (`dupr import` makes
-    one of public checkpoints), hf://OWNER/NAME. Randomly initialised by default."""
+    """Weights from which the backbones of both encoders start: a run, a weights file (`dupr import`
+    makes one from a public checkpoint), hf://OWNER/NAME. Random by default."""
 
     @model_validator(mode="after")
     def _known(self) -> ModelSection:
@@ -46,7 +46,7 @@ class ModelSection(Section):
         if not self.backbone.startswith(TIMM) and self.backbone not in names:
             near = get_close_matches(self.backbone, names, 1)
             hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(names)} or timm:NAME"
-            reject("backbone", f"{self.backbone}, which is no backbone. {hint}")
+            reject("backbone", f"{self.backbone}, which is not a backbone. {hint}")
         return self
 
 
@@ -58,10 +58,10 @@ class ViewsSection(Section):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width over height of a crop."""
     min_overlap: Fraction = 0.25
-    """The shared region is at least this share of the side, in both directions of both views."""
+    """Smallest shared region, as a share of the side, in both directions of both views."""
     overlap_attempts: Positive = 10
-    """Pairs of crops drawn until one overlaps enough; then the image is left out of the patch
-    loss for this step."""
+    """Number of pairs of crops drawn to find one that overlaps enough; if all fail, the image is
+    left out of the patch loss for this step."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> ViewsSection:
@@ -86,7 +86,7 @@ class BlurSection(Section):
         0.1,
         2.0,
     )
-    """Smallest and largest standard deviation, pixels of the view."""
+    """Smallest and largest standard deviation, in pixels of the view."""
 
 
 class AugmentationSection(Section):
@@ -95,16 +95,16 @@ class AugmentationSection(Section):
     blur: BlurSection = BlurSection()
     flip_probability: Fraction = 0.5
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted per channel, in units of the full range."""
+    """Value subtracted from each channel, in units of the full range."""
     std: tuple[
         Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
     ] = IMAGENET_STD
-    """Divided by per channel."""
+    """Value that each channel is divided by."""
 
 
 class ImageReidSection(Section):
     weights: dict[Level, NonNegative] = {"res2": 0.1, "res3": 0.4, "res4": 0.7, "res5": 1.0}
-    """alpha of each level; a level that is absent or 0 has no image loss."""
+    """Weight alpha of each level; a level that is absent or 0 has no image loss."""
     temperature: Temperature = 0.2
     head: Head = "mlp"
     """mlp: Linear(C, C), ReLU, Linear(C, D); linear: Linear(C, D)."""
@@ -112,9 +112,9 @@ class ImageReidSection(Section):
 
 class PatchReidSection(Section):
     weights: dict[Level, NonNegative] = {"res4": 1.0, "res5": 1.0}
-    """beta of each level; a level that is absent or 0 has no patch loss."""
+    """Weight beta of each level; a level that is absent or 0 has no patch loss."""
     bins: dict[Level, Positive] = {"res2": 3, "res3": 3, "res4": 14, "res5": 7}
-    """S of each level: the shared region is pooled into S x S patches."""
+    """Number S for each level: the shared region is pooled into S x S patches."""
     temperature: Temperature = 0.2
     head: Head = "mlp"
     """mlp: 1x1 convolutions C to C, ReLU, C to D; linear: one, C to D."""
@@ -122,13 +122,13 @@ class PatchReidSection(Section):
 
 class BatchNormSection(Section):
     groups: Positive = 8
-    """The global batch is normalised in this many groups, as if on that many devices; on several
-    devices each takes its share of the groups."""
+    """Number of groups in which the global batch is normalised, as if on that many devices; each of
+    several devices takes its share of the groups."""
     sync: bool = False
-    """Statistics of the whole global batch (synchronised batch norm); groups must be 1."""
+    """Use statistics of the whole global batch (synchronised batch norm); groups must be 1."""
     permute_keys: bool = True
-    """Shuffle the key batch, over all devices, so that a key's group says nothing about its
-    query's."""
+    """Shuffle the key batch over all devices, so that the group of a key reveals nothing about that
+    of its query."""
 
     @model_validator(mode="after")
     def _one_group_when_synchronised(self) -> BatchNormSection:
@@ -141,18 +141,19 @@ class MethodSection(Section):
     name: str = "dupr"
     """dupr, densecl, or a method that another package provides (docs/plugins.md)."""
     options: dict[str, JsonValue] = {}
-    """Keys of such a method's own."""
+    """Keys that such a method defines itself."""
     views: ViewsSection = ViewsSection()
     augmentation: AugmentationSection = AugmentationSection()
     image: ImageReidSection = ImageReidSection()
     patch: PatchReidSection = PatchReidSection()
     symmetric: bool = False
-    """Both views ask and answer: the mean of both directions' losses, both views' keys queued."""
+    """Use each view as query and as key: the loss is the mean of both directions, and the keys of
+    both views enter the queues."""
     embedding_dim: Positive = 128
     momentum: Fraction = 0.999
     """The key encoder is momentum * key + (1 - momentum) * query after each step."""
     queue_length: Positive = 65_536
-    """Keys in each queue; there is one queue per level and kind."""
+    """Number of keys in each queue; each level and kind has its own queue."""
     patch_keys_per_image: Positive = 1
     """Patches of each key image, drawn at random, that enter a level's patch queue per step."""
     batch_norm: BatchNormSection = BatchNormSection()
@@ -162,13 +163,13 @@ class MethodSection(Section):
         names = plugin_names(METHODS)
         if self.name not in names:
             near = get_close_matches(self.name, names, 1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}"
-            reject("name", f"{self.name}, which is no method. {hint}")
+            hint = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(names)}"
+            reject("name", f"{self.name}, which is not a method. {hint}")
         return self
 
     @property
     def title(self) -> str:
-        """What the literature calls it: without patches `dupr` is what it is compared with."""
+        """The method's name in the literature; `dupr` without patches is one of its baselines."""
         if self.name != "dupr":
             return {"densecl": "DenseCL"}.get(self.name, self.name)
         if any(self.patch.weights.values()):
@@ -179,7 +180,7 @@ class MethodSection(Section):
 
 class OptimizerSection(Section):
     lr: Annotated[float, Field(gt=0)] = 0.03
-    """At the given batch size; it is not scaled behind your back."""
+    """Learning rate at the given batch size; it is never scaled automatically."""
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 1e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -193,12 +194,12 @@ class DataSection(Section):
     split: str = "train"
     """Split of the shards to train on."""
     holdout: Annotated[int, Field(ge=0)] = 512
-    """Images kept out of training, the same in every run on the same shards, for the patch
-    retrieval probe. At most a tenth of the data is taken."""
+    """Number of images kept out of training for the patch retrieval probe, at most a tenth of the
+    data; they are the same in every run on the same shards."""
     workers: Annotated[int, Field(ge=0)] = 8
-    """Processes that decode and crop; 0 does it in the main process."""
+    """Number of processes that decode and crop; with 0 the main process does it."""
     shuffle_shards: Positive = 16
-    """Samples are shuffled within this many shards at a time, and shards among each other."""
+    """Number of shards within which samples are shuffled; the order of shards is shuffled too."""
 
 
 class TrainSection(Section):
@@ -206,21 +207,22 @@ class TrainSection(Section):
     steps: Positive | None = None
     """Length of the run: give epochs or steps, not both."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the encoders' forward pass and of products with the queues (autocast; float16 with a loss
-    scaler). Weights, sums and losses are always float32."""
+    """Precision of the encoders' forward pass and of products with the queues (autocast; float16
+    with a loss scaler). Weights, sums and losses are always float32."""
     tf32: bool = False
     """Let NVIDIA GPUs round the factors of float32 products to 10 bits."""
     channels_last: bool = True
     compile: bool = False
     """Compile the backbones with torch.compile: minutes at the start, faster steps."""
     activation_checkpointing: bool = False
-    """Compute the stages of the query encoder anew in the backward pass: less memory, about a
-    third more time."""
+    """Recompute the stages of the query encoder in the backward pass, which needs less memory and
+    about a third more time."""
     accumulate: Positive = 1
-    """Parts in which each device takes its share of the batch, gradients summed: memory of a
-    smaller batch. Losses, queues and the groups of batch norm stay those of the whole batch."""
+    """Number of parts in which each device processes its share of the batch, summing gradients, to
+    save memory. Losses, queues and the groups of batch norm stay those of the whole batch."""
     max_bad_steps: Positive = 10
-    """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
+    """Number of successive steps with a loss or gradient that is not finite after which the run
+    stops; such steps are skipped."""
     log_every: Positive = 20
     """Steps between lines of metrics.jsonl."""
     probe_every: Positive = 2000
@@ -228,9 +230,9 @@ class TrainSection(Section):
     checkpoint_every: Positive = 1000
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: Positive = 3
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: Positive | None = None
-    """Checkpoints of steps that are a multiple of this are kept for good."""
+    """Checkpoints of steps that are a multiple of this are never deleted."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -258,7 +260,10 @@ class PretrainRecipe(Section):
         method = self.method
         active = [w for w in (*method.image.weights.values(), *method.patch.weights.values()) if w]
         if not active:
-            reject("method.image.weights", "0 at every level, as is method.patch.weights: no loss")
+            reject(
+                "method.image.weights",
+                "0 at every level, and so is method.patch.weights, so no loss remains; raise one",
+            )
         for level, weight in method.patch.weights.items():
             if not weight:
                 continue
@@ -306,8 +311,8 @@ class PretrainRecipe(Section):
             reject(
                 "train.accumulate",
                 f"{self.train.accumulate}, but the batch is normalised in "
-                f"{method.batch_norm.groups} groups (method.batch_norm.groups), which no part of "
-                f"it may cut; use a divisor of {method.batch_norm.groups}",
+                f"{method.batch_norm.groups} groups (method.batch_norm.groups), and no part may "
+                f"split a group; use a divisor of {method.batch_norm.groups}",
             )
         if batch // method.batch_norm.groups < 2:
             reject(

@@ -1,7 +1,7 @@
 """The recipe of the frozen-feature probes: `dupr evaluate knn`, `linear`, `voc07-cls` and
 `patch-retrieval`.
 
-`protocol` says which; each reads `images`, `data`, `levels` and the section of its own.
+`protocol` selects one; each reads `images`, `data`, `levels` and its own section.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class ProbeImageSection(Section):
     crop: Annotated[int, Field(ge=32)] = 224
     """Side of the square cut from the middle, pixels; also of a linear probe's random crops."""
     batch_size: Positive = 128
-    """Images that pass the backbone at a time where nothing is trained."""
+    """Number of images per pass of the backbone when nothing is trained."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the backbone; auto is bfloat16 on a GPU that has it, else float32."""
+    """Precision of the backbone; auto is bfloat16 on a GPU that supports it, otherwise float32."""
     workers: Annotated[int, Field(ge=0)] = 4
     bn_images: Annotated[int, Field(ge=2)] = 1024
-    """Images on which the batch-norm statistics of random weights (none) are measured."""
+    """Number of images on which the batch-norm statistics of random weights (none) are measured."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> ProbeImageSection:
@@ -42,19 +42,20 @@ class ProbeImageSection(Section):
 
 class ProbeDataSection(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the images held out for testing, by a hash of their names, where the set has no test
-    split; by default it must have one."""
+    """Share of the images held out for testing, chosen by a hash of their names, if the set has no
+    test split; without this key it must have one."""
     limit: Positive | None = None
-    """Use this many training and this many test images only, drawn with the seed."""
+    """Use only this many training and this many test images, drawn with the seed."""
     min_object: Positive = 24
-    """Objects whose longer side is shorter, pixels, are left out where objects are classified."""
+    """Smallest longer side of an object, pixels; smaller objects are left out when objects are
+    classified."""
 
 
 class KnnSection(Section):
     neighbours: Annotated[list[Positive], Field(min_length=1)] = [10, 20, 100, 200]
-    """Numbers of neighbours that vote, each measured."""
+    """Numbers of neighbours that vote; each is measured."""
     shown: Positive = 20
-    """The one of them for which top-5, balanced accuracy and classes are reported."""
+    """The number of neighbours for which top-5, balanced accuracy and classes are reported."""
     temperature: AboveZero = 0.07
     """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
 
@@ -69,7 +70,7 @@ class LinearSgdSection(Section):
     epochs: Positive = 100
     batch_size: Positive = 256
     lr: AboveZero = 30.0
-    """At batch 256; it is scaled by batch_size / 256."""
+    """Learning rate at batch size 256; it is scaled by batch_size / 256."""
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 0.0
     milestones: list[Positive] = [60, 80]
@@ -87,33 +88,34 @@ class LinearSgdSection(Section):
             if not 0 < low <= high:
                 reject(key, f"{[low, high]}, but it must be [smallest, largest], above 0")
         if sorted(set(self.milestones)) != self.milestones:
-            reject("milestones", f"{self.milestones}, but epochs must rise, each once")
+            reject("milestones", f"{self.milestones}, but epochs must rise without repetition")
         return self
 
 
 class LogisticSection(Section):
     penalties: Annotated[list[AboveZero], Field(min_length=1)] = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
-    """Weights of half the squared norm of the weights beside the mean loss; one is chosen."""
+    """Factors of half the squared norm of the weights, added to the mean loss; one is chosen."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the training images held apart to choose the penalty."""
+    """Share of the training images held out to choose the penalty."""
     iterations: Positive = 200
-    """Steps of L-BFGS at most."""
+    """Largest number of steps of L-BFGS."""
 
 
 class SvmSection(Section):
     costs: Annotated[list[AboveZero], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
-    """C of the support vector machines; chosen for each class by cross-validation."""
+    """Values of C for the support vector machines; cross-validation chooses one per class."""
     folds: Annotated[int, Field(ge=2)] = 3
-    """Parts of the training images in cross-validation."""
+    """Number of parts of the training images in cross-validation."""
     positive_weight: AboveZero = 2.0
-    """Weight of an image with the class against one without."""
+    """Weight of an image with the class relative to one without."""
 
 
 class RetrievalSection(Section):
     images: Positive = 1024
-    """Images whose bins make up the pool, drawn with the seed; fewer where there are fewer."""
+    """Number of images whose bins make up the pool, drawn with the seed; all if the set has
+    fewer."""
     bins: Annotated[int, Field(ge=1, le=14)] = 4
-    """The shared region is pooled into bins x bins at every level, so that levels compare."""
+    """The shared region is pooled into bins x bins at every level, to make levels comparable."""
     views: ViewsSection = ViewsSection()
     color_jitter: ColorJitterSection = ColorJitterSection()
     grayscale_probability: Fraction = 0.2
@@ -122,35 +124,35 @@ class RetrievalSection(Section):
     object_side: Annotated[int, Field(ge=32)] = 448
     """Long side to which images are resized before their objects are pooled, pixels."""
     neighbours: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 10]
-    """Objects looked at for precision@k."""
+    """Values of k for precision@k of objects."""
 
 
 class ProbeRecipe(Section):
-    """What a backbone's features tell without any of its weights being trained."""
+    """Measures the features of a backbone without training any of its weights."""
 
     stage: Literal["probe"] = "probe"
     description: str = ""
     """One line for `dupr recipe list`."""
     protocol: ProbeProtocol = "knn"
     backbone: Literal["auto"] | Backbone = "auto"
-    """`auto` takes the architecture that the weights name (resnet50 when there is only `none`)."""
+    """`auto` takes the architecture that the weights name (resnet50 if only `none` is given)."""
     levels: Annotated[list[Level], Field(min_length=1)] = ["res3", "res4", "res5"]
-    """Levels whose features are probed, each by itself."""
+    """Levels whose features are probed, each separately."""
     images: ProbeImageSection = ProbeImageSection()
     data: ProbeDataSection = ProbeDataSection()
     knn: KnnSection = KnnSection()
     sgd: LinearSgdSection = LinearSgdSection()
-    """Read by the protocol linear."""
+    """Settings of the protocol linear."""
     logistic: LogisticSection = LogisticSection()
-    """Read by the protocol linear-fast."""
+    """Settings of the protocol linear-fast."""
     svm: SvmSection = SvmSection()
-    """Read by the protocol voc07-cls."""
+    """Settings of the protocol voc07-cls."""
     retrieval: RetrievalSection = RetrievalSection()
-    """Read by the protocol patch-retrieval."""
+    """Settings of the protocol patch-retrieval."""
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _levels_once(self) -> ProbeRecipe:
         if len(set(self.levels)) < len(self.levels):
-            reject("levels", f"{self.levels}, but each level is given once")
+            reject("levels", f"{self.levels}, but each level may be given only once")
         return self

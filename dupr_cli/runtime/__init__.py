@@ -1,1 +1,1 @@
-"""What every long-running stage needs: outputs, loading, state, stopping, devices, processes."""
+"""Services for all long-running stages: outputs, loading, state, stopping, devices, processes."""

@@ -1,4 +1,4 @@
-"""Which device a stage computes on."""
+"""Chooses the device on which a stage computes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dupr_cli.errors import UsageError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for --device: auto takes a GPU when there is one.
+    """The device for --device; auto takes a GPU if torch can use one.
 
-    Raises UsageError for a name that torch does not know or a device that is not there.
+    Raises UsageError for a name that torch does not know or a device that does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,6 +23,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that "
-            f"torch can use; `dupr doctor` tells more."
+            f"torch can use; see `dupr doctor`."
         )
     return device

@@ -1,8 +1,8 @@
-"""Loading with worker processes: requests in, batches out, the same for any number of workers.
+"""Loads batches in worker processes; the batches do not depend on the number of workers.
 
-What a worker reads depends on the request alone. Errors come back as values: an exception raised in
-a worker would reach the user with the worker's traceback in its message. Signals to the process
-group are the main process's to handle, which still needs its workers to finish a step.
+What a worker reads depends only on the request. Workers return errors as values, because an
+exception raised in a worker would reach the user with the worker's traceback in its message. Only
+the main process handles signals to the process group; it needs its workers to finish a step.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Request = TypeVar("Request")
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
 
-# Longer than a step and a checkpoint take; after it a worker ends by SIGALRM.
+# Longer than a step and a checkpoint take; a worker then ends by SIGALRM.
 _GRACE_SECONDS = 60
 
 
 class _Reading(Dataset[Item | DuprError], Generic[Request, Item]):
-    """A data set of whatever the sampler asks for."""
+    """A data set whose items are the results of the sampler's requests."""
 
     def __init__(self, read: Callable[[Request], Item]) -> None:
         self._read = read
@@ -58,7 +58,7 @@ class _Collating(Generic[Item, Batch]):
 def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # SIGTERM is also how Python ends workers that are left over, so it may only be put off.
+    # Python also ends leftover workers by SIGTERM, so it may only be postponed.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
@@ -71,16 +71,17 @@ def load(
     *,
     prefetch: int | None = None,
 ) -> Generator[Batch, None, None]:
-    """Batches, one for each of `requests`, in order; close it to end its workers.
+    """Yield one batch for each of `requests`, in order; close the generator to end its workers.
 
-    read: one item; must pickle where workers are started afresh. requests: lists of requests, one
-    list a batch, without end where it likes. workers: processes, 0 for none. device: where batches
-    go; for a GPU their memory is pinned. prefetch: batches that each worker holds ready.
-    Raises the DuprError of the first item that could not be read, RunError when a worker is gone.
+    read: reads one item; must be picklable if workers are not forked. requests: one list of
+    requests per batch; may be infinite. workers: number of processes, 0 for none. device: of the
+    batches; for a GPU their memory is pinned. prefetch: number of batches that each worker keeps
+    ready.
+    Raises the DuprError of the first item that could not be read, RunError when a worker dies.
     """
     loader: DataLoader[Batch | DuprError] = DataLoader(
         cast(Dataset[Batch | DuprError], _Reading(read)),
-        batch_sampler=cast(Sampler[list[int]], requests),  # the loader passes on what it yields
+        batch_sampler=cast(Sampler[list[int]], requests),  # passed on by the loader unchanged
         num_workers=workers,
         collate_fn=_Collating(collate),
         pin_memory=device is not None and device.type == "cuda",
@@ -88,7 +89,7 @@ def load(
         prefetch_factor=prefetch if workers else None,
     )
     with deferred():
-        batches = iter(loader)  # starts its workers
+        batches = iter(loader)  # starts the workers
     try:
         while True:
             try:
@@ -99,17 +100,17 @@ def load(
                 if "DataLoader worker" not in str(error):
                     raise
                 raise RunError(
-                    "a process that loads images was killed, most often because memory ran out. "
-                    "Use fewer --workers, and give the same command again."
+                    "a process that loads images was killed, most likely because memory ran out. "
+                    "Give the same command again with fewer --workers."
                 ) from None
             if isinstance(batch, DuprError):
                 raise batch
             yield batch
     finally:
         with deferred():
-            del batches  # its workers end with it
+            del batches  # ends the workers
 
 
 def in_batches(count: int, size: int) -> list[list[int]]:
-    """0 to count - 1, `size` at a time."""
+    """The numbers from 0 to count - 1 in lists of `size`."""
     return [list(range(first, min(count, first + size))) for first in range(0, count, size)]

@@ -1,10 +1,9 @@
-"""Output folders: who may write, what is in them already, and what may be removed.
+"""Output folders: locking them for one writer, examining their content, and removing files.
 
-Every command that writes a folder does it inside `writing`, which takes a lock first and keeps it
-until the end, so that one output has one writer. Looking (`holds`, `differences`) never changes a
-byte, which is all that a dry run does; claiming and clearing are functions of their own. Only files
-that a command wrote by its own record are ever removed, one by one (`remove`): whatever else lies
-in the folder stays.
+Every command that writes a folder does so inside `writing`, which holds a lock until the end, so
+that an output has one writer. Examining (`holds`, `differences`) never changes a byte, and a dry
+run does nothing else; claiming and clearing are separate functions. Only files that the command's
+own record lists are ever removed, one by one (`remove`). All other files in the folder stay.
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ LOCK = ".dupr.lock"
 RESULT_FILE = "result.json"
 FORMAT_VERSION = 1
 
-# Folders that this process writes to: the kernel's lock does not keep its own threads apart.
+# Folders that this process writes to: the kernel's lock does not exclude threads of one process.
 _held: set[str] = set()
 
 
 @contextmanager
 def writing(out: Path, command: str, *, shared: bool = False) -> Iterator[None]:
-    """Be the only writer of the folder `out`, which is made where it is missing.
+    """Be the only writer of the folder `out`, which is created if it is missing.
 
-    command: what the message names to a second process. shared: others that share may write too,
-    as the tasks of one preparation do. A folder that was made here and stayed empty is removed.
-    The lock is the kernel's and ends with this process, however it ends; workers that it forks do
-    not hold it. Raises UsageError when `out` is a file or another process writes there.
+    command: named in the message to a second process. shared: other processes that also share may
+    write, as the tasks of one preparation do. A folder that was created here and stayed empty is
+    removed. The kernel releases the lock when this process ends in any way; forked workers do not
+    hold it. Raises UsageError when `out` is a file or another process writes to it.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file has this name, but the output is a folder.")
+        raise UsageError(f"{out} is a file, but the output must be a folder.")
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     place = os.path.realpath(out)
     if place in _held:
-        raise UsageError(f"{out}: this process writes there already.")
+        raise UsageError(f"{out}: this process is already writing to it.")
     descriptor = _lock(out, command, shared)
     _held.add(place)
     try:
@@ -61,7 +60,7 @@ def writing(out: Path, command: str, *, shared: bool = False) -> Iterator[None]:
         _held.discard(place)
         if not shared:
             (out / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)  # gives the lock back
+        os.close(descriptor)  # releases the lock
         if made and not holds_anything(out):
             with suppress(OSError):
                 (out / LOCK).unlink(missing_ok=True)
@@ -76,14 +75,14 @@ def _lock(out: Path, command: str, shared: bool) -> int:
             fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return descriptor  # some file systems of clusters have no locks at all
+                return descriptor  # some cluster file systems have no locks
             holder = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
             raise UsageError(
-                f"{out}: {_describe(holder)} is writing there. Wait until it ends, stop it, or "
+                f"{out}: {_describe(holder)} is writing to it. Wait until it ends, stop it, or "
                 f"give another output."
             ) from None
-        # Whoever held the lock before may have removed the file after it was opened here.
+        # The previous holder may have removed the file after it was opened here.
         with suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 break
@@ -98,12 +97,12 @@ def _describe(record: bytes) -> str:
     try:
         holder = json.loads(record)
         return f"process {holder['pid']} on {holder['host']} (`{holder['command']}`)"
-    except (ValueError, TypeError, KeyError):  # it is just being written
+    except (ValueError, TypeError, KeyError):  # the record is being written right now
         return "another process of dupr"
 
 
 def holds_anything(out: Path, besides: Collection[str] = ()) -> bool:
-    """Whether a folder holds anything but the lock, temporary files of dupr, and `besides`."""
+    """Whether a folder holds anything except the lock, dupr's temporary files, and `besides`."""
     if not out.is_dir():
         return False
     return any(
@@ -113,12 +112,12 @@ def holds_anything(out: Path, besides: Collection[str] = ()) -> bool:
 
 
 def holds(out: Path, markers: Iterable[str], what: str) -> bool:
-    """Whether the folder `out` is an output of this kind, by the files that mark one.
+    """Whether the folder `out` holds an output of this kind, which `markers` identify.
 
-    Raises UsageError when `out` is a file, or a folder with anything else in it. Changes nothing.
+    Raises UsageError when `out` is a file, or a folder with other content. Changes nothing.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file has this name, but the output is a folder.")
+        raise UsageError(f"{out} is a file, but the output must be a folder.")
     if any((out / name).exists() for name in markers):
         return True
     if holds_anything(out):
@@ -127,9 +126,9 @@ def holds(out: Path, markers: Iterable[str], what: str) -> bool:
 
 
 def require_own(out: Path, record: str, keys: Collection[str], what: str) -> None:
-    """Raises UsageError unless `out` is free, or holds an earlier output of this kind.
+    """Raises UsageError unless `out` is empty or holds an earlier output of this kind.
 
-    record: name of the JSON file that such an output has, with at least these `keys`.
+    record: name of the JSON file that marks such an output and has at least these `keys`.
     """
     if not holds(out, [record], what):
         return
@@ -139,11 +138,11 @@ def require_own(out: Path, record: str, keys: Collection[str], what: str) -> Non
     except (OSError, ValueError, AttributeError):
         own = False
     if not own:
-        raise UsageError(f"{out}: its {record} is not of {what}. Give another --out.")
+        raise UsageError(f"{out}: its {record} does not belong to {what}. Give another --out.")
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
-    """What differs between two records of the same keys, in words, by key."""
+    """The differences between two records, as one line of text per key."""
     plain = json.loads(json.dumps(dict(now)))
     return {
         key: f"{key}: {_brief(before.get(key))} there, {_brief(plain.get(key))} now"
@@ -153,32 +152,32 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> dict
 
 
 def _brief(value: object) -> str:
-    """A value for a message; of a digest, enough to tell it from another."""
+    """A value for a message; long values such as digests are shortened."""
     text = str(value)
     return text if len(text) < 64 else text[:12] + "..."
 
 
 def remove(out: Path, files: Iterable[Path], folders: Iterable[Path] = ()) -> None:
-    """Delete `files` below `out`, in this order, then the folders that this leaves empty.
+    """Delete `files` below `out` in this order, then the folders that are left empty.
 
-    folders: further ones of dupr's own, which go where they are empty.
+    folders: further folders of dupr, which are also deleted if they are empty.
     """
     folders = set(folders)
     for path in files:
         path.unlink(missing_ok=True)
         folders |= {parent for parent in path.parents if out in parent.parents}
     for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
-        with suppress(OSError):  # something that is not dupr's is in it, or it is not there
+        with suppress(OSError):  # it is missing, or holds files that are not dupr's
             folder.rmdir()
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What an output of several weights says of itself, as its record file holds it.
+    """The record of an output of several weights, which identifies what the output is.
 
-    file: the record's name. what: the kind of output, in messages. fingerprint: what must be the
-    same for results to stand side by side, by recipe key or name. folders: of the weights.
-    defaults: of keys that the record of an older dupr may lack.
+    file: name of the record file. what: the kind of output, for messages. fingerprint: the values,
+    by recipe key or name, that must be equal for results to be comparable. folders: one per
+    weights. defaults: of keys that the record of an older dupr may lack.
     """
 
     file: str
@@ -188,9 +187,9 @@ class Claim:
     defaults: Mapping[str, object] = field(default_factory=dict)
 
     def check(self, out: Path) -> list[str] | None:
-        """The folders recorded in `out` where it is the same output, None where it is none yet.
+        """The folders recorded in `out` if it is this output, or None if it has no record yet.
 
-        Raises UsageError when something else is there. Changes nothing.
+        Raises UsageError when `out` holds something else. Changes nothing.
         """
         if not holds(out, [self.file], self.what):
             return None
@@ -199,7 +198,7 @@ class Claim:
         changed = differences({**missing, **before}, self.fingerprint)
         if changed:
             raise UsageError(
-                f"{out}: {self.what} results that would not compare are there:\n"
+                f"{out} holds {self.what} results that would not be comparable:\n"
                 + "\n".join(f"  {line}" for line in changed.values())
                 + "\nGive the same recipe and data to continue, another --out, or --overwrite to "
                 "replace them."
@@ -207,10 +206,10 @@ class Claim:
         return folders
 
     def take(self, out: Path, overwrite: bool, files_of: Callable[[Path], Iterable[Path]]) -> None:
-        """Make `out` this output, or make sure that it is already.
+        """Claim `out` for this output, or confirm that it is already claimed for it.
 
-        files_of: the files of an output of this kind by its own record, which comes last; with
-        `overwrite` they are removed, and nothing else is. Raises UsageError as `check`.
+        files_of: lists the files of an output of this kind by its own record, which comes last;
+        `overwrite` removes these and no others. Raises UsageError like `check`.
         """
         recorded: list[str] = []
         if overwrite and holds(out, [self.file], self.what):
@@ -232,7 +231,7 @@ class Claim:
 def read_claim(path: Path) -> tuple[dict[str, object], list[str]]:
     """Fingerprint and folders of a claim. Raises UsageError when it is damaged or too new.
 
-    A claim of an older dupr is the fingerprint alone and lists no folders.
+    A claim of an older dupr consists of the fingerprint only and lists no folders.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -251,9 +250,9 @@ def read_claim(path: Path) -> tuple[dict[str, object], list[str]]:
 def read_result(
     folder: Path, fingerprint: Mapping[str, object], address: str
 ) -> dict[str, Any] | None:
-    """What an earlier call recorded in `folder` as finished, None where it is not finished.
+    """The result that an earlier call recorded in `folder`, or None if it did not finish.
 
-    address: of the weights, for messages. Raises UsageError when the record is damaged, or is of
+    address: of the weights, for messages. Raises UsageError when the record is damaged or has
     another fingerprint.
     """
     path = folder / RESULT_FILE
@@ -267,29 +266,30 @@ def read_result(
         raise damaged_result(folder, error) from error
     if not same:
         raise UsageError(
-            f"{folder}: the result there is of other weights than {address} has now. Give another "
-            f"--out, or --overwrite to replace it."
+            f"{folder}: the existing result belongs to other weights than {address} has now. Give "
+            f"another --out, or --overwrite to replace it."
         )
     return values
 
 
 def damaged_result(folder: Path, error: Exception) -> UsageError:
-    """The error of a finished result that cannot be read."""
+    """The error for a finished result that cannot be read."""
     return UsageError(
-        f"{folder}: the result there is damaged ({error}). Delete the folder, or use --overwrite."
+        f"{folder}: the existing result is damaged ({error}). Delete the folder, or use "
+        f"--overwrite."
     )
 
 
 def write_result(
     folder: Path, fingerprint: Mapping[str, object], values: Mapping[str, object]
 ) -> None:
-    """Record in `folder` that its work is finished; everything else must be written before."""
+    """Record in `folder` that its work is finished; all other files must be written first."""
     record = {"format_version": FORMAT_VERSION, "fingerprint": dict(fingerprint), **values}
     write_json(folder / RESULT_FILE, record)
 
 
 def environment(device: torch.device | None = None, processes: int = 1) -> dict[str, object]:
-    """Versions and machine that a result was made with."""
+    """The versions and the machine with which a result is made."""
     import torch
     import torchvision
 

@@ -1,8 +1,8 @@
-"""The processes of a run: one, or many that torch.distributed ties together.
+"""The processes of a run: a single one, or several that torch.distributed connects.
 
-Each process takes an equal part of the global batch, in rank order. Everything here is the identity
-or a plain indexing for a single process, so that the trainer is written once. Small tensors on the
-CPU travel by gloo, those on a GPU by NCCL.
+Each process takes an equal part of the global batch, in rank order. For a single process every
+function here is the identity or plain indexing, so the trainer needs no second version. Small
+tensors on the CPU are sent by gloo, those on a GPU by NCCL.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.runtime.devices import choose_device
 
-# Longer than a probe or the writing of a checkpoint, during which the others wait for rank 0.
+# Longer than a probe or writing a checkpoint, during which the others wait for rank 0.
 _TIMEOUT = timedelta(minutes=60)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. device: where it computes."""
+    """This process among those of the run. device: on which it computes."""
 
     device: torch.device
     rank: int = 0
@@ -35,7 +35,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes files and messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class World:
         return values
 
     def max(self, values: Tensor) -> Tensor:
-        """Largest over all processes, entry by entry."""
+        """Element-wise maximum over all processes."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -61,9 +61,9 @@ class World:
         return gathered
 
     def exchange(self, values: Tensor, order: Tensor) -> Tensor:
-        """This process's part of the global batch in another order.
+        """This process's part of the global batch after reordering.
 
-        values: (N, ...), this process's rows. order: (size * N,), on the CPU and the same in all
+        values: (N, ...), this process's rows. order: (size * N,), on the CPU and equal in all
         processes: row i of the result on rank r is global row order[r * N + i].
         """
         if self.size == 1:
@@ -82,21 +82,22 @@ class World:
             torch.bincount(owners, minlength=self.size).tolist(),
             mine.sum(1).tolist(),
         )
-        # Rows came by owner; each owner kept their order.
+        # Rows arrive grouped by owner, in their original order within each group.
         places = owners.argsort(stable=True).to(values.device)
         result = torch.empty_like(received)
         result[places] = received
         return result.to(values.dtype)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has reached this point."""
         if self.size > 1:
             self.sum(torch.zeros(1))
 
     def require_same(self, tensors: Mapping[str, Tensor], what: str) -> None:
         """Raises RunError when a tensor differs between processes in any bit.
 
-        They start equal and see the same; a difference means a broken machine or library.
+        Processes start equal and see the same data, so a difference means a faulty machine or
+        library.
         """
         if self.size == 1:
             return
@@ -107,8 +108,8 @@ class World:
         if differing:
             raise RunError(
                 f"{what} differ between the processes of the run: {names[differing[0]]} "
-                f"({len(differing)} tensors in all). A device or the communication between them "
-                f"is faulty; the last checkpoint is from before."
+                f"({len(differing)} tensors in all). A device or the communication between devices "
+                f"is faulty; the last checkpoint was written before this fault was found."
             )
 
 
@@ -116,9 +117,9 @@ class World:
 def average_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
     """Mean of the gradients over processes, in place.
 
-    One sum over one buffer of fixed layout after the backward pass, rather than
-    DistributedDataParallel: its buckets are laid out anew after the first step, so that sums of
-    three or more processes would round differently in a continued run.
+    This is one sum over one buffer of fixed layout after the backward pass. DistributedDataParallel
+    rearranges its buckets after the first step, so sums over three or more processes would be
+    rounded differently in a continued run.
     """
     if world.size == 1:
         return
@@ -135,16 +136,16 @@ def _digest(tensor: Tensor) -> Tensor:
 
 
 def world_size() -> int:
-    """Processes of the run, by the environment that torchrun sets."""
+    """Number of processes of the run, from the environment that torchrun sets."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, or be alone.
+    """Join the processes that torchrun started, if any.
 
-    device: auto, cpu, cuda; on several processes each takes the GPU of its local rank.
-    Raises UsageError when there are more processes than GPUs on this machine.
+    device: auto, cpu, cuda; of several processes, each takes the GPU of its local rank.
+    Raises UsageError when this machine has more processes than GPUs.
     """
     size = world_size()
     if size == 1:
@@ -153,7 +154,9 @@ def join(device: str) -> Iterator[World]:
     chosen, local = choose_device(device), int(os.environ["LOCAL_RANK"])
     if chosen.type == "cuda":
         if chosen.index is not None:
-            raise UsageError(f"--device {device}: with several processes each takes its own GPU.")
+            raise UsageError(
+                f"--device {device}: each of several processes takes its own GPU; use cuda or auto."
+            )
         choose_device(f"cuda:{local}")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)

@@ -1,6 +1,6 @@
-"""The state of a training to and from its checkpoints: model, optimiser, loss scaler, step.
+"""Saves and loads the state of a training: model, optimiser, loss scaler, step.
 
-Pre-training and fine-tuning keep their state alike. Nothing else is state: the position in the
+Pre-training and fine-tuning both use this module. They have no other state: the position in the
 data, the learning rate and all random streams follow from the seed and the step.
 """
 
@@ -34,7 +34,7 @@ _MOMENTUM = "momentum."
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a step changes, and the folder of its checkpoints. name: in messages."""
+    """The objects that a step changes, and the folder of checkpoints. name: for messages."""
 
     name: str
     folder: Path
@@ -44,16 +44,16 @@ class TrainingState:
     world: World
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers, each once: a module may have two names."""
-        kept = self.model.state_dict().keys()
-        buffers = {k: v for k, v in self.model.named_buffers() if k in kept}
+        """Parameters and saved buffers without repetition: a module may have two names."""
+        saved = self.model.state_dict().keys()
+        buffers = {k: v for k, v in self.model.named_buffers() if k in saved}
         return {**dict(self.model.named_parameters()), **buffers}
 
     def save(self, facts: CheckpointState, keep: int, keep_every: int | None = None) -> None:
-        """Write the checkpoint of facts.step, by rank 0 while the others wait.
+        """Write the checkpoint of facts.step on rank 0 while the others wait.
 
-        Processes and loss scaler are filled in here. keep, keep_every: see `write_checkpoint`.
-        Raises RunError when the processes' tensors have come apart, or it cannot be written.
+        This function fills in processes and loss scaler. keep, keep_every: see `write_checkpoint`.
+        Raises RunError when tensors differ between processes, or writing fails.
         """
         self._require_same()
         if self.world.is_main:
@@ -74,10 +74,10 @@ class TrainingState:
         self.world.require_same(self.tensors(), "parameters or buffers")
 
     def load(self, reporter: Reporter) -> CheckpointState | None:
-        """Load the newest whole checkpoint in place, and drop what was logged after it.
+        """Load the newest whole checkpoint in place, and drop log lines after it.
 
-        Returns what the checkpoint says, None where there is none. A damaged one is set aside, with
-        a warning that says why. Raises RunError when the tensors do not fit the model.
+        Returns the state of the checkpoint, or None without one. Damaged checkpoints are set aside
+        with a warning that gives the reason. Raises RunError when the tensors do not fit the model.
         """
         if self.world.is_main:
             self._set_damaged_aside(reporter)
@@ -91,9 +91,9 @@ class TrainingState:
             reporter.info(f"{self.name}: continues from step {found.step}")
             if found.processes != self.world.size:
                 reporter.info(
-                    f"the run was on {found.processes} processes and is on {self.world.size} now: "
-                    f"the same batches, keys and groups, but sums in another order, so that it is "
-                    f"equal to rounding, not bit for bit"
+                    f"the run had {found.processes} processes and now has {self.world.size}: "
+                    f"batches, keys and groups are the same, but sums are in another order, so "
+                    f"results agree up to rounding, not bit for bit"
                 )
         if self.world.is_main:
             MetricsLog(self.folder).rewind(found.step if found else -1)
@@ -101,7 +101,7 @@ class TrainingState:
         return found
 
     def _set_damaged_aside(self, reporter: Reporter) -> None:
-        """Leave only whole checkpoints, so that all processes take the same one."""
+        """Leave only whole checkpoints, so that all processes load the same one."""
         (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         remove_leftovers(self.folder / CHECKPOINTS)
@@ -112,8 +112,7 @@ class TrainingState:
                 aside = _unused(path.with_name(f"damaged-{path.name}"))
                 path.rename(aside)
                 reporter.warning(
-                    f"{error} It is passed over and set aside as {aside.name}; delete it when you "
-                    f"like."
+                    f"{error} It is skipped and set aside as {aside.name}, which you may delete."
                 )
                 continue
             return
@@ -129,8 +128,8 @@ class TrainingState:
         if differing:
             raise RunError(
                 f"{checkpoint.path}: the checkpoint is of another model "
-                f"({checkpoint.state.architecture}): {len(differing)} tensors do not match, "
-                f"{differing[0]} is the first."
+                f"({checkpoint.state.architecture}): {len(differing)} tensors do not match; the "
+                f"first is {differing[0]}."
             )
         with torch.no_grad():
             for name, tensor in own.items():
@@ -141,15 +140,16 @@ class TrainingState:
 
     def _fill_momentum(self, saved: Mapping[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            # Fine-tuning of dupr 0.1 saved momentum under the parameter's plain name.
+            # Fine-tuning in dupr 0.1 saved momentum under the parameter's plain name.
             buffer = saved.get(f"{_MOMENTUM}{name}", saved.get(name))
             if buffer is not None:
-                # In the parameter's own memory layout, or the next step is rounded differently.
+                # In another memory layout than the parameter's, the next step would be rounded
+                # differently.
                 state = torch.empty_like(parameter).copy_(buffer)
                 self.optimizer.state[parameter]["momentum_buffer"] = state
 
 
 def _unused(path: Path) -> Path:
-    """The path, with a number behind it where something has its name."""
+    """The path, with a number appended if the name is taken."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in range(2, 1000))
     return path if not path.exists() else next(p for p in numbered if not p.exists())

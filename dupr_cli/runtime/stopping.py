@@ -1,10 +1,10 @@
-"""When to stop before the end: signals, a limit of hours, a limit of steps.
+"""Stops work before its end: by a signal, a limit of hours, or a limit of steps.
 
-Two ways. In a training loop (`Stop`) signals only set a flag; the loop asks after each step, all
-processes agree, and the step is saved. Everywhere else (`stoppable`) a signal raises, through
-whatever is being computed, and what was finished stays. Schedulers and shells send a signal twice
-within a moment, which counts once; a second one seconds later, or a third, ends the process at
-once and says so.
+In a training loop (`Stop`), signals only set a flag; the loop checks it after each step, all
+processes agree, and the step is saved. Everywhere else (`stoppable`), a signal raises through the
+current computation, and finished work is kept. Schedulers and shells often send a signal twice in
+quick succession, which counts once. A second signal seconds later, or a third, ends the process
+immediately with a message.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from typing import Any, NoReturn, Self
 
 from dupr_cli.errors import StoppedRunError
 
-# Of Ctrl-C, of schedulers, and of Slurm's `--signal=USR1@...` before its time limit.
+# Sent by Ctrl-C, by schedulers, and by Slurm's `--signal=USR1@...` before its time limit.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# Above every signal's number, so that the largest over all processes is one reason.
+# Larger than any signal's number, so that the maximum over all processes is a single reason.
 _TIME_IS_UP = 1000
-# A signal that comes again within this time was sent twice, not meant twice.
+# A signal repeated within this time counts as the same request.
 _REPEATED_SECONDS = 3.0
-# What signal.signal takes and returns.
+# The type that signal.signal takes and returns.
 _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one call: hours from now on, and optimiser steps. None is no limit."""
+    """Limits of one call: hours from its start, and optimiser steps. None means no limit."""
 
     max_hours: float | None = None
     stop_after: int | None = None
 
 
 class StopSignal(BaseException):
-    """A signal to stop, on its way out of whatever was being computed.
+    """Raised by a signal to stop, through the current computation.
 
-    No `Exception`: code that tries to go on after a damaged image or file must not take it for one.
+    This is not an `Exception`: code that continues after a damaged image or file must not catch it.
     """
 
     def __init__(self, number: int) -> None:
@@ -51,13 +51,13 @@ class StopSignal(BaseException):
 
 
 class _Patience:
-    """Counts signals: the first asks to stop, and from some point on they mean at once."""
+    """Counts signals: the first one requests a stop, later ones may demand an immediate end."""
 
     def __init__(self) -> None:
         self._first, self._count = 0.0, 0
 
     def is_over(self) -> bool:
-        """Take note of one signal. Whether the process has to end now."""
+        """Count one signal, and return whether the process must end now."""
         now = time.monotonic()
         self._count += 1
         if self._count == 1:
@@ -67,40 +67,39 @@ class _Patience:
 
 def _end_now(number: int) -> NoReturn:
     name = signal.Signals(number).name
-    # Written past Python's buffers: the process may be anywhere in them.
+    # Bypasses Python's buffers, which the interrupted code may be using.
     os.write(
         sys.stderr.fileno(),
-        f"error: {name} came again: ended at once. What is not saved yet is lost.\n".encode(),
+        f"error: {name} came again: ended at once. Unsaved work is lost.\n".encode(),
     )
     os._exit(128 + number)
 
 
-# The signal that `stoppable` has seen, so that it is not lost where an exception cannot pass.
+# The signal that `stoppable` has received, kept in case its exception is swallowed.
 _seen: list[int] = []
 
 
 def raise_if_stopped() -> None:
-    """Raise again what a signal raised before, where that was swallowed on its way.
+    """Raise StopSignal again if a signal arrived but its exception was swallowed.
 
-    Python drops exceptions that a signal raises inside a finaliser or a callback of C code; whoever
-    works in a long loop asks here after each piece.
+    Python drops exceptions that a signal raises inside a finaliser or a callback of C code, so long
+    loops call this after each piece of work.
     """
     if _seen:
         raise StopSignal(_seen[0])
 
 
 def ignore_signals() -> None:
-    """Called at the start of a worker process: the main process decides when it ends."""
+    """Ignore signals in a worker process; the main process decides when the worker ends."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let no signal raise inside, only at the end and where `raise_if_stopped` is called.
+    """Postpone the exception of a signal to the end of the block or to `raise_if_stopped`.
 
-    For starting and ending processes: interrupted in the middle of that, Python's own pools wait
-    for ever.
+    This protects starting and ending processes: if interrupted there, Python's pools wait for ever.
     """
     global _deferred
     _deferred += 1
@@ -113,11 +112,11 @@ def deferred() -> Iterator[None]:
 
 
 @contextmanager
-def stoppable(kept: str) -> Iterator[None]:
+def stoppable(advice: str) -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGUSR1 end the work inside, with one message.
 
-    kept: what the message says of the work that was done. Raises StoppedRunError after a signal.
-    Inside another `stoppable`, or outside the main thread, signals are left to those who have them.
+    advice: the part of the message on finished work. Raises StoppedRunError after a signal. Inside
+    another `stoppable`, or outside the main thread, the existing signal handlers stay.
     """
     if _seen or signal.getsignal(signal.SIGTERM) is _raise_stop:
         yield
@@ -128,28 +127,28 @@ def stoppable(kept: str) -> Iterator[None]:
     try:
         for number in _SIGNALS:
             before[number] = signal.signal(number, _raise_stop)
-    except ValueError:  # not the main thread of a Python caller: signals are the caller's
+    except ValueError:  # not in the main thread; the Python caller handles signals
         pass
     try:
         yield
-        if _seen:  # it came as the work ended
+        if _seen:  # the signal arrived as the work ended
             raise StopSignal(_seen[0])
     except StopSignal as error:
-        message = f"stopped by {error}. {kept}"
+        message = f"stopped by {error}. {advice}"
         raise _stopped_error(error.number, message) from None
     finally:
         _seen.clear()
-        for of, handler in before.items():
-            signal.signal(of, handler)
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
 
 
 _patience = _Patience()
 _process = os.getpid()
-_deferred = 0  # blocks of `deferred` that are open
+_deferred = 0  # number of open `deferred` blocks
 
 
 def _raise_stop(number: int, _frame: FrameType | None) -> None:
-    if os.getpid() != _process:  # a worker, forked a moment ago: the main process decides
+    if os.getpid() != _process:  # a worker that was just forked; the main process decides
         return
     if _patience.is_over():
         _end_now(number)
@@ -160,10 +159,10 @@ def _raise_stop(number: int, _frame: FrameType | None) -> None:
 
 
 class Stop:
-    """Whether to stop after this step, and why.
+    """Decides whether to stop after this step, and why.
 
-    Where a launcher passes on what the terminal sends to all processes anyway, everything comes
-    twice or more, and ending at once is the launcher's part.
+    A launcher passes on signals that the terminal also sends to all processes, so that each arrives
+    at least twice. In a launched process only the launcher ends the work immediately.
     """
 
     def __init__(self, limits: Limits, launched: bool) -> None:
@@ -177,7 +176,7 @@ class Stop:
             for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         except ValueError:
-            pass  # not the main thread of a Python caller: signals are the caller's
+            pass  # not in the main thread; the Python caller handles signals
         return self
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -191,7 +190,7 @@ class Stop:
 
     @property
     def code(self) -> int:
-        """0 to go on; else why to stop, as a number that processes can agree on."""
+        """0 to continue, otherwise the reason to stop, as a number that processes can agree on."""
         hours = (time.monotonic() - self._started) / 3600
         limit = self._limits.max_hours
         if not self._number and limit is not None and hours >= limit:
@@ -199,12 +198,12 @@ class Stop:
         return self._number
 
     def steps_are_done(self, steps: int) -> bool:
-        """Whether `steps`, made since the call began, reach the limit."""
+        """Whether `steps`, counted from the start of the call, reach the limit."""
         return self._limits.stop_after is not None and steps >= self._limits.stop_after
 
 
 def stopped(code: int, limits: Limits, what: str) -> StoppedRunError:
-    """The error that ends a run. code: of `Stop.code`, 0 for the limit of steps."""
+    """The error that ends a run. code: from `Stop.code`, 0 for the limit of steps."""
     if code == _TIME_IS_UP:
         why = f"stopped after --max-hours {limits.max_hours:g}"
     elif code:

@@ -125,9 +125,9 @@ def test_cut_off_foreign_shard_names_the_last_whole_member(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("nowhere.tar", "there is no such shard"),
-        ("part-{000000..000003}.tar", "there is no such shard .and 3 more"),
-        ("", "no shards here"),
+        ("nowhere.tar", "the shard does not exist"),
+        ("part-{000000..000003}.tar", "the shard does not exist .and 3 more"),
+        ("", "holds no shards"),
     ],
 )
 def test_missing_shards_are_a_usage_error(address: str, message: str, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_missing_shards_are_a_usage_error(address: str, message: str, tmp_path: 
 
 
 def test_unknown_split_lists_the_known_ones(tiny_shards: Path) -> None:
-    with pytest.raises(UsageError, match="no split 'val'; it has train"):
+    with pytest.raises(UsageError, match="no split 'val'; its splits are train"):
         open_shards(str(tiny_shards), "val")
 
 
@@ -251,7 +251,7 @@ def test_unreadable_weights(name: str, content: bytes, message: str, tmp_path: P
 
 def test_safetensors_without_our_header_is_refused(tmp_path: Path) -> None:
     save_file({"conv1.weight": torch.zeros(2)}, tmp_path / "w.safetensors")
-    with pytest.raises(UsageError, match="does not say what the weights are"):
+    with pytest.raises(UsageError, match="does not describe the weights"):
         read_weights(str(tmp_path / "w.safetensors"))
 
 

@@ -136,7 +136,7 @@ def test_what_the_hub_does_not_have_is_said(
         with pytest.raises(UsageError, match=r"has a\.safetensors, b\.safetensors; name one"):
             read_weights("hf://me/model")
         for address in ("hf://me/model/c.safetensors", "hf://me/other/a.safetensors"):
-            with pytest.raises(UsageError, match="no such repository, revision or file"):
+            with pytest.raises(UsageError, match="the repository, revision or file does not exist"):
                 read_weights(address)
     with (
         hub({"README.md": b""}, tmp_path, monkeypatch),

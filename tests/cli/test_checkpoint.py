@@ -127,7 +127,7 @@ def test_list_says_what_is_wrong(run: Path, damage: object, message: str) -> Non
 
 def test_list_says_that_the_link_leads_nowhere(run: Path) -> None:
     shutil.rmtree(list_checkpoints(run)[-1])
-    assert "`latest` names step-00000004, which is not there" in (
+    assert "`latest` names step-00000004, which does not exist" in (
         dupr("checkpoint", "list", run).stdout.replace("\n", " ")
     )
 
@@ -178,11 +178,11 @@ def test_what_is_no_run_ends_with_code_2(tmp_path: Path, run: Path, verb: str) -
     more = [run] if verb == "diff" else []
     (tmp_path / "empty").mkdir()
     for path, message in (
-        (tmp_path / "nowhere", "there is no such run directory or checkpoint"),
-        (tmp_path / "empty", "neither a run directory"),
+        (tmp_path / "nowhere", ": the run directory or checkpoint does not exist"),
+        (tmp_path / "empty", " is neither a run directory"),
     ):
         done = dupr("checkpoint", verb, path, *more, code=2)
-        assert done.stderr.startswith(f"error: {path}: {message}")
+        assert done.stderr.startswith(f"error: {path}{message}")
         assert done.stdout == ""
 
 
@@ -276,7 +276,7 @@ def test_diff_tells_absent_tensors_other_shapes_and_other_types(tmp_path: Path) 
     ]
     assert found.summary == (
         "6 of 8 tensors differ, 1 only in the first, 1 only in the second, "
-        "2 of other type or shape, largest difference is not finite in inf"
+        "2 of another type or shape, largest difference is not finite in inf"
     )
     assert found.recipe is None
     text = dupr("checkpoint", "diff", tmp_path / "a", tmp_path / "b", code=1).stdout

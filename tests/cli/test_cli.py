@@ -180,13 +180,16 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
     out = tmp_path / "out"
     tiny_run = ("pretrain", "dupr-r18-cpu-smoke", "--data", tiny_shards, "--out", out)
     for arguments, message in (
-        (("prepare", tmp_path / "nowhere", out), "there is no such file or folder"),
+        (("prepare", tmp_path / "nowhere", out), "the file or folder does not exist"),
         (("prepare", tmp_path / "empty", out), "the folder is empty"),
         (("prepare", tiny_shards, out, "--set", "shard.max_sample=3"), "Did you mean shard.max_"),
         (("pretrain", "dupr-r18-cpu-smok", "--data", "x", "--out", out), "Did you mean dupr-r18-"),
         (("pretrain", "voc-tiny", "--data", "x", "--out", out), "is a recipe for dupr evaluate"),
         (("pretrain", "dupr-r18-cpu-smoke", "--out", out), "--data SHARDS is missing"),
-        (("pretrain", "dupr-r18-cpu-smoke", "--data", out, "--out", out), "there is no such shard"),
+        (
+            ("pretrain", "dupr-r18-cpu-smoke", "--data", out, "--out", out),
+            "the shard does not exist",
+        ),
         (
             (*tiny_run, "--device", "x"),
             "use auto, cpu, cuda",
@@ -195,8 +198,8 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
         (("export", tmp_path / "cut.safetensors", "--out", out), "not a whole safetensors file"),
         (("export", tmp_path / "pickle.pth", "--out", out), "can run code when they are loaded"),
         (("export", wrong, "--out", out), "the weights do not fit a resnet18"),
-        (("export", wrong, "--to", "caffe", "--out", out), "caffe is none; there are detectron2"),
-        (("evaluate", "voc", "none", "--data", out, "--out", out), "there is no"),
+        (("export", wrong, "--to", "caffe", "--out", out), "caffe is unknown; use detectron2"),
+        (("evaluate", "voc", "none", "--data", out, "--out", out), "does not exist"),
         (("recipe", "show", "nothing"), "neither a file nor a shipped recipe"),
     ):
         done = dupr(*arguments, code=2)

@@ -100,5 +100,5 @@ def test_over_http_with_a_server_that_goes_away(
     with serve(tiny_shards) as served:
         address = served.url
     errors = pretrain(address, tmp_path / "run", code=1)
-    assert f"error: {address}/manifest.json cannot be had" in errors
+    assert f"error: {address}/manifest.json cannot be fetched" in errors
     assert not (tmp_path / "run").exists()

@@ -187,7 +187,7 @@ def test_wrong_use_is_one_message_with_exit_code_2(tiny_shards: Path, tmp_path: 
         (("views", "no-recipe", "--data", tiny_shards, "--out", out), "nor a shipped recipe"),
         (
             ("views", "dupr-r18-cpu-smoke", "--data", tmp_path / "x", "--out", out),
-            "there is no such shard",
+            "the shard does not exist",
         ),
     ):
         done = dupr("inspect", *arguments, code=2)

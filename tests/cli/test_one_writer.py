@@ -78,7 +78,7 @@ def test_prepare_that_overwrites_leaves_a_running_one_alone(tmp_path: Path) -> N
     done = space.dupr(*words, "--overwrite", "--set", "image.quality=50")
     assert process.poll() is None, "the first ended before the second could be refused"
     assert done.code == 2
-    assert "is writing there" in done.output
+    assert "is writing to it" in done.output
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, out + said
     assert space.dupr("prepare", "verify", space.shards).code == 0

@@ -144,7 +144,7 @@ def test_a_test_split_that_was_not_exported_is_said(tmp_path: Path) -> None:
     root = yolo(tmp_path / "set", {"test": "../test/images", "names": ["red"]})
     said = prepared(root, tmp_path / "out")
     assert counts(tmp_path / "out") == {"train": 1}
-    assert "the test split of data.yaml is not there" in said
+    assert "the test split of data.yaml does not exist" in said
 
 
 @pytest.mark.parametrize("shape", [[4, 2], [4, 3], [17, 3]])
@@ -188,7 +188,7 @@ def test_a_confidence_that_is_not_taken_is_said(tmp_path: Path) -> None:
         ("0 50 40 20 20", "coordinates outside 0 to 1"),
         ("0 0.5 0.5 1.5 0.1", "coordinates outside 0 to 1"),
         ("0 0.5 0.5 -0.1 0.1", "coordinates outside 0 to 1"),
-        ("0 nan 0.5 0.1 0.1", "no finite number"),
+        ("0 nan 0.5 0.1 0.1", "not a finite number"),
         ("0 0.5 0.5", "2 numbers after the class"),
         ("0 0.1 0.1 0.2 0.2 0.6 0.6 1", "7 numbers after the class"),
         ("cat 0.5 0.5 0.1 0.1", "not a label of YOLO"),
@@ -249,7 +249,7 @@ def test_a_split_that_is_another_keeps_everything(tmp_path: Path) -> None:
     root = yolo(tmp_path / "set", {"val": "images/train", "names": ["red"]})
     said = prepared(root, tmp_path / "out")
     assert counts(tmp_path / "out") == {"train": 1, "val": 1}
-    assert "1 images of the split val are in train too" in said
+    assert "1 images of the split val are also in train" in said
 
 
 # --- exports as tools write them -------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_labels_that_are_not_taken_are_counted(tmp_path: Path) -> None:
     for name in "ab":
         write(tmp_path / f"set/deep/er/{name}.xml", voc_xml(BOX, SIZE))
     said = prepared(tmp_path / "set", tmp_path / "out")
-    assert "2 label files were not taken, the first is deep/er/a.xml" in said
+    assert "2 label files were not read; the first is deep/er/a.xml" in said
     assert "source.kind=" in said
 
 
@@ -334,7 +334,7 @@ def test_labels_in_an_archive_are_counted(tmp_path: Path) -> None:
         opened.writestr("a.jpg", encoded(scene(*SIZE, BOX), "JPEG"))
         opened.writestr("a.xml", voc_xml(BOX, SIZE))
     said = prepared(tmp_path / "a.zip", tmp_path / "out")
-    assert "1 label files were not taken" in said
+    assert "1 label files were not read" in said
 
 
 def test_images_that_are_not_labelled_yet_are_taken_without_labels(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_two_images_of_one_annotation_are_no_two_objects(tmp_path: Path) -> None
     write(root / "a.xml", xml)
     prepared(root, tmp_path / "out")
     assert counts(tmp_path / "out") == {"train": 1}
-    assert "the annotation is of a.png" in skipped(tmp_path / "out")["a.jpg"]
+    assert "the annotation is for a.png" in skipped(tmp_path / "out")["a.jpg"]
 
 
 # --- archives beside images ------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_an_archive_beside_class_folders_hides_no_image(tmp_path: Path, archive:
             tar.addfile(member, io.BytesIO(data))
     said = prepared(root, tmp_path / "out")
     assert counts(tmp_path / "out") == {"train": 2, "val": 2}
-    assert f"1 archives beside the images were not taken, the first is {archive}" in said
+    assert f"1 archives beside the images were not read; the first is {archive}" in said
     assert open_classified(str(root), "train", 1, SilentReporter()).labels == ("cat", "dog")
 
 
@@ -389,7 +389,7 @@ def test_images_outside_of_class_folders_are_counted(tmp_path: Path) -> None:
         picture(tmp_path / "set" / name, number)
     said = prepared(tmp_path / "set", tmp_path / "out")
     assert counts(tmp_path / "out") == {"train": 1, "val": 1}
-    assert "1 images are in no folder of a class" in said
+    assert "1 images outside the class folders" in said
     assert "extra/dog/a.jpg" in said
 
 
@@ -478,10 +478,10 @@ def test_labels_of_an_image_of_another_shape_are_refused_by_name(tmp_path: Path)
     write(root / "Annotations/b.xml", voc_xml(BOX, (500, 80)))
     write(root / "ImageSets/Main/train.txt", "a\nb\n")
     assert both(root, tmp_path / "out") == [[EDGES]]
-    assert "labels are of an image of 500 x 80" in skipped(tmp_path / "out")["b"]
+    assert "labels are for an image of 500 x 80" in skipped(tmp_path / "out")["b"]
     said = from_tree(root).said
     assert "1 of 2 images were left out" in said
-    assert "labels are of an image of 500 x 80 pixels, but the image has 100 x 80" in said
+    assert "labels are for an image of 500 x 80 pixels, but the image has 100 x 80" in said
 
 
 # --- COCO ------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_cocos_own_images_are_as_pycocotools_reads_them(shared_data: Path) -> No
         (("images", 1, "file_name"), None, "image number 2: an id and a file_name are needed"),
         (("categories", 1, "id"), 18, "category 18: another category has the same id"),
         (("categories", 1), {"name": "cat"}, "category number 2: an id and a name are needed"),
-        (("annotations", 0), 5, "annotation number 1: it is no object but 5"),
+        (("annotations", 0), 5, "annotation number 1: an object is needed, not 5"),
     ],
 )
 def test_a_bad_row_costs_that_row_and_is_named(

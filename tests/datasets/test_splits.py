@@ -85,7 +85,7 @@ def test_split_names_are_those_of_the_files(tmp_path: Path) -> None:
     (folder / "instances_val2017.json").rename(folder / "mine.json")
     (tmp_path / "val2017").rename(tmp_path / "mine")
     assert len(opened(tmp_path, "mine")) == 1
-    with pytest.raises(UsageError, match=r"no split 'test'.*has train2017, mine"):
+    with pytest.raises(UsageError, match=r"no file is the split 'test'.*are train2017, mine"):
         opened(tmp_path, "test")
 
 
@@ -103,7 +103,7 @@ def test_short_name_of_a_split(tmp_path: Path) -> None:
     assert len(opened(coco_tree(tmp_path), "val")) == 1
     folder = tmp_path / "annotations"
     (folder / "instances_train2017.json").rename(folder / "instances_val2014.json")
-    with pytest.raises(UsageError, match=r"no split 'val'.*has val2014, val2017"):
+    with pytest.raises(UsageError, match=r"several files match .*are val2014, val2017"):
         opened(tmp_path, "val")
 
 
@@ -151,8 +151,8 @@ def test_a_bad_row_of_coco_is_a_warning(
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda c: c.pop("images"), r"COCO's JSON is an object with images"),
-        (lambda c: c.update(images=5), r"not as COCO writes it: `images` is no list"),
+        (lambda c: c.pop("images"), r"COCO's JSON, which is an object with images"),
+        (lambda c: c.update(images=5), r"not COCO's format: `images` is not a list"),
         (lambda c: c["images"].clear() or c["annotations"].clear(), r"lists no images"),
     ],
 )
@@ -196,7 +196,8 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     reporter = Listening()
     open_labelled(str(tmp_path), ["train2017"], reporter)
     assert re.search(
-        r"mask left out: 1 .*\[10, 10\], height x width, the image of", reporter.warnings[0]
+        r"mask left out: 1 .*\[10, 10\] pixels .* but the image has",
+        reporter.warnings[0],
     )
     edit(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))
     with pytest.raises(UsageError, match=r"2017_1\.png: an object has no mask.*detector\.model"):
@@ -231,7 +232,7 @@ def test_cityscapes_instances_and_groups(tmp_path: Path) -> None:
 
 def test_damaged_cityscapes_is_named(tmp_path: Path) -> None:
     root = cityscapes_tree(tmp_path, np.full((40, 60), 26000))
-    with pytest.raises(UsageError, match=r"no images of a split 'val'.*has train"):
+    with pytest.raises(UsageError, match=r"no images of a split 'val'.*splits are train"):
         opened(root, "val")
     labels = root / "gtFine/train/ulm/ulm_1_2_gtFine_instanceIds.png"
     labels.write_bytes(labels.read_bytes()[:40])

@@ -322,7 +322,7 @@ def test_torchvisions_weights_are_taken_from_its_cache(
         small(), ["torchvision:IMAGENET1K_V1", "none"], str(tree), tmp_path / "eval"
     )
     assert plan.loaded == ["120 of 120 tensors of the resnet18 loaded", "random"]
-    with pytest.raises(UsageError, match="no such weights of a resnet18; it has IMAGENET1K_V1"):
+    with pytest.raises(UsageError, match="no such weights for resnet18; it has IMAGENET1K_V1"):
         evaluate.plan(small(), ["torchvision:V9"], str(tree), tmp_path / "eval")
 
 

@@ -86,10 +86,10 @@ def lose_lines(folder: Path) -> None:
     ("damage", "messages"),
     [
         (flip_in_image, ["train-000001.tar: its sha256 is not that of the manifest"]),
-        (truncate, ["train-000001.tar: 5000 bytes", "sample s0013"]),
+        (truncate, ["train-000001.tar: it has 5000 bytes", "sample s0013"]),
         (lose, ["train-000001.tar: it is missing"]),
         (lose_index, ["train-000001.tar: its index is missing"]),
-        (swap_index, ["train-000001.tar: its index is of another shard"]),
+        (swap_index, ["train-000001.tar: its index belongs to another shard"]),
         (stranger, ["train-000007.tar: the manifest does not list it"]),
         (lose_lines, ["skipped.jsonl: 1 lines, 0 by the manifest"]),
     ],
@@ -116,7 +116,7 @@ def test_samples_that_do_not_decode_or_lie_are_named_by_shard_and_key(tmp_path: 
     write_shard(folder / "a-000001.tar", samples[:1])
     text = dupr("prepare", "verify", folder, code=1).stdout
     assert "a-000000.tar: sample cut: does not decode" in text
-    assert "a-000000.tar: sample lies: 200 x 150 pixels, 100 x 150 by its JSON" in text
+    assert "a-000000.tar: sample lies: it has 200 x 150 pixels, 100 x 150 by its JSON" in text
     assert "a-000001.tar: sample good: another sample has the same key" in text
 
 

@@ -136,9 +136,9 @@ def test_what_cannot_be_had_is_one_message(mirror: Path, tmp_path: Path) -> None
     (mirror / "VOCtest_06-Nov-2007.tar").unlink()
     with serve(mirror) as served, pytest.raises(RunError, match=r"404.*--mirror"):
         fetch(tmp_path / "voc", served.url)
-    with pytest.raises(RunError, match=r"cannot be had: .* it goes on after 0 bytes"):
+    with pytest.raises(RunError, match=r"cannot be fetched: .* it continues after 0 bytes"):
         fetch(tmp_path / "other", served.url)
-    with pytest.raises(UsageError, match=r"there is voc2007, .* Did you mean voc2012"):
+    with pytest.raises(UsageError, match=r"known: voc2007, .* Did you mean voc2012"):
         download_sets(["voc212"], tmp_path, None, False, SilentReporter())
 
 
@@ -147,7 +147,7 @@ def test_a_full_disk_is_said_before_it_starts(
 ) -> None:
     huge = Archive("http://x/huge.zip", "0" * 32, 10**18)
     monkeypatch.setitem(SETS, "voc2007", (huge,))
-    with pytest.raises(UsageError, match=r"GB are needed and .* are free"):
+    with pytest.raises(UsageError, match=r"GB are needed but .* are free"):
         fetch(tmp_path / "voc", "http://x")
     assert not (tmp_path / "voc").exists()
 

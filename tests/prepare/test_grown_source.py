@@ -179,7 +179,7 @@ def test_a_set_of_an_older_dupr_is_compared_by_names(tmp_path: Path) -> None:
     prepare.run(recipe(), source, out, workers=1)
     assert tree_bytes(out) == before
     images(source, range(6, 7))
-    with pytest.raises(UsageError, match="the names of the images are others"):
+    with pytest.raises(UsageError, match="the names of the images differ"):
         prepare.run(recipe(), source, out, workers=1)
 
 

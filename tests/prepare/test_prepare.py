@@ -210,9 +210,9 @@ def test_wrong_sources(tmp_path: Path) -> None:
     (text / "a.txt").write_text("x")
     out = tmp_path / "out"
     for source, message in (
-        (tmp_path / "nowhere", "there is no such file or folder"),
+        (tmp_path / "nowhere", "the file or folder does not exist"),
         (empty, "the folder is empty"),
-        (text, "there are no images in it"),
+        (text, "holds no images"),
     ):
         with pytest.raises(UsageError, match=message):
             prepare.run(SMALL, source, out, workers=1)
@@ -231,7 +231,7 @@ def test_tasks_and_merge_give_the_set_of_one_call(
     out = tmp_path / "tasks"
     for number in reversed(range(1, parts + 1)):
         if parts > 1:
-            with pytest.raises(UsageError, match=r"no tasks|blocks are not finished"):
+            with pytest.raises(UsageError, match=r"no task |blocks are not finished"):
                 prepare.merge(out)
         prepare.run(SMALL, image_folder, out, workers=1, task=(number, parts))
     merged = prepare.merge(out)
@@ -340,7 +340,7 @@ def test_unfinished_work_of_a_source_that_changed_is_refused(
     out = tmp_path / "out"
     prepare.run(SMALL, image_folder, out, workers=1, task=(1, 2))
     noise_image(1).save(image_folder / "new.png")
-    with pytest.raises(UsageError, match="on the source as it was"):
+    with pytest.raises(UsageError, match="with the source as it was"):
         prepare.run(SMALL, image_folder, out, workers=1)
     (image_folder / "new.png").unlink()
     assert prepare.run(SMALL, image_folder, out, workers=1).samples == {"train": 24}

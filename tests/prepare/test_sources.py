@@ -390,7 +390,7 @@ def test_a_damaged_archive_is_named(image_folder: Path, tmp_path: Path) -> None:
     archive.write_bytes(whole.replace(inside, b"x" * 60))
     found = prepared(archive, tmp_path / "out")
     assert len(found["train"]) == 11
-    assert "the zip archive does not give it" in (tmp_path / "out/skipped.jsonl").read_text()
+    assert "the zip archive cannot be read" in (tmp_path / "out/skipped.jsonl").read_text()
 
 
 def test_shards_of_webdatasets_writer_keep_all_their_members(tmp_path: Path) -> None:
@@ -495,14 +495,14 @@ def write_list(path: Path, names: Sequence[str]) -> None:
 
 def test_a_list_without_a_known_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("id,picture\n1,a.jpg\n")
-    with pytest.raises(UsageError, match=r"no column path, .*; it has id, picture"):
+    with pytest.raises(UsageError, match=r"no column path, .*; its columns are id, picture"):
         prepared(tmp_path / "l.csv", tmp_path / "out")
     noise_image(0).save(tmp_path / "a.jpg")
     assert prepared(tmp_path / "l.csv", tmp_path / "out", "source.column=picture")
 
 
 def test_a_list_that_lies_far_away_is_no_source(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"list.txt: not a source that dupr knows"):
+    with pytest.raises(UsageError, match=r"list.txt: the kind of source is not recognised"):
         prepared("http://localhost/list.txt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -534,7 +534,7 @@ def test_data_sets_of_hugging_face(image_folder: Path, tmp_path: Path) -> None:
     found = prepared(f"hf://{tmp_path / 'hub'}", tmp_path / "out", "shard.max_samples=7", workers=2)
     assert [s.image for s in found["train"]] == [p.read_bytes() for p in files[:20]]
     assert [s.image for s in found["test"]] == [p.read_bytes() for p in files[20:]]
-    with pytest.raises(UsageError, match=r"no split val; it has"):
+    with pytest.raises(UsageError, match=r"no split val; its splits are"):
         prepared(f"hf://{tmp_path / 'hub'}", tmp_path / "o2", "source.splits=[val]")
 
 

@@ -160,7 +160,7 @@ def test_another_number_of_processes_goes_on_and_says_what_is_not_exact(
     out = tmp_path / "run"
     command_line.pretrain(grainy_shards, out, "--stop-after", 3, code=75)
     done = run(pretrain(grainy_shards, out, "--nproc", 2))
-    assert "was on 1 processes and is on 2 now" in done.stderr
+    assert "had 1 processes and now has 2" in done.stderr
     assert json.loads((out / "latest" / "state.json").read_text())["processes"] == 2
 
 

@@ -247,7 +247,7 @@ def test_another_package_provides_a_method(tmp_path: Path, tiny_shards: Path) ->
     del environment["PYTHONPATH"]
     unknown = run()
     assert unknown.returncode == 2
-    assert "method.name is theirs, which is no method" in unknown.stderr
+    assert "method.name is theirs, which is not a method" in unknown.stderr
 
 
 def test_options_of_a_method_without_any_are_refused(

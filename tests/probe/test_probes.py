@@ -273,7 +273,7 @@ def test_dry_run_states_the_plan_and_writes_nothing(
 def test_recipe_of_another_protocol_is_refused(folders: Path, tmp_path: Path) -> None:
     options = ["--data", folders, "--out", tmp_path / "out"]
     wrong = dupr("evaluate", "knn", "none", "-r", "linear-fast", *options, code=2).stderr
-    assert "the protocol is linear-fast, but this command carries out knn" in wrong
+    assert "the protocol is linear-fast, but this command runs knn" in wrong
     wrong = dupr("evaluate", "knn", "none", "-r", "voc-tiny", *options, code=2).stderr
     assert "voc-tiny is a recipe for dupr evaluate" in wrong
 

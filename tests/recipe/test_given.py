@@ -84,14 +84,14 @@ def test_overrides_of_any_form_give_the_same_recipe(cases: dict[str, Case], stag
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("recipe", {"recipe": {"train": 1}}, r"recipe: an? \w+Recipe, the name of a shipped recipe or "
-     r"the path of a recipe file is accepted, not a dict\."),
+    ("recipe", {"recipe": {"train": 1}}, r"recipe: give an? \w+Recipe, the name of a shipped "
+     r"recipe or the path of a recipe file, not a dict\."),
     ("recipe", {"recipe": None}, "not a NoneType"),
-    ("overrides", {"overrides": 3}, r"overrides: a mapping .* is accepted, not an int \(3\)"),
+    ("overrides", {"overrides": 3}, r"overrides: give a mapping .*, not an int \(3\)"),
     ("overrides", {"overrides": "a=b"}, r"not a str \('a=b'\)"),
     ("overrides", {"overrides": {1: 2}}, r"not a dict \(\{1: 2\}\)"),
     ("overrides", {"overrides": [1]}, r"not a list \(\[1\]\)"),
-    ("out", {"out": 3}, r"out: a string or a pathlib\.Path is accepted, not an int \(3\)"),
+    ("out", {"out": 3}, r"out: give a string or a pathlib\.Path, not an int \(3\)"),
 ]  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_data_of_another_type_is_a_type_error(
     cases: dict[str, Case], stage: str, tmp_path: Path
 ) -> None:
     module, _, name, _, _, inputs = cases[stage]
-    with pytest.raises(TypeError, match=r": a string or a pathlib\.Path is accepted, not an int"):
+    with pytest.raises(TypeError, match=r": give a string or a pathlib\.Path, not an int"):
         module.plan(name, *inputs[:-1], 5, tmp_path / "out")
 
 

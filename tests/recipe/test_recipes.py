@@ -85,7 +85,7 @@ def problem(text: str, tmp_path: Path, *overrides: str) -> str:
         ),
         (
             "extends: dupr-r18-cpu-smoke\nmethod: {patch: {weights: {res6: 1}}}\n",
-            "method.patch.weights.res6 is not a key here; expected one of "
+            "method.patch.weights.res6 is not a key here; use one of "
             "'res2', 'res3', 'res4' or 'res5'. Did you mean res5?",
         ),
         (
@@ -106,7 +106,7 @@ def problem(text: str, tmp_path: Path, *overrides: str) -> str:
         ("stage: prepare\n", "stage is 'prepare', but a recipe for dupr pretrain is needed"),
         ("extends: nowhere\n", "my.yaml, line 1: extends: nowhere is neither a file nor a shipped"),
         ("extends: my.yaml\n", "extend one another in a circle: my.yaml extends my.yaml"),
-        ("seed: 1\nseed: 2\n", "my.yaml, line 2: seed is given twice; line 1 has it too."),
+        ("seed: 1\nseed: 2\n", "my.yaml, line 2: seed is given twice, first in line 1."),
         ("seed: [1\n", "not valid YAML"),
         ("- 1\n", "my.yaml, line 1: a recipe is a mapping"),
         (

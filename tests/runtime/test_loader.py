@@ -54,7 +54,7 @@ def test_an_error_of_reading_comes_out_in_its_own_words(workers: int) -> None:
 
 
 def test_a_worker_that_is_killed_is_told_of() -> None:
-    with pytest.raises(RunError, match="killed, most often because memory ran out"):
+    with pytest.raises(RunError, match="killed, most likely because memory ran out"):
         list(load(Squares(deadly=5), list, in_batches(10, 3), 2))
 
 

@@ -92,7 +92,7 @@ def test_workers_that_are_forked_do_not_keep_the_lock(tmp_path: Path) -> None:
 
 def test_tasks_share_an_output_and_keep_others_out(tmp_path: Path) -> None:
     first, second = hold(tmp_path / "out", "shared"), hold(tmp_path / "out", "shared")
-    with pytest.raises(UsageError, match="is writing there"), writing(tmp_path / "out", "merge"):
+    with pytest.raises(UsageError, match="is writing to it"), writing(tmp_path / "out", "merge"):
         pass
     release(first)
     release(second)
@@ -103,7 +103,7 @@ def test_tasks_share_an_output_and_keep_others_out(tmp_path: Path) -> None:
 def test_one_process_does_not_write_twice_at_once(tmp_path: Path) -> None:
     with (
         writing(tmp_path / "out", "a"),
-        pytest.raises(UsageError, match="this process writes there already"),
+        pytest.raises(UsageError, match="this process is already writing to it"),
         writing(tmp_path / "out", "b"),
     ):
         pass
@@ -152,7 +152,7 @@ def test_looking_at_an_output_changes_nothing(tmp_path: Path) -> None:
     assert claim.check(tmp_path / "absent") is None
     with pytest.raises(UsageError, match="not empty and holds no evaluation"):
         claim.check(tmp_path / "foreign")
-    with pytest.raises(UsageError, match="a file has this name"):
+    with pytest.raises(UsageError, match="is a file, but the output must be a folder"):
         holds(tmp_path / "file", ["claim.json"], "evaluation")
     other = Claim("claim.json", "evaluation", {"device": "cuda"}, [])
     with pytest.raises(UsageError, match="device: cpu there, cuda now"):

@@ -55,7 +55,7 @@ def test_a_third_time_ends_at_once_and_says_so() -> None:
         time.sleep(0.1)
     out, said = process.communicate(timeout=10)
     assert (out, process.returncode) == ("", 128 + signal.SIGTERM)
-    assert said == "error: SIGTERM came again: ended at once. What is not saved yet is lost.\n"
+    assert said == "error: SIGTERM came again: ended at once. Unsaved work is lost.\n"
 
 
 def test_a_second_time_after_seconds_ends_at_once() -> None:

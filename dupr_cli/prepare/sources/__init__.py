@@ -1,7 +1,7 @@
-"""What people have, as sources: one class per kind behind one protocol (`base.ImageSource`).
+"""The kinds of source: one class per kind, all behind one protocol (`base.ImageSource`).
 
-Each is reachable by its name, as are those of other packages (entry point group `dupr.sources`);
-without a name, the first that recognises the address is taken.
+Each kind is selected by its name; other packages add kinds through the entry point group
+`dupr.sources`. Without a name, the first kind that recognises the address is used.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from dupr_cli.recipe.prepare import SourceSection
 
 __all__ = ["Entry", "ImageSource", "RawImage", "make_source", "recognise"]
 
-# The more a kind asks of a folder, the earlier it is asked.
+# Kinds with more specific requirements are tried first.
 _ORDER = ("hf", "list", "voc", "coco", "yolo", "archive", "shards", "classes", "folder")
 
 
 def recognise(address: str) -> str:
-    """The kind of source that an address is. Raises UsageError when it is none or not there."""
+    """The kind of source at an address. Raises UsageError if it is unknown or does not exist."""
     path = Path(address)
     if not is_remote(address) and "{" not in address and not path.exists():
-        raise UsageError(f"{address}: there is no such file or folder.")
+        raise UsageError(f"{address}: the file or folder does not exist.")
     if path.is_dir() and _is_empty(path):
         raise UsageError(f"{address}: the folder is empty.")
     for kind in _ORDER:
         if cast(type[BuiltIn], load_plugin(SOURCES, kind)).recognises(address):
             return kind
     raise UsageError(
-        f"{address}: not a source that dupr knows: a folder of images, archives (.tar, .tar.gz, "
-        f".zip), WebDataset shards, a VOC tree, COCO's JSON, YOLO's labels, a list (.txt, .csv, "
-        f".parquet), hf://owner/name. Say what it is with --set source.kind=KIND."
+        f"{address}: the kind of source is not recognised. dupr reads a folder of images, archives "
+        f"(.tar, .tar.gz, .zip), WebDataset shards, a VOC tree, COCO's JSON, YOLO's labels, a list "
+        f"(.txt, .csv, .parquet), and hf://owner/name. Name the kind with --set source.kind=KIND."
     )
 
 
@@ -47,14 +47,14 @@ def _is_empty(folder: Path) -> bool:
 
 
 def make_source(kind: str, address: str, options: SourceSection, out: Path) -> ImageSource:
-    """The source at an address. Raises UsageError when the package of its kind does not load."""
+    """The source at an address. Raises UsageError when the plugin of its kind cannot be loaded."""
     make = cast(Callable[..., ImageSource], load_plugin(SOURCES, kind))
     return make(address, options, out)
 
 
 def nothing_found(address: str) -> UsageError:
-    """The error of a source without a single image."""
+    """The error for a source without any image."""
     return UsageError(
-        f"{address}: there are no images in it, at any depth. Known suffixes: "
+        f"{address} holds no images at any depth. Known suffixes: "
         f"{', '.join(sorted(IMAGE_SUFFIXES))}."
     )

@@ -1,7 +1,7 @@
-"""A list of paths or addresses: a text file of one a line, CSV, or Parquet.
+"""Reads a list of paths or addresses: a text file with one per line, CSV, or Parquet.
 
-Addresses may be of http, https, or whatever fsspec knows (s3://, gs://, ...); paths are relative to
-the list's folder.
+Addresses may use http, https, or any scheme that fsspec knows (s3://, gs://, ...). Paths are
+relative to the list's folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dupr_cli.datasets.text import encoding_of, not_text
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, stamp_of
 
-# Of old lists of addresses a good part is gone for good; half a minute for each would be weeks.
+# Many addresses of an old list no longer exist; half a minute for each would add up to weeks.
 _ATTEMPTS = 3
 
 _COLUMNS = ("path", "image", "file", "filename", "file_name", "image_path", "url", "image_url")
@@ -28,7 +28,7 @@ class ListSource(BuiltIn):
 
     @property
     def remote(self) -> bool:  # type: ignore[override]
-        """Whether the first image is: lists are mostly of one kind."""
+        """Whether the first image is remote: most lists are of one kind."""
         return is_remote(next(self._addresses(), ""))
 
     @classmethod
@@ -58,9 +58,9 @@ class ListSource(BuiltIn):
         return line.startswith("#") and not (self.path.parent / line).is_file()
 
     def _address(self, line: str) -> str:
-        """The path or address of a line; a label behind it, as ImageNet's lists have, is none."""
+        """The path or address in a line, without a label after it, as in ImageNet's lists."""
         if is_remote(line) or (is_image_name(line) and "\\" not in line):
-            return line  # without asking the file system for each of millions
+            return line  # spares millions of file system lookups
         address, _, label = line.rpartition(" ")
         for given in (line, address.strip()) if label.isdigit() and address.strip() else (line,):
             for name in (given, given.replace("\\", "/").removeprefix("./")):
@@ -76,7 +76,7 @@ class ListSource(BuiltIn):
             rows = csv.reader(file, delimiter="\t" if tabs else max(",;\t", key=head.count))
             names = next(rows, [])
             column = self._numbered(names)
-            if column is None:  # no header: the first line is an image's
+            if column is None:  # no header: the first line names an image
                 column = next((n for n, value in enumerate(names) if is_image_name(value)), None)
                 if column is None or self.options.column:
                     raise self._no_column(names)
@@ -102,7 +102,7 @@ class ListSource(BuiltIn):
             yield from (value for value in batch.column(0).to_pylist() if value)
 
     def _numbered(self, names: list[str]) -> int | None:
-        """Number of the column of images; None where no column is called so."""
+        """Number of the column of images, or None if no column has such a name."""
         plain = [name.strip().lower() for name in names]
         wanted = [self.options.column] if self.options.column else _COLUMNS
         for name in wanted:
@@ -114,8 +114,8 @@ class ListSource(BuiltIn):
 
     def _no_column(self, names: list[str]) -> UsageError:
         return UsageError(
-            f"{self.path}: no column {self.options.column or ', '.join(_COLUMNS)}; it has "
-            f"{', '.join(names) or 'none'}. Name it with --set source.column=NAME."
+            f"{self.path}: no column {self.options.column or ', '.join(_COLUMNS)}; its columns are "
+            f"{', '.join(names) or 'none'}. Name one with --set source.column=NAME."
         )
 
     def read(self, entry: Entry) -> RawImage:

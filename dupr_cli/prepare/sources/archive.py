@@ -1,7 +1,7 @@
-"""Tar and zip archives of images: one, or a folder of them.
+"""Reads tar and zip archives of images: one archive, or a folder of them.
 
-Members are read where they lie. A compressed tar can only be read from its start: it is unpacked
-into one plain tar first, beside the unfinished shards.
+Members are read in place. A compressed tar can only be read from its start, so it is first
+decompressed into a plain tar beside the unfinished shards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dupr_cli.artifacts.files import atomic_file, is_image_name, named
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED
 from dupr_cli.datasets.layout import has_images, is_label_name
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, labels_not_taken
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, labels_not_read
 
 _OPEN: dict[str, Callable[[Path], Any]] = {
     ".tar.gz": gzip.open,
@@ -38,7 +38,7 @@ _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZM
 
 
 def archives(path: Path) -> list[Path]:
-    """The archive itself, or those in a folder, by name."""
+    """The archive itself, or the archives in a folder, sorted by name."""
 
     def is_archive(name: str) -> bool:
         return name.lower().endswith(_SUFFIXES)
@@ -48,7 +48,7 @@ def archives(path: Path) -> list[Path]:
 
 
 def _is_shard(tar: Path) -> bool:
-    """Whether a plain tar is a WebDataset shard: its first files have a key in common."""
+    """Whether a plain tar is a WebDataset shard: some of its first files share a key."""
     if tar.with_suffix(".index.json").exists() or (tar.parent / MANIFEST).exists():
         return True
     try:
@@ -60,13 +60,13 @@ def _is_shard(tar: Path) -> bool:
 
 
 class ArchiveSource(BuiltIn):
-    """Every image file in one or many archives."""
+    """Every image file in one or more archives."""
 
     @classmethod
     def recognises(cls, address: str) -> bool:
         path = Path(address)
         found = archives(path)
-        # Beside images an archive is something else: a devkit, a backup of labels.
+        # An archive beside images is usually something else: a devkit, a backup of labels.
         if not found or (path.is_dir() and has_images(path)):
             return False
         return not (found[0].suffix == ".tar" and _is_shard(found[0]))
@@ -84,11 +84,11 @@ class ArchiveSource(BuiltIn):
             except _DAMAGED as error:
                 raise UsageError(
                     f"{archive}: the archive is cut off or damaged: {error}. Copy it again, or "
-                    f"unpack what is left of it and prepare that."
+                    f"unpack what can be read and prepare that."
                 ) from error
 
         if labels:
-            self.notes.append(f"{labels_not_taken(self.address, labels)}, of the unpacked files")
+            self.notes.append(f"{labels_not_read(self.address, labels)}, on the unpacked files")
 
     def read(self, entry: Entry) -> RawImage:
         archive, *place = entry.place
@@ -97,7 +97,7 @@ class ArchiveSource(BuiltIn):
             try:
                 return RawImage(_open_zip(path, os.getpid()).read(place[0]))
             except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-                raise RunError(f"the zip archive does not give it: {error}") from error
+                raise RunError(f"the zip archive cannot be read: {error}") from error
         offset, size = place
         plain = path if path.name.lower().endswith(".tar") else self._unpacked(path)
         with plain.open("rb") as file:
@@ -127,7 +127,7 @@ def _open_zip(path: Path, _process: int) -> zipfile.ZipFile:
 
 
 def _members(archive: Path) -> Iterator[tuple[str, list[Any], str]]:
-    """Names of the files in an archive, what it takes to read them, and their stamps."""
+    """Yield name, place (what `read` needs) and stamp of each file in an archive."""
     name = archive.name.lower()
     if name.endswith(".zip"):
         with zipfile.ZipFile(archive) as opened:
@@ -140,7 +140,7 @@ def _members(archive: Path) -> Iterator[tuple[str, list[Any], str]]:
         tarfile.open(fileobj=file, mode="r:" if name.endswith(".tar") else "r|") as tar,
     ):
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every member
             if member.isfile():
                 place: list[Any] = [member.offset_data, member.size]
                 yield member.name, place, f"{member.size}:{member.mtime}"

@@ -1,8 +1,8 @@
-"""What every source is: a listing of images, and how one of them is read.
+"""The protocol of a source: it lists its images, and reads one of them.
 
-A source lists its images in an order that depends on nothing but its contents, one `Entry` at a
-time, so that a hundred million fit. An entry is plain data: it goes into a file, and a worker that
-makes the same source anew reads the image from it.
+A source lists its images in an order that depends only on its contents, one `Entry` at a time, so
+that memory suffices for a hundred million. An entry is plain data: it is written to a file, and a
+worker that creates its own instance of the source reads the image from it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dupr_cli.recipe.prepare import SourceSection
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image of a source, not read.
+    """One image of a source, not read yet.
 
-    name: its path or address within the source, for people. place: what `read` needs, as JSON has
-    it. key: of the sample; by default made of the name. stamp: what tells another version of the
-    image or its labels from this one without reading them, see `stamp_of`.
+    name: its path or address within the source, for people. place: what `read` needs, as a JSON
+    value. key: of the sample; derived from the name by default. stamp: differs when the image or
+    its labels change, without reading them; see `stamp_of`.
     """
 
     name: str
@@ -54,21 +54,21 @@ def stamp_of(*files: Path) -> str:
 
 
 def key_of(name: str) -> str:
-    """A key for a file of that name: no other file has it, and WebDataset takes it as it is."""
+    """A key for a file of this name: it is unique, and WebDataset needs no change to it."""
     stem = re.sub(r"[^\w-]", "_", PurePosixPath(name).stem, flags=re.ASCII)[:100]
     return f"{stem}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}"
 
 
 def plain_key(name: str) -> str:
-    """A key that is the name itself, where the source guarantees that it is the only one."""
+    """A key that is the name itself, for sources that guarantee unique names."""
     return name.replace("/", "_").replace(".", "_")
 
 
-def apart(entries: Iterable[Entry], notes: list[str]) -> Iterator[Entry]:
-    """The entries, a key of two splits as another one in the second: what repeats within a split
-    is listed twice, but splits may overlap.
+def separate_splits(entries: Iterable[Entry], notes: list[str]) -> Iterator[Entry]:
+    """Give an entry another key when an earlier split already has its key: splits may overlap,
+    whereas a key that repeats within a split marks an image that is listed twice.
 
-    Images that are in two splits are counted in `notes`.
+    Appends the number of images that two splits share to `notes`.
     """
     first: dict[int, tuple[str, int]] = {}
     again: Counter[tuple[str, str]] = Counter()
@@ -80,7 +80,7 @@ def apart(entries: Iterable[Entry], notes: list[str]) -> Iterator[Entry]:
             entry = replace(entry, key=f"{entry.split}-{entry.sample_key}")
         yield entry
     notes += [
-        f"{count} images of the split {later} are in {before} too, and stay in both"
+        f"{count} images of the split {later} are also in {before} and stay in both"
         for (before, later), count in again.items()
         if count
     ]
@@ -90,11 +90,11 @@ def apart(entries: Iterable[Entry], notes: list[str]) -> Iterator[Entry]:
 class RawImage:
     """An image as the source has it.
 
-    boxes: None where the source has no labels; in pixels of the image as it is stored, or, where
-    `upright`, as it is seen after its EXIF orientation. unit: boxes are shares of width and height.
-    size: (width, height) that the labels were made for, where the source says. left_out, remarks:
-    as in `Labels`. label: class of the whole image. source: where the image came from in the first
-    place, if not from here. info, extras: see `Sample`.
+    boxes: None if the source has no labels; in pixels of the stored image or, if `upright`, of the
+    image after its EXIF orientation is applied. unit: boxes are fractions of width and height.
+    size: (width, height) that the labels were made for, if the source says so. left_out, remarks:
+    as in `Labels`. label: class of the whole image. source: where the image originally came from,
+    if not from this source. info, extras: see `Sample`.
     """
 
     data: bytes
@@ -111,7 +111,7 @@ class RawImage:
 
     @classmethod
     def of(cls, data: bytes, labels: Labels | None) -> RawImage:
-        """An image with the labels that a reader of `datasets` gives, None where it has none."""
+        """An image with the labels that a reader of `datasets` gives, None for no labels."""
         return cls(data) if labels is None else cls(data, **vars(labels))
 
     @property
@@ -121,35 +121,35 @@ class RawImage:
         return Labels(self.boxes, self.size, self.upright, self.unit, self.left_out, self.remarks)
 
 
-def labels_not_taken(address: str, found: Sequence[str]) -> str:
-    """What is said of files that look like labels where a source takes images alone."""
+def labels_not_read(address: str, found: Sequence[str]) -> str:
+    """The note on files that look like labels in a source that takes images only."""
     return (
-        f"{address}: {len(found)} label files were not taken, the first is {found[0]}: this is no "
-        f"layout of labels that is known, and its images are taken without. Lay them out as VOC, "
-        f"COCO or YOLO, or name theirs with --set source.kind=voc, coco or yolo"
+        f"{address}: {len(found)} label files were not read; the first is {found[0]}. Their layout "
+        f"was not recognised, so the images are taken without labels. Lay them out as VOC, COCO or "
+        f"YOLO, or name the layout with --set source.kind=voc, coco or yolo"
     )
 
 
 class ImageSource(Protocol):
-    """Where images come from. Making one costs nothing: workers make their own.
+    """A source of images. Creating one costs nothing, since every worker creates its own.
 
-    A class of another package becomes a source by the entry point group `dupr.sources`.
+    Another package registers a source class in the entry point group `dupr.sources`.
     """
 
-    # Whether images have boxes: then none may get lost as a duplicate, unless it is asked for.
+    # Whether images have boxes: then duplicates are kept unless the recipe says otherwise.
     labelled: bool
     # Whether reading waits for a server rather than for this machine.
     remote: bool
-    # What should be known of the source as a whole, complete when all entries were listed.
+    # Notes on the source as a whole for the user, complete once all entries have been listed.
     notes: list[str]
 
     def __init__(self, address: str, options: SourceSection, out: Path) -> None:
-        """address: as given to `dupr prepare`. out: where shards go; not part of the source."""
+        """address: as given to `dupr prepare`. out: folder of shards, not part of the source."""
 
     def entries(self) -> Iterator[Entry]:
-        """All images, in a fixed order, those of one split together or not.
+        """All images, in a fixed order; those of one split need not be adjacent.
 
-        Raises UsageError when the source is not what it should be.
+        Raises UsageError when the source does not have the expected layout.
         """
         ...
 
@@ -159,7 +159,7 @@ class ImageSource(Protocol):
 
 
 class BuiltIn(ImageSource):
-    """A source that can also be recognised from its contents."""
+    """A source that is also recognised from its contents."""
 
     labelled = False
     remote = False

@@ -1,4 +1,4 @@
-"""COCO's JSON: boxes, crowds, polygons, masks and keypoints, and the images they are of."""
+"""Reads COCO's JSON: images with boxes, crowds, polygons, masks and keypoints."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from dupr_cli.prepare.sources.base import (
     BuiltIn,
     Entry,
     RawImage,
-    apart,
     key_of,
     plain_key,
+    separate_splits,
     stamp_of,
 )
 
 
 class CocoSource(BuiltIn):
-    """One JSON file, or a folder with one for each split, as COCO or another tool has them."""
+    """One JSON file, or a folder with one per split, as COCO or another tool writes them."""
 
     labelled = True
 
@@ -48,14 +48,14 @@ class CocoSource(BuiltIn):
 
     def entries(self) -> Iterator[Entry]:
         self.notes = []
-        return apart(self._listed(), self.notes)
+        return separate_splits(self._listed(), self.notes)
 
     def _listed(self) -> Iterator[Entry]:
         files = [self.path] if self.path.is_file() else coco_files(self.path)
         if not files:
-            raise UsageError(f"{self.path}: there is no annotations/instances_*.json.")
+            raise UsageError(f"{self.path}: annotations/instances_*.json is missing.")
         if self.options.splits is None:
-            # Other JSON beside COCO's own is of something else.
+            # Other JSON files beside instances_*.json are not labels of boxes.
             files = [f for f in files if f.name.startswith("instances_")] or files
         by_split: dict[str, Path] = {}
         for file in files:
@@ -70,7 +70,7 @@ class CocoSource(BuiltIn):
             found = find_split(files, given)
             if not found:
                 raise UsageError(
-                    f"{self.path}: there is no split {given}; it has {', '.join(by_split)}."
+                    f"{self.path} has no split {given}; its splits are {', '.join(by_split)}."
                 )
             yield from self._entries_of(found[0], coco_split(found[0]))
 
@@ -100,20 +100,20 @@ class CocoSource(BuiltIn):
 
     @property
     def _root(self) -> Path:
-        """What names are relative to: the folder that holds annotations, or that of the images."""
+        """The folder that names are relative to: `source.images`, or the parent of annotations/."""
         if self.options.images:
             return Path(self.options.images)
         return coco_root(self.path) if self.path.is_file() else self.path
 
     def _folder(self, coco: CocoSet) -> Path:
-        """Where the images lie: the folder given, or the first usual place that has one."""
+        """The folder of the images: the given one, or the first usual one that holds an image."""
         given = self.options.images
         places = [Path(given)] if given else image_folders(coco.file)
         found = image_folder(coco, places)
         if found is None:
             raise UsageError(
                 f"{coco.file}: its first image, {coco.images[0].file_name}, is not in "
-                f"{', '.join(str(place) for place in places)}. Give the folder with "
+                f"{', '.join(str(place) for place in places)}. Give the folder of the images with "
                 f"--set source.images=FOLDER."
             )
         return found

@@ -1,4 +1,4 @@
-"""A folder of images at any depth, and one with a folder for each class, as ImageNet has it."""
+"""Reads a folder of images at any depth, or one folder per class as in ImageNet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from dupr_cli.artifacts.files import is_image_name
 from dupr_cli.datasets.layout import is_label_name, walk
 from dupr_cli.prepare.sources.archive import archives
-from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, labels_not_taken, stamp_of
+from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, labels_not_read, stamp_of
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -27,16 +27,16 @@ class FolderSource(BuiltIn):
             yield Entry(name, stamp=stamp_of(self.path / name))
 
     def _walked(self) -> Iterator[str]:
-        """The images; `notes` then say what lies among them and is not taken."""
+        """The images; afterwards `notes` names the other files among them that are not read."""
         self.notes, found = [], list[str]()
         yield from walk(self.path, self.out, partial(_add_labels, found))
         if found:
-            self.notes.append(labels_not_taken(str(self.path), found))
+            self.notes.append(labels_not_read(str(self.path), found))
         packed = archives(self.path)
         if packed:
             self.notes.append(
-                f"{self.path}: {len(packed)} archives beside the images were not taken, the first "
-                f"is {packed[0].name}; --set source.kind=archive takes them instead"
+                f"{self.path}: {len(packed)} archives beside the images were not read; the first "
+                f"is {packed[0].name}. Use --set source.kind=archive to read them instead"
             )
 
     def read(self, entry: Entry) -> RawImage:
@@ -44,7 +44,7 @@ class FolderSource(BuiltIn):
 
 
 def _add_labels(found: list[str], place: str, names: list[str]) -> None:
-    """Add the files of a folder that look like labels, also because an image has their name."""
+    """Add the files of a folder that look like labels, also by sharing the name of an image."""
     texts = [name for name in names if name.lower().endswith((".xml", ".txt", ".json", ".csv"))]
     if texts:
         images = {name.rpartition(".")[0] for name in names if is_image_name(name)}
@@ -56,7 +56,7 @@ def _add_labels(found: list[str], place: str, names: list[str]) -> None:
 
 
 class ClassFolderSource(FolderSource):
-    """<class>/<image>, or <split>/<class>/<image>; the class becomes the label of the image."""
+    """<class>/<image> or <split>/<class>/<image>; the class becomes the label of the image."""
 
     @classmethod
     def recognises(cls, address: str) -> bool:
@@ -83,8 +83,8 @@ class ClassFolderSource(FolderSource):
                 others.append(name)
         if others:
             self.notes.append(
-                f"{self.path}: {len(others)} images are in no folder of a class and were not "
-                f"taken, the first is {others[0]}; --set source.kind=folder takes all, without "
+                f"{self.path}: {len(others)} images outside the class folders were not read; the "
+                f"first is {others[0]}. Use --set source.kind=folder to read all images without "
                 f"classes"
             )
 

@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face Hub, or of a local folder that its `datasets` library reads.
+"""Reads a data set from the Hugging Face Hub, or a local folder that its `datasets` library reads.
 
 hf://owner/name    hf://owner/name:config    hf:///folder
 """
@@ -17,7 +17,7 @@ _PREFIX = "hf://"
 
 
 class HuggingFaceSource(BuiltIn):
-    """The images column of every split; the bytes are those that the data set holds."""
+    """The image column of every split; the bytes are those stored in the data set."""
 
     @classmethod
     def recognises(cls, address: str) -> bool:
@@ -33,12 +33,12 @@ class HuggingFaceSource(BuiltIn):
             ) from None
         name, _, config = self.address.removeprefix(_PREFIX).partition(":")
         datasets.disable_progress_bars()
-        # A folder that is no repository's name would be looked for on the Hub otherwise.
+        # The library would look a relative folder up on the Hub.
         name = str(Path(name).resolve()) if Path(name).is_dir() else name
         try:
             loaded = datasets.load_dataset(name, config or None)
-        except Exception as error:  # whatever its builders and the Hub's client raise
-            raise UsageError(f"{self.address}: datasets cannot load it: {error}") from error
+        except Exception as error:  # builders and the Hub's client raise errors of any kind
+            raise UsageError(f"{self.address}: `datasets` cannot load it: {error}") from error
         column = self._column(next(iter(loaded.values())).features, datasets.Image)
         plain = datasets.Image(decode=False)
         return {
@@ -53,7 +53,7 @@ class HuggingFaceSource(BuiltIn):
             return wanted
         if wanted is not None or not found:
             raise UsageError(
-                f"{self.address}: no {wanted or 'column of images'}; its columns are "
+                f"{self.address}: no column {wanted or 'of images'}; its columns are "
                 f"{', '.join(features)}. Name one with --set source.column=NAME."
             )
         return str(found[0])
@@ -62,7 +62,8 @@ class HuggingFaceSource(BuiltIn):
         for split in self.options.splits or list(self._splits):
             if split not in self._splits:
                 raise UsageError(
-                    f"{self.address}: there is no split {split}; it has {', '.join(self._splits)}."
+                    f"{self.address} has no split {split}; its splits are "
+                    f"{', '.join(self._splits)}."
                 )
             for row in range(len(self._splits[split])):
                 name = f"{split}/{row:09d}"

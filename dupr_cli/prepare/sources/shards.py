@@ -1,4 +1,4 @@
-"""WebDataset shards, written by dupr or by anyone: to shard them anew, filter or resize them."""
+"""Reads WebDataset shards, written by dupr or another tool, to reshard, filter or resize them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dupr_cli.recipe.prepare import SourceSection
 
 
 class ShardSource(BuiltIn):
-    """The samples of shards: a folder, a tar, a brace pattern, also over http or fsspec."""
+    """The samples of a folder of shards, a tar or a brace pattern, also over http or fsspec."""
 
     def __init__(self, address: str, options: SourceSection, out: Path) -> None:
         super().__init__(address, options, out)

@@ -1,4 +1,4 @@
-"""PASCAL VOC trees: one year or several, whose splits of one name are joined (07+12 trainval)."""
+"""Reads PASCAL VOC trees of one or several years; equal splits are joined (07+12 trainval)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from pathlib import Path
 from dupr_cli.datasets.layout import SPLITS
 from dupr_cli.datasets.voc import VocTree, find_voc_trees, trees_of_split
 from dupr_cli.errors import UsageError
-from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, apart, plain_key, stamp_of
+from dupr_cli.prepare.sources.base import (
+    BuiltIn,
+    Entry,
+    RawImage,
+    plain_key,
+    separate_splits,
+    stamp_of,
+)
 
 
 class VocSource(BuiltIn):
-    """Images and annotations of a VOC tree, or of the folders that LabelImg and Roboflow write."""
+    """Images and annotations of a VOC tree, or of folders that LabelImg and Roboflow write."""
 
     labelled = True
 
@@ -24,26 +31,26 @@ class VocSource(BuiltIn):
 
     @cached_property
     def _trees(self) -> dict[str, VocTree]:
-        """By their folder within the source."""
+        """The trees, by their folder within the source."""
         trees = find_voc_trees(self.path)
         if not trees:
             raise UsageError(
-                f"{self.path}: there is no VOC tree (JPEGImages, Annotations, ImageSets/Main), and "
-                f"no XML beside images."
+                f"{self.path} holds neither a VOC tree (JPEGImages, Annotations, ImageSets/Main) "
+                f"nor XML files beside images."
             )
         return {tree.root.relative_to(self.path).as_posix(): tree for tree in trees}
 
     def entries(self) -> Iterator[Entry]:
         self.notes = []
-        return apart(self._listed(), self.notes)
+        return separate_splits(self._listed(), self.notes)
 
     def _listed(self) -> Iterator[Entry]:
         for split, parts in self._wanted().items():
             found = False
             for root, list_ in parts:
                 tree = self._trees[root]
-                # Years number their images apart, except 2008 to 2012, whose ids begin with the
-                # year.
+                # Each year numbers its images separately, except 2008 to 2012, whose ids begin
+                # with the year.
                 prefix = f"{tree.root.name}_" if len(self._trees) > 1 else ""
                 for image_id in tree.image_ids(list_):
                     found = True
@@ -54,7 +61,7 @@ class VocSource(BuiltIn):
                 raise UsageError(f"{self.path}: the split {split} lists no images.")
 
     def _wanted(self) -> dict[str, list[tuple[str, str]]]:
-        """Splits of the shards, each with the trees and their lists that make it up."""
+        """The splits of the shards, each with its parts: (folder of a tree, list of that tree)."""
         trees = list(self._trees.values())
         available = {split for tree in trees for split in tree.splits}
         wanted = self.options.splits
