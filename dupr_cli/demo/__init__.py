@@ -1,6 +1,6 @@
 """`dupr demo`: the four stages on generated scenes, from nothing to one table.
 
-scenes.py generates what a user would bring: unlabelled images and a small labelled VOC tree.
+scenes.py generates the input of a user: unlabelled images and a small labelled VOC tree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PICTURES = ("views", "curves", "detections")
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What was measured. ap50, retrieval: percent, by weights; report: the table as text."""
+    """The measurements. ap50, retrieval: percent, by weights; report: the table as text."""
 
     out: str
     ap50: dict[str, float]
@@ -38,7 +38,7 @@ class DemoResult:
 
 
 def describe(out: Path) -> str:
-    """What the demo would do."""
+    """Describe what the demo would do."""
     return (
         f"{out}/images      {UNLABELLED} unlabelled scenes, prepared into {out}/shards\n"
         f"{out}/run         pre-training ({PRETRAIN_RECIPE}), exported to backbone.safetensors\n"
@@ -57,9 +57,9 @@ def run(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> DemoResult:
-    """Run all four stages in `out`, or go on with what an interrupted call left there.
+    """Run all four stages in `out`, or continue an interrupted call.
 
-    Raises UsageError when `out` holds something else, and what the stages raise.
+    Raises UsageError when `out` holds something else, and the errors of the stages.
     """
     say = reporter or SilentReporter()
     with (
@@ -132,13 +132,13 @@ def _run(
 
 
 def _claim(out: Path, seed: int, overwrite: bool) -> None:
-    """Make `out` the directory of this demo, or make sure that it is already."""
+    """Make `out` the directory of this demo, or check that it already is."""
     marker = out / _MARKER
     if holds(out, [_MARKER], "demo"):
         there = marker.read_text().strip()
         if there != str(seed) and not overwrite:
             raise UsageError(
-                f"{out}: a demo with seed {there} is there. Give another --out, or --overwrite."
+                f"{out}: it holds a demo with seed {there}. Give another --out, or --overwrite."
             )
         if overwrite:
             _clear(out)
@@ -146,7 +146,7 @@ def _claim(out: Path, seed: int, overwrite: bool) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a demo and its stages wrote, and nothing else."""
+    """Remove the files that a demo and its stages wrote, and nothing else."""
     from dupr_cli.demo.scenes import scene_files, voc_tree_files
     from dupr_cli.evaluate.comparison import output_files as evaluation_files
     from dupr_cli.prepare.assembly import output_files as shard_files
