@@ -66,12 +66,12 @@ def open_compared(addresses: Sequence[str], fixed: str = "auto") -> list[Compare
         if address.startswith(TORCHVISION):
             opened[address] = read_torchvision_weights(address, default)
     return [
-        _candidate(address, opened.get(address), default, fixed, number)
+        _open_one(address, opened.get(address), default, fixed, number)
         for number, address in enumerate(addresses, 1)
     ]
 
 
-def _candidate(
+def _open_one(
     address: str, weights: Weights | None, default: str, fixed: str, number: int
 ) -> ComparedWeights:
     if weights is None:

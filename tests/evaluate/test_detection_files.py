@@ -254,7 +254,7 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     other.write_text("")
     refused(r"lion\.txt: name the file .*classes of .* are blue, green, red", other, "--data", tree)
     refused(r"no split 'tset'", red, "--data", tree, "--split", "tset")
-    refused(r"nowhere: there is no such file or folder", red, "--data", tree / "nowhere")
+    refused(r"nowhere: this file or folder does not exist", red, "--data", tree / "nowhere")
     refused(r"neither a VOC tree nor COCO's JSON", red, "--data", tree / "JPEGImages")
 
 

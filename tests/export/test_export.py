@@ -41,7 +41,7 @@ def test_file_in_the_way_is_kept_without_overwrite(tmp_path: Path) -> None:
     out.write_text("precious")
     with pytest.raises(UsageError, match="a file has this name"):
         export.run(RECIPE, str(tmp_path / "run"), out)
-    with pytest.raises(UsageError, match="--overwrite leaves it alone"):
+    with pytest.raises(UsageError, match="--overwrite keeps it"):
         export.run(RECIPE, str(tmp_path / "run"), out, overwrite=True)
     assert out.read_text() == "precious"
     out.unlink()
@@ -162,5 +162,5 @@ class Text:
     make_run(tmp_path / "run", "resnet18")
     chosen = load_recipe(ExportRecipe, "default", ["formats=[text]"])
     (of,) = export.run(chosen, str(tmp_path / "run"), tmp_path / "out").formats
-    assert of.verified_by == "names, shapes and values only, as theirs is not installed"
+    assert of.verified_by == "names, shapes and values only, because theirs is not installed"
     assert files_in(tmp_path / "out") == ["export.json", "weights.npz"]
