@@ -61,16 +61,16 @@ def run(
 
     Raises UsageError when `out` holds something else, and the errors of the stages.
     """
-    say = reporter or SilentReporter()
+    reporter = reporter or SilentReporter()
     with (
         stoppable("Finished steps are kept, and the same command continues."),
         writing(out, "dupr demo"),
     ):
-        return _run(out, seed, device, workers, overwrite, say)
+        return _run(out, seed, device, workers, overwrite, reporter)
 
 
 def _run(
-    out: Path, seed: int, device: str, workers: int | None, overwrite: bool, say: Reporter
+    out: Path, seed: int, device: str, workers: int | None, overwrite: bool, reporter: Reporter
 ) -> DemoResult:
     from dupr_cli import evaluate, export, prepare, pretrain
     from dupr_cli.demo.scenes import write_unlabelled, write_voc_tree
@@ -93,29 +93,29 @@ def _run(
     processes = workers or os.cpu_count() or 1
     overrides = [] if workers is None else [f"data.workers={workers}"]
 
-    say.info("1/5 generating scenes")
+    reporter.info("1/5 generating scenes")
     done = out / _SCENES_DONE
     if not done.is_file():
         total = UNLABELLED + sum(LABELLED.values())
-        with say.task("scenes", total, "scenes") as progress:
+        with reporter.task("scenes", total, "scenes") as progress:
             write_unlabelled(
                 images, UNLABELLED, seed, workers=processes, on_progress=progress.advance
             )
             write_voc_tree(tree, LABELLED, seed, workers=processes, on_progress=progress.advance)
         write_text(done, "")
-    say.info("2/5 prepare: shards from the unlabelled scenes")
-    prepare.run(load_recipe(PrepareRecipe, "default"), images, shards, reporter=say)
-    say.info("3/5 pretrain: DUPR, ResNet-18")
+    reporter.info("2/5 prepare: shards from the unlabelled scenes")
+    prepare.run(load_recipe(PrepareRecipe, "default"), images, shards, reporter=reporter)
+    reporter.info("3/5 pretrain: DUPR, ResNet-18")
     recipe = load_recipe(PretrainRecipe, PRETRAIN_RECIPE, [*overrides, f"seed={seed}"])
     draw_views(pictures / "views.png", recipe, str(shards))
-    pretrain.run(recipe, str(shards), run_dir, device=device, reporter=say)
+    pretrain.run(recipe, str(shards), run_dir, device=device, reporter=reporter)
     draw_curves(run_dir, pictures / "curves.png")
-    say.info("4/5 export: the backbone in torchvision's layout")
+    reporter.info("4/5 export: the backbone in torchvision's layout")
     export.run(load_recipe(ExportRecipe, "default"), str(run_dir), weights, overwrite=True)
-    say.info("5/5 evaluate: a detector from DUPR weights and one from random weights")
+    reporter.info("5/5 evaluate: a detector from DUPR weights and one from random weights")
     settings = load_recipe(EvaluateRecipe, EVALUATE_RECIPE, [f"seed={seed}"])
     found = evaluate.run(
-        settings, [str(weights), "none"], str(tree), results, device=device, reporter=say
+        settings, [str(weights), "none"], str(tree), results, device=device, reporter=reporter
     )
     (pictures / "detections.png").write_bytes((results / "detections.png").read_bytes())
     retrieval = _retrieval(run_dir)

@@ -61,7 +61,7 @@ def beetle(canvas: Canvas, rng: Rng, palette: Palette) -> None:
 
 
 def wheel(canvas: Canvas, rng: Rng, palette: Palette) -> None:
-    """Tyre with tread, rim, spokes with nothing between them, hub."""
+    """Tyre with tread, rim, spokes with open gaps, hub."""
     u, v = canvas.u, canvas.v
     radius, around = length(u, v), np.arctan2(v, u)
     inner, hub = rng.uniform(0.68, 0.82), rng.uniform(0.11, 0.22)

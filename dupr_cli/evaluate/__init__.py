@@ -42,7 +42,7 @@ def plan(
     notes: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> EvaluatePlan:
-    """Check everything that `run` needs and say what it would do. Nothing is changed.
+    """Check everything that `run` needs and return its plan. Nothing is changed.
 
     Raises UsageError, or RunError for damaged data, as `run` does before it starts.
     """
@@ -96,9 +96,9 @@ def run(
         join(device) as world,
         writing(out, "dupr evaluate") if world.is_main else nullcontext(),
     ):
-        say: Reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()
+        reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()
         comparison = prepare_comparison(
-            recipe, weights, data, out, world.device, world.size, notes, say
+            recipe, weights, data, out, world.device, world.size, notes, reporter
         )
         limits = Limits(max_hours, stop_after)
-        return compare(comparison, world, overwrite, say, limits, leaks_in)
+        return compare(comparison, world, overwrite, reporter, limits, leaks_in)

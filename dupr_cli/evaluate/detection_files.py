@@ -184,7 +184,7 @@ def _without_masks(content: Mapping[str, Any], results: Sequence[Mapping[str, An
             return f"detection {number} has no mask"
     for number, annotation in enumerate(content.get("annotations") or [], 1):
         mask = annotation.get("segmentation")
-        # Fewer than three points are no polygon.
+        # A polygon needs at least three points.
         if not mask or (isinstance(mask, list) and any(len(polygon) < 6 for polygon in mask)):
             return f"annotation {annotation.get('id', f'number {number}')} has no mask"
     if not all(is_number(image.get(side)) for image in content["images"] for side in _SIDES):

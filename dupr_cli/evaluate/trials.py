@@ -57,7 +57,7 @@ def run_trial(
 
     Raises RunError, StoppedRunError; see `train_detector`.
     """
-    say = reporter if world.is_main else SilentReporter()
+    reporter = reporter if world.is_main else SilentReporter()
     name = compared.folder if recipe.trials == 1 else f"{compared.folder} seed {seed}"
     detector, _ = build_detector(
         recipe, compared.architecture, len(classes), compared.weights, seed, world
@@ -68,19 +68,21 @@ def run_trial(
     def batches_from(start: int) -> Generator[DetectionBatch, None, None]:
         return training_batches(train, recipe, classes, seed, start, world)
 
-    def tested(say: Reporter) -> tuple[list[Detections], Scores]:
+    def tested(reporter: Reporter) -> tuple[list[Detections], Scores]:
         with closing(test_batches(test, recipe, classes, test_positions, world)) as batches:
-            found = detect_all(detector, batches, test, name, world, say)
+            found = detect_all(detector, batches, test, name, world, reporter)
         return found, scores_of(recipe, test, classes, found)
 
     started = time.perf_counter()
-    train_detector(trial, batches_from, say, limits, lambda: tested(SilentReporter())[1].metrics)
+    train_detector(
+        trial, batches_from, reporter, limits, lambda: tested(SilentReporter())[1].metrics
+    )
     trained = time.perf_counter()
     if recipe.test.precise_bn_batches:
         with closing(batches_from(recipe.train.iterations)) as batches:
-            measure_batch_norm(trial, batches, say)
+            measure_batch_norm(trial, batches, reporter)
     measured = time.perf_counter()
-    detections, scores = tested(say)
+    detections, scores = tested(reporter)
     ended = time.perf_counter()
     losses = trial.losses()
     return Outcome(

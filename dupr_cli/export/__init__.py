@@ -44,7 +44,7 @@ def plan(
     overrides: Overrides = (),
     overwrite: bool = False,
 ) -> ExportPlan:
-    """Check the weights and say what `run` would do. Nothing is changed. Raises UsageError."""
+    """Check the weights and return the plan of `run`. Nothing is changed. Raises UsageError."""
 
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
@@ -98,7 +98,7 @@ def run(
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
     given = [Path(folder) for folder in as_addresses(results, "results")]
-    say = reporter or SilentReporter()
+    reporter = reporter or SilentReporter()
     target = _output(recipe, out, push)
     if target.is_file():
         require_replaceable(target, [target], overwrite)
@@ -112,7 +112,7 @@ def run(
         with stoppable("Nothing was written."):
             exported = []
             for chosen in formats:
-                with say.task(f"export {chosen.name}", 1, "formats") as task:
+                with reporter.task(f"export {chosen.name}", 1, "formats") as task:
                     exported.append(_export(chosen, read, staged, places[chosen.name], recipe))
                     task.advance()
             result = ExportResult(
@@ -138,7 +138,7 @@ def run(
     if push is None or local_only:
         return result
 
-    return replace(result, hub_url=push_files(target, files, read, push, say))
+    return replace(result, hub_url=push_files(target, files, read, push, reporter))
 
 
 def _rounded(weights: Weights, dtype: str) -> Weights:

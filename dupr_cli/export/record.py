@@ -75,7 +75,7 @@ def place(
     """Give the files their names when all are whole; remove those of an earlier export.
 
     target: a file for a single-file format without companions, else a folder.
-    Raises UsageError when something else is there; then nothing is changed.
+    Raises UsageError when something else is in the way; then nothing changes.
     """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     alone = [name for of in result.formats for name in of.files]

@@ -88,8 +88,8 @@ def _largest_difference(found: Features, expected: Features) -> float:
     for level in LEVELS:
         if level not in found or found[level].shape != expected[level].shape:
             return float("inf")
-        apart = (found[level].float() - expected[level]).abs().max()
-        difference = float(apart / expected[level].abs().max())
+        deviation = (found[level].float() - expected[level]).abs().max()
+        difference = float(deviation / expected[level].abs().max())
         # max() would drop a NaN.
         largest = difference if not difference <= largest else largest
     return largest

@@ -82,7 +82,7 @@ def plan(
     overwrite: bool = False,
     allow_changed: Collection[str] = (),
 ) -> PretrainPlan:
-    """Check everything that `run` needs and say what it would do. Nothing is changed.
+    """Check everything that `run` needs and return its plan. Nothing is changed.
 
     Raises UsageError as `run` does.
     """

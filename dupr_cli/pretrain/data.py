@@ -71,7 +71,7 @@ class BatchOrder:
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        """Raises RunError when there are fewer images than one batch needs."""
+        """Raises RunError when the images are too few for one batch."""
         part = recipe.data.batch_size // size
         self._part = slice(rank * part, (rank + 1) * part)
         self._counts, self._seed = shards.counts, recipe.seed

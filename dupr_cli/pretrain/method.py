@@ -125,7 +125,7 @@ class Dupr(nn.Module):
 def method_class(recipe: PretrainRecipe) -> type[Dupr]:
     """The class that method.name stands for, with its options checked.
 
-    Raises UsageError when it cannot be loaded, is no subclass of `Dupr`, or its options are wrong.
+    Raises UsageError when it cannot be loaded, does not subclass `Dupr`, or has wrong options.
     """
     name = recipe.method.name
     found = load_plugin(METHODS, name)

@@ -251,7 +251,7 @@ class Monitor:
             f"the loss or its gradient was not finite in {self._bad_in_a_row} steps in a row, up "
             f"to step {step}. Lower optimizer.lr, lengthen optimizer.warmup_steps, or use "
             f"train.precision: float32. The samples of the last batch are listed in {file}; "
-            f"checkpoints written before are kept."
+            f"earlier checkpoints are kept."
         )
 
     def good_step(self) -> None:

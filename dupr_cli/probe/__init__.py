@@ -38,7 +38,7 @@ def plan(
     device: str = "auto",
     overwrite: bool = False,
 ) -> ProbePlan:
-    """Check everything that `run` needs and say what it would do. Nothing is changed.
+    """Check everything that `run` needs and return its plan. Nothing is changed.
 
     Raises as `run` does.
     """

@@ -286,7 +286,9 @@ def test_one_corrupted_tensor_is_caught(
     weights = weights_of("resnet18")
     folder = written(name, weights, tmp_path / "out")
     corrupt(folder)
-    with pytest.raises(RunError, match=r"features differ|changed when read back|differs from the intended"):
+    with pytest.raises(
+        RunError, match=r"features differ|changed when read back|differs from the intended"
+    ):
         verify(make_format(name), weights, folder)
 
 

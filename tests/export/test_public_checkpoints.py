@@ -148,7 +148,9 @@ def test_the_averaged_network_on_request(tmp_path: Path) -> None:
     found = import_weights(str(tmp_path / "c.pth"), out, prefix="module.encoder_k.")
     assert found.others == ["module.encoder_q."]
     assert torch.equal(read_weights(str(out)).tensors["conv1.weight"], OTHER["conv1.weight"])
-    with pytest.raises(UsageError, match=r"no ResNet has the prefix 'x\.'; the prefixes are 'module\.encoder_k\.'"):
+    with pytest.raises(
+        UsageError, match=r"no ResNet has the prefix 'x\.'; the prefixes are 'module\.encoder_k\.'"
+    ):
         import_weights(str(tmp_path / "c.pth"), out, prefix="x.", overwrite=True)
 
 

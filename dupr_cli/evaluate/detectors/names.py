@@ -20,9 +20,9 @@ def detectron2_names(detector: Detector) -> dict[str, str]:
     Source: detectron2, modeling/ (rpn.py, roi_heads.py with Res5ROIHeads, mask_head.py), and the
     extra norm of MoCo's detection/train_net.py.
     """
-    kept = detector.state_dict().keys()
+    state = detector.state_dict().keys()
     own = [name for name, _ in (*detector.named_parameters(), *detector.named_buffers())]
-    return {name: _name(name.removeprefix("network.")) for name in own if name in kept}
+    return {name: _name(name.removeprefix("network.")) for name in own if name in state}
 
 
 def _name(name: str) -> str:

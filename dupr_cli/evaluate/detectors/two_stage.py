@@ -1,7 +1,7 @@
 """Faster and Mask R-CNN: the heads of their C4 and FPN forms, and the whole network.
 
 C4: res2 to res4 process the image. The backbone's own res5, followed by an extra norm, processes
-the regions; the norm is there because pre-trained res5 features have no particular scale. FPN:
+the regions; the norm is needed because pre-trained res5 features have no particular scale. FPN:
 separate heads on a pyramid over res2 to res5.
 Source: docs/method.md, "R50-C4, shared" and "COCO"; Lin et al. 2017; He et al. 2017.
 """
