@@ -180,7 +180,7 @@ def test_batches(
     positions: Sequence[int],
     world: World,
 ) -> Generator[DetectionBatch, None, None]:
-    """One image at a time, in order: padding to a batch's common size would change it."""
+    """One image at a time, in order: padding to the size of others would change the result."""
     requests = [[ImageRequest(position, recipe.data.test_size)] for position in positions]
     read = ImageLoading(images, recipe.data, classes, masks=False)
     return load(read, _collate, requests, recipe.train.workers, world.device)

@@ -30,7 +30,7 @@ _AT_A_TIME = 16  # images that a worker hashes for one message to the main proce
 
 @dataclass(frozen=True)
 class Leak:
-    """A test image and where it is in the pre-training data. bits: how many of the hash differ."""
+    """A test image and its place in the pre-training data. bits: hash bits that differ."""
 
     test_image: str
     pretraining_image: str

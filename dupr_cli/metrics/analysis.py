@@ -39,7 +39,7 @@ from dupr_cli.metrics.voc import (
     outcome,
 )
 
-# A detection with at least the first overlap is on an object; below the second it is on none.
+# A detection with more than the first overlap is on an object; below the second it is on none.
 FOREGROUND, BACKGROUND = 0.5, 0.1
 # Detections with at least this score are in the confusion matrix.
 CONFUSION_SCORE = 0.5
@@ -83,7 +83,7 @@ class SizeScores:
 class Analysis:
     """points: of the APs in it. curves: by class. confusion: [class of the object][class found],
     numbers of objects and detections; the last row counts detections on background, the last
-    column undetected objects. confusion_score: the lowest score of the detections in it."""
+    column undetected objects. confusion_score: the minimum score for detections in it."""
 
     points: Points
     iou: float

@@ -1,4 +1,4 @@
-"""The input and the plan of a probe; it returns `artifacts.results.Results`."""
+"""The input and the plan of a probe, whose result is `artifacts.results.Results`."""
 
 from __future__ import annotations
 
