@@ -39,7 +39,7 @@ def test_file_in_the_way_is_kept_without_overwrite(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "resnet18")
     out = tmp_path / "b.safetensors"
     out.write_text("precious")
-    with pytest.raises(UsageError, match="a file has this name"):
+    with pytest.raises(UsageError, match="this file exists"):
         export.run(RECIPE, str(tmp_path / "run"), out)
     with pytest.raises(UsageError, match="--overwrite keeps it"):
         export.run(RECIPE, str(tmp_path / "run"), out, overwrite=True)
@@ -118,7 +118,7 @@ def test_several_formats_lie_apart(tmp_path: Path) -> None:
         "torchvision/backbone.safetensors",
     ]  # fmt: skip
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(UsageError, match="a file has this name"):
+    with pytest.raises(UsageError, match="this file exists"):
         export.run(several, str(tmp_path / "run"), tmp_path / "out")
     export.run(several, str(tmp_path / "run"), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"

@@ -346,7 +346,7 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
     for name in ("transformers", "detectron2", "mmdetection"):
         with pytest.raises(UsageError, match=rf"--to {name}: .*wide_resnet50_2"):
             make_format(name).write(odd, tmp_path, "other")
-    for name, problem in (("detectron2", "numpy has no bfloat16"), ("onnx", "no bfloat16")):
+    for name, problem in (("detectron2", "numpy has no bfloat16"), ("onnx", "lacks bfloat16")):
         with pytest.raises(UsageError, match=problem):
             make_format(name).write(weights_of("resnet18", torch.bfloat16), tmp_path, "other")
     assert list(tmp_path.iterdir()) == []

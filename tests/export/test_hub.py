@@ -301,7 +301,7 @@ print(model.num_features, model.pretrained_cfg["mean"])"""
 
 
 @pytest.mark.parametrize(
-    ("status", "hint"), [(401, "hf auth login"), (403, "may write"), (500, "")]
+    ("status", "hint"), [(401, "hf auth login"), (403, "write access"), (500, "")]
 )
 def test_refused_push_says_so_and_keeps_the_files(
     hub: Hub, tmp_path: Path, status: int, hint: str

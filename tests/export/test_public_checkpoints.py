@@ -332,7 +332,7 @@ def damaged(tmp_path: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
-        ("missing", "there is no such file"),
+        ("missing", "this file does not exist"),
         (
             "shape",
             r"nearest is resnet18, but layer3\.1\.conv2\.weight is 3x3 instead of 256x256x3x3",
@@ -357,7 +357,7 @@ def test_what_is_no_checkpoint_is_one_message(kind: str, problem: str, tmp_path:
 def test_file_in_the_way_is_kept(tmp_path: Path) -> None:
     torch.save(OWN, tmp_path / "c.pth")
     (tmp_path / "w.safetensors").write_text("precious")
-    with pytest.raises(UsageError, match="a file has this name"):
+    with pytest.raises(UsageError, match="this file exists"):
         import_weights(str(tmp_path / "c.pth"), tmp_path / "w.safetensors")
     assert (tmp_path / "w.safetensors").read_text() == "precious"
 
