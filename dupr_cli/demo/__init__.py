@@ -1,6 +1,6 @@
 """`dupr demo`: the four stages on generated scenes, from nothing to one table.
 
-scenes.py generates what a user would bring: unlabelled images and a small labelled VOC tree.
+scenes.py generates the input of a user: unlabelled images and a small labelled VOC tree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PICTURES = ("views", "curves", "detections")
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What was measured. ap50, retrieval: percent, by weights; report: the table as text."""
+    """The measurements. ap50, retrieval: percent, by weights; report: the table as text."""
 
     out: str
     ap50: dict[str, float]
@@ -38,7 +38,7 @@ class DemoResult:
 
 
 def describe(out: Path) -> str:
-    """What the demo would do."""
+    """Describe what the demo would do."""
     return (
         f"{out}/images      {UNLABELLED} unlabelled scenes, prepared into {out}/shards\n"
         f"{out}/run         pre-training ({PRETRAIN_RECIPE}), exported to backbone.safetensors\n"
@@ -57,20 +57,20 @@ def run(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> DemoResult:
-    """Run all four stages in `out`, or go on with what an interrupted call left there.
+    """Run all four stages in `out`, or continue an interrupted call.
 
-    Raises UsageError when `out` holds something else, and what the stages raise.
+    Raises UsageError when `out` holds something else, and the errors of the stages.
     """
-    say = reporter or SilentReporter()
+    reporter = reporter or SilentReporter()
     with (
         stoppable("Finished steps are kept, and the same command continues."),
         writing(out, "dupr demo"),
     ):
-        return _run(out, seed, device, workers, overwrite, say)
+        return _run(out, seed, device, workers, overwrite, reporter)
 
 
 def _run(
-    out: Path, seed: int, device: str, workers: int | None, overwrite: bool, say: Reporter
+    out: Path, seed: int, device: str, workers: int | None, overwrite: bool, reporter: Reporter
 ) -> DemoResult:
     from dupr_cli import evaluate, export, prepare, pretrain
     from dupr_cli.demo.scenes import write_unlabelled, write_voc_tree
@@ -93,29 +93,29 @@ def _run(
     processes = workers or os.cpu_count() or 1
     overrides = [] if workers is None else [f"data.workers={workers}"]
 
-    say.info("1/5 generating scenes")
+    reporter.info("1/5 generating scenes")
     done = out / _SCENES_DONE
     if not done.is_file():
         total = UNLABELLED + sum(LABELLED.values())
-        with say.task("scenes", total, "scenes") as progress:
+        with reporter.task("scenes", total, "scenes") as progress:
             write_unlabelled(
                 images, UNLABELLED, seed, workers=processes, on_progress=progress.advance
             )
             write_voc_tree(tree, LABELLED, seed, workers=processes, on_progress=progress.advance)
         write_text(done, "")
-    say.info("2/5 prepare: shards from the unlabelled scenes")
-    prepare.run(load_recipe(PrepareRecipe, "default"), images, shards, reporter=say)
-    say.info("3/5 pretrain: DUPR, ResNet-18")
+    reporter.info("2/5 prepare: shards from the unlabelled scenes")
+    prepare.run(load_recipe(PrepareRecipe, "default"), images, shards, reporter=reporter)
+    reporter.info("3/5 pretrain: DUPR, ResNet-18")
     recipe = load_recipe(PretrainRecipe, PRETRAIN_RECIPE, [*overrides, f"seed={seed}"])
     draw_views(pictures / "views.png", recipe, str(shards))
-    pretrain.run(recipe, str(shards), run_dir, device=device, reporter=say)
+    pretrain.run(recipe, str(shards), run_dir, device=device, reporter=reporter)
     draw_curves(run_dir, pictures / "curves.png")
-    say.info("4/5 export: the backbone in torchvision's layout")
+    reporter.info("4/5 export: the backbone in torchvision's layout")
     export.run(load_recipe(ExportRecipe, "default"), str(run_dir), weights, overwrite=True)
-    say.info("5/5 evaluate: a detector from DUPR weights and one from random weights")
+    reporter.info("5/5 evaluate: a detector from DUPR weights and one from random weights")
     settings = load_recipe(EvaluateRecipe, EVALUATE_RECIPE, [f"seed={seed}"])
     found = evaluate.run(
-        settings, [str(weights), "none"], str(tree), results, device=device, reporter=say
+        settings, [str(weights), "none"], str(tree), results, device=device, reporter=reporter
     )
     (pictures / "detections.png").write_bytes((results / "detections.png").read_bytes())
     retrieval = _retrieval(run_dir)
@@ -132,13 +132,13 @@ def _run(
 
 
 def _claim(out: Path, seed: int, overwrite: bool) -> None:
-    """Make `out` the directory of this demo, or make sure that it is already."""
+    """Make `out` the directory of this demo, or check that it already is."""
     marker = out / _MARKER
     if holds(out, [_MARKER], "demo"):
         there = marker.read_text().strip()
         if there != str(seed) and not overwrite:
             raise UsageError(
-                f"{out}: a demo with seed {there} is there. Give another --out, or --overwrite."
+                f"{out}: it holds a demo with seed {there}. Give another --out, or --overwrite."
             )
         if overwrite:
             _clear(out)
@@ -146,7 +146,7 @@ def _claim(out: Path, seed: int, overwrite: bool) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a demo and its stages wrote, and nothing else."""
+    """Remove the files that a demo and its stages wrote, and nothing else."""
     from dupr_cli.demo.scenes import scene_files, voc_tree_files
     from dupr_cli.evaluate.comparison import output_files as evaluation_files
     from dupr_cli.prepare.assembly import output_files as shard_files

@@ -1,9 +1,9 @@
-"""A canvas on which a thing is painted in its own coordinates, with pose, relief and light.
+"""A canvas for painting a thing in its own coordinates, with pose, relief and light.
 
 A pose maps the thing's local frame (x to the right, y down, the thing within about 1 of the origin)
 to pixels; parts are given by signed distances in that frame, negative inside, and painted over each
 other. Each part raises the relief, whose slopes the light then shades. The canvas has twice the
-resolution of the scene, and the sprite that leaves it is the mean of 2 x 2 pixels.
+resolution of the scene; the finished sprite averages 2 x 2 pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from dupr_cli.demo.textures import Colour, Plane, Rng, length
 
 SUPERSAMPLING = 2
-# Room around the thing's ellipse for what sticks out of it.
+# Margin around the thing's ellipse for parts that stick out.
 _MARGIN = 1.4
 
 
@@ -31,7 +31,7 @@ class Light:
     def draw(cls, rng: Rng) -> Light:
         turn, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 0.85)
         flat = float(np.sqrt(1 - height**2))
-        # Mostly from above: the upper half of the image plane.
+        # The light comes mostly from above: the upper half of the image plane.
         x, y = flat * float(np.cos(turn)), flat * -abs(float(np.sin(turn)))
         return cls((x, y, height), rng.uniform(0.3, 0.6))
 
@@ -49,7 +49,7 @@ class Pose:
     mirrored: bool = False
 
     def matrix(self) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-        """(2, 2) from local coordinates to the image plane, but for scale."""
+        """(2, 2) matrix from local coordinates to the image plane, without scale."""
         c, s = np.cos(self.angle), np.sin(self.angle)
         sideways = -self.squeeze if self.mirrored else self.squeeze
         turned = np.array([[c, -s], [s, c]])
@@ -68,7 +68,7 @@ class Canvas:
     """u, v: (H, W) local coordinates of the pixels. pixel: a pixel's size in them."""
 
     def __init__(self, pose: Pose, extent: tuple[float, float], rng: Rng):
-        """extent: half axes of the ellipse, in local units, that the thing about fills."""
+        """extent: half axes, in local units, of the ellipse that the thing roughly fills."""
         matrix = pose.matrix()
         reach = np.hypot(matrix[:, 0] * extent[0], matrix[:, 1] * extent[1])
         half_side = SUPERSAMPLING * pose.side / 2
@@ -91,13 +91,13 @@ class Canvas:
     def paint(
         self, distance: Plane, colour: Colour, *, height: float | Plane = 0.0, bevel: float = 0.1
     ) -> None:
-        """Paint a part over what is there.
+        """Paint a part over the earlier parts.
 
         distance: signed, local units, negative inside. colour: (3, 1, 1) or (3, H, W).
-        height: of the part's surface over the ground, local units. bevel: width of its round edge.
+        height: of the part's surface above the ground, local units. bevel: width of its round edge.
         """
         alpha = np.clip(0.5 - distance / self.pixel, 0, 1)
-        # 0 at the edge, 1 where the surface is flat; a quarter of a circle in between.
+        # The profile is 0 at the edge, 1 on the flat surface, and a quarter of a circle in between.
         inner = np.clip(1 + distance / bevel, 0, 1)
         surface = height + np.float32(bevel) * np.sqrt(1 - inner * inner)
         shade = np.float32(1) - np.float32(self._rim) * inner**3
@@ -108,7 +108,7 @@ class Canvas:
     def sprite(self, light: Light, gloss: float = 0.0) -> Sprite:
         """The thing in the light, at the scene's resolution. gloss: strength of highlights."""
         down, right = np.gradient(self._relief / np.float32(self.pixel))
-        # Limited slopes keep steps between parts from becoming black and white lines.
+        # Limiting the slopes keeps steps between parts from becoming black and white lines.
         down, right = np.clip(down, -2, 2), np.clip(right, -2, 2)
         x, y, z = (np.float32(part) for part in light.direction)
         facing = (z - x * right - y * down) / np.sqrt(1 + right * right + down * down)
@@ -127,8 +127,8 @@ def _halve(planes: Plane) -> Plane:
     return mean
 
 
-# Signed distances, local units, negative inside. Exact where that is cheap, else good near the
-# edge, which is where they are used.
+# Signed distances, local units, negative inside. They are exact if that is cheap, else accurate
+# near the edge, where they are used.
 
 
 def ellipse(u: Plane, v: Plane, half_width: float, half_height: float) -> Plane:
@@ -146,7 +146,7 @@ def box(u: Plane, v: Plane, x_min: float, y_min: float, x_max: float, y_max: flo
 def line(
     u: Plane, v: Plane, *points: tuple[float, float], width: float, taper: float = 0.0
 ) -> Plane:
-    """A bent line with round ends. width: its half width, which shrinks by `taper` per segment."""
+    """A bent line with round ends. width: half its width, which shrinks by `taper` per segment."""
     best: Plane | None = None
     for number, ((x0, y0), (x1, y1)) in enumerate(pairwise(points)):
         dx, dy = x1 - x0, y1 - y0
@@ -163,7 +163,7 @@ def convex(u: Plane, v: Plane, *corners: tuple[float, float]) -> Plane:
     best: Plane | None = None
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
         length = float(np.hypot(x1 - x0, y1 - y0))
-        # Clockwise with y down: the outside is on the left of each edge.
+        # With y down, a clockwise edge has the outside on its left.
         away = (u - x0) * ((y1 - y0) / length) - (v - y0) * ((x1 - x0) / length)
         best = away if best is None else np.maximum(best, away)
     if best is None:

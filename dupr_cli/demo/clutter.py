@@ -1,4 +1,4 @@
-"""Things without class that lie around in the scenes, with textures that a class might have."""
+"""Clutter of the scenes: things without a class, with textures that a class might have."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _hoop(canvas: Canvas, rng: Rng) -> Plane:
 
 
 def draw_clutter(side: float, rng: Rng, palette: Palette, light: Light) -> Sprite:
-    """A pebble, shard, twig or hoop. side: longest side of its box, pixels, roughly."""
+    """A pebble, shard, twig or hoop. side: approximate longest side of its box, pixels."""
     shape, extent = (
         (_pebble, (1.0, 1.0)),
         (_shard, (1.0, 1.0)),

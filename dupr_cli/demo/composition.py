@@ -1,4 +1,4 @@
-"""Sprites put over each other on a background, with shadows, and what a camera makes of it."""
+"""Sprites layered on a background, with shadows, and the camera that photographs them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image, ImageFilter
 from dupr_cli.demo.canvas import Light, Sprite
 from dupr_cli.demo.textures import GAMMA, TURN, Colour, Palette, Plane, Rng, background
 
-# Of every labelled object, at least this part of its whole silhouette stays visible.
+# Of every labelled object, at least this share of its whole silhouette stays visible.
 RECOGNISABLE = 0.25
 
 
 @dataclass
 class Placed:
-    """An object in a scene. silhouette: (H, W) coverage. seen: what later layers left of it.
-    area: of the whole silhouette, outside the image too, pixels."""
+    """An object in a scene. silhouette: (H, W) coverage. seen: the part that later layers left
+    visible. area: of the whole silhouette, including outside the image, pixels."""
 
     name: str
     silhouette: Plane
@@ -26,7 +26,7 @@ class Placed:
 
 
 class Composition:
-    """Layers put over each other. light: (3, S, S), linear."""
+    """Layers over each other. light: (3, S, S), linear."""
 
     def __init__(self, size: int, rng: Rng, palette: Palette, sun: Light):
         self.size, self.rng, self.sun = size, rng, sun
@@ -36,14 +36,14 @@ class Composition:
         self._shadow = rng.uniform(0.25, 0.75)
 
     def put(self, sprite: Sprite, name: str | None = None, tries: int = 8) -> bool:
-        """Put a thing in a random place, a labelled object when it has a name.
+        """Put a thing in a random place; with a name it is a labelled object.
 
-        False, and nothing happens, where every place tried would leave an object unrecognisable.
+        Returns False, without a change, if every place tried would make an object unrecognisable.
         """
         height, width = sprite.coverage.shape
         area = float(sprite.coverage.sum())
         for _ in range(tries):
-            # An object's middle is mostly well inside the image, clutter may lie at the border.
+            # An object's middle is mostly well inside the image; clutter may touch the border.
             edge = 0.5 if name and self.rng.random() < 0.6 else 0.1
             slack = [min(0.5, edge * side / self.size) for side in (width, height)]
             x, y = (
@@ -91,7 +91,7 @@ class Composition:
 
 
 def photograph(light: Colour, rng: Rng) -> Image.Image:
-    """What a camera makes of a scene. light: (3, S, S), linear."""
+    """Photograph a scene: exposure, colour, blur and noise. light: (3, S, S), linear."""
     size = light.shape[-1]
     turn, depth = rng.uniform(0, TURN), rng.uniform(0.0, 0.45)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
@@ -100,11 +100,11 @@ def photograph(light: Colour, rng: Rng) -> Image.Image:
     )
     warm = rng.normal(0, 0.12)
     balance = np.exp([warm, rng.normal(0, 0.03), -warm]).astype(np.float32)
-    # The exposure follows the scene's brightness, not quite, and is off by up to half a stop.
+    # The exposure roughly follows the scene's brightness, and is off by up to half a stop.
     gain = (0.22 / float(light.mean())) ** 0.6 * 2 ** rng.uniform(-0.5, 0.5)
     light = light * (balance.reshape(3, 1, 1) * np.float32(gain) * (1 + uneven))
-    # The display curve is a table over the square root, which spreads the dark values over it: a
-    # power for every pixel takes far longer.
+    # The display curve is a table over the square root, which spreads out the dark values: a power
+    # for every pixel would take far longer.
     levels = np.sqrt(np.clip(light, 0, 1)) * np.float32(4095)
     table = (np.linspace(0, 1, 4096) ** 2) ** (rng.uniform(0.85, 1.2) / GAMMA) * 255
     displayed = table.astype(np.float32)[levels.astype(np.int32)].transpose(1, 2, 0)

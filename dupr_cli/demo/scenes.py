@@ -1,9 +1,9 @@
-"""The demo's data set: generated scenes with labelled objects, and the folders they are written to.
+"""The demo's data set: generated scenes with labelled objects, written to folders.
 
 A scene is a cluttered background, clutter, one to four objects of the classes, more clutter, and a
-camera: exposure, white balance, uneven light, blur and noise. Its content depends on nothing but
-(seed, split, index, size), so any number of processes writes the same files on a given machine. No
-label is ever left out: an object that would hide another beyond recognition is put elsewhere.
+camera: exposure, white balance, uneven light, blur and noise. Its content depends only on (seed,
+split, index, size), so any number of processes writes the same files on a given machine. No label
+is ever left out: an object that would hide another beyond recognition is moved elsewhere.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from dupr_cli.runtime.stopping import deferred, ignore_signals, raise_if_stopped
 
 CLASSES: tuple[str, ...] = tuple(KINDS)
 
-# Longest side of an object over the side of the image.
+# Longest side of an object relative to the side of the image.
 _SMALLEST, _LARGEST = 0.18, 0.6
-# A pixel belongs to a silhouette where at least this part of it is covered.
+# A pixel belongs to a silhouette if at least this share of it is covered.
 _COVERED = 0.4
-# Difficult below this visible part of the whole silhouette, truncated above this hidden part.
+# Objects are difficult below this visible share, and truncated above this hidden share.
 _DIFFICULT = 0.35
 _OCCLUDED = 0.15
 _JPEG_QUALITY = 92
@@ -68,7 +68,7 @@ def _label(placed: Placed) -> SceneObject:
 
 
 def _tight_box(silhouette: Plane) -> tuple[int, int, int, int]:
-    """Half-open pixel box of what a silhouette covers."""
+    """Half-open pixel box that a silhouette covers."""
     covered = silhouette >= _COVERED
     (columns,) = np.nonzero(covered.any(0))
     (rows,) = np.nonzero(covered.any(1))
@@ -81,7 +81,7 @@ def _compose(seed: int, split: str, index: int, size: int) -> tuple[Image.Image,
     palette, sun = Palette.draw(rng), Light.draw(rng)
 
     def colours() -> Palette:
-        # Half of all things share the scene's colours, so that colour does not part them from it.
+        # Half of all things share the scene's colours, so that colour alone reveals nothing.
         return palette if rng.random() < 0.5 else Palette.draw(rng)
 
     def clutter(count: int, largest: float) -> None:
@@ -110,8 +110,8 @@ def render_scene(
 ) -> tuple[Image.Image, list[SceneObject]]:
     """A scene and its objects, at least one, from back to front.
 
-    seed, split, index: any values; each triple has a scene of its own. size: side of the square
-    RGB picture, pixels, at least 64.
+    seed, split, index: any values; each triple has its own scene. size: side of the square RGB
+    picture, pixels, at least 64.
     """
     if size < 64:
         raise ValueError(f"size is {size}, but objects need scenes of at least 64 pixels")
@@ -130,8 +130,8 @@ def write_unlabelled(
     """Write `count` scenes without labels: <folder>/scene-000000.jpg and so on.
 
     size: side of the pictures, pixels. workers: processes that render; 0 renders in this one. A
-    script that asks for workers needs the `if __name__ == "__main__"` guard of multiprocessing.
-    on_progress: called now and then with the number of scenes written since the last call.
+    script that uses workers needs the `if __name__ == "__main__"` guard of multiprocessing.
+    on_progress: called at times with the number of scenes written since the last call.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [_Job(folder, "unlabelled", "scene-", numbers, seed, size) for numbers in _chunks(count)]
@@ -151,7 +151,7 @@ def write_voc_tree(
     """Write labelled scenes as one year's folder of PASCAL VOC, such as VOCdevkit/VOC2007.
 
     counts: scenes by split. Image ids are unique over the splits: train_000000 and so on. Boxes
-    count pixels from 1 and include both ends, as VOC has them.
+    count pixels from 1 and include both ends, as in VOC.
     size, workers, on_progress: as in `write_unlabelled`.
     """
     lists = root / "ImageSets" / "Main"
@@ -175,12 +175,12 @@ def write_voc_tree(
 
 
 def scene_files(folder: Path, count: int) -> list[Path]:
-    """What `write_unlabelled` writes."""
+    """The files that `write_unlabelled` writes."""
     return [folder / f"scene-{number:06d}.jpg" for number in range(count)]
 
 
 def voc_tree_files(root: Path, counts: Mapping[str, int]) -> list[Path]:
-    """What `write_voc_tree` writes."""
+    """The files that `write_voc_tree` writes."""
     lists = root / "ImageSets" / "Main"
     files = []
     for split, count in counts.items():
@@ -209,11 +209,11 @@ def _chunks(count: int) -> list[range]:
 
 
 def _carried_out(jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, list[SceneObject]]]:
-    """What `_carry_out` returns for each job, in order."""
+    """Run `_carry_out` on each job; yields its results in order."""
     if workers == 0:
         yield from map(_carry_out, jobs)
         return
-    # The caller may run threads, which a plain fork would copy in the middle of their work.
+    # The caller may run threads, which a plain fork would copy in mid-work.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     with deferred(), ProcessPoolExecutor(workers, context, ignore_signals) as pool:
@@ -226,7 +226,7 @@ def _carried_out(jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, list[
 
 
 def _carry_out(job: _Job) -> dict[str, list[SceneObject]]:
-    """Write a job's files; objects by image id."""
+    """Write a job's files; returns the objects by image id."""
     written = {}
     for number in job.numbers:
         key = f"{job.prefix}{number:06d}"
@@ -242,14 +242,14 @@ def _carry_out(job: _Job) -> dict[str, list[SceneObject]]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    # Whole or not there, but not flushed to the disk: it can all be made again.
+    # The file appears whole or not at all; flushing it is unnecessary, as it can be made again.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
 
 
 def _presence(name: str, objects: Sequence[SceneObject]) -> int:
-    """VOC's flag of a class in an image: 1 present, -1 absent, 0 only difficult ones."""
+    """VOC's flag of a class in an image: 1 present, -1 absent, 0 if all are difficult."""
     difficult = [o.difficult for o in objects if o.name == name]
     if not difficult:
         return -1
@@ -273,7 +273,7 @@ def _annotation(folder: str, key: str, objects: Sequence[SceneObject], size: int
         add(element, truncated=int(item.truncated), difficult=int(item.difficult))
         x_min, y_min, x_max, y_max = item.box
         corners = ET.SubElement(element, "bndbox")
-        # From 0-based and half-open to 1-based with both ends included.
+        # Convert from 0-based half-open to 1-based with both ends included.
         add(corners, xmin=x_min + 1, ymin=y_min + 1, xmax=x_max, ymax=y_max)
     ET.indent(root, "\t")
     return ET.tostring(root) + b"\n"

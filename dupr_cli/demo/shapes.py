@@ -1,8 +1,8 @@
-"""What the scenes show: six classes of things, told by their parts and their texture.
+"""The things in the scenes: six classes, distinguished by their parts and their texture.
 
-Every function paints one thing, upright, onto a canvas. Colours come from a palette that says
-nothing about the class; proportions, number and place of parts and the fineness of the texture vary
-from one individual to the next.
+Every function paints one thing, upright, onto a canvas. The palette of colours reveals nothing
+about the class; proportions, number and place of parts and the fineness of the texture vary between
+individuals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def beetle(canvas: Canvas, rng: Rng, palette: Palette) -> None:
     u, v = canvas.u, canvas.v
     broad, long = rng.uniform(0.36, 0.5), rng.uniform(0.55, 0.66)
     legs, shield = palette.colour(rng, rng.uniform(0.1, 0.6)), palette.colour(rng)
-    # Mirrored at the middle; what is shifted along the body differs from side to side.
+    # It is mirrored at the middle; shifts along the body differ between the sides.
     side = np.abs(u)
     stride = v + np.float32(rng.uniform(-0.09, 0.09)) * np.sign(u)
     thick, reach = rng.uniform(0.03, 0.05), rng.uniform(0.2, 0.3)
@@ -48,7 +48,7 @@ def beetle(canvas: Canvas, rng: Rng, palette: Palette) -> None:
     canvas.paint(collar, shield * _mottled(canvas, rng), height=0.1, bevel=0.2)
     first, second = palette.pair(rng)
     frequency, soft = rng.uniform(2.5, 6.0), 2 * canvas.pixel
-    # Along the body or across it, bowed like the cases are.
+    # The stripes run along the body or across it, bowed like the cases.
     bow = np.float32(rng.uniform(-0.5, 0.5)) * side * side
     lengthwise = side * (0.7 + 0.6 * (v + 0.8) ** 2) if rng.random() < 0.4 else v + bow
     bands = textures.stripes(
@@ -61,12 +61,12 @@ def beetle(canvas: Canvas, rng: Rng, palette: Palette) -> None:
 
 
 def wheel(canvas: Canvas, rng: Rng, palette: Palette) -> None:
-    """Tyre with tread, rim, spokes with nothing between them, hub."""
+    """Tyre with tread, rim, spokes with open gaps, hub."""
     u, v = canvas.u, canvas.v
     radius, around = length(u, v), np.arctan2(v, u)
     inner, hub = rng.uniform(0.68, 0.82), rng.uniform(0.11, 0.22)
     count = int(rng.integers(5, 13))
-    # The distance to the nearest spoke's middle, and past which angle that is.
+    # The angle from the middle of the nearest spoke, and the distance to that spoke's edge.
     share = around * np.float32(count / TURN) + np.float32(rng.random())
     away = (share - np.rint(share)) * np.float32(TURN / count)
     width = rng.uniform(0.03, 0.3 / count + 0.03)
@@ -163,7 +163,7 @@ def mushroom(canvas: Canvas, rng: Rng, palette: Palette) -> None:
     cap = np.maximum(dome * min(broad, high), v - lip)
     canvas.paint(cap, ground * _mottled(canvas, rng), height=0.12, bevel=min(broad, high) * 0.8)
     frequency, size = rng.uniform(2.2, 4.2), rng.uniform(0.24, 0.36)
-    # Spots sit on a dome: crowded towards its edge, one in each cell, off its middle.
+    # The spots sit on a dome: they crowd towards its edge, one in each cell, off its middle.
     bulge = 1 / np.sqrt(np.clip(1.25 - np.clip(dome + 1, 0, 1) ** 2, 0.1, 2))
     x = (u * bulge * frequency + rng.random()).astype(np.float32)
     y = ((v - brim) * bulge * frequency * 1.2 + rng.random()).astype(np.float32)
@@ -198,7 +198,7 @@ def leaf(canvas: Canvas, rng: Rng, palette: Palette) -> None:
     rib = np.clip(0.5 + (0.03 * (1.2 - share) - side + 0.012) / (1.5 * canvas.pixel), 0, 1)
     lines = np.maximum(veins * np.float32(rng.uniform(0.6, 1)), rib)
     tissue: Colour = ground * _mottled(canvas, rng)
-    # Brown or pale edges and patches, as on real leaves.
+    # The leaf gets brown or pale edges and patches, as real leaves do.
     patches = textures.step(textures.noise(canvas.shape, rng, longest=64) - 1.1, 0.6)
     tissue = mix(tissue, palette.colour(rng), patches * np.float32(rng.uniform(0, 0.8)))
     quilt = 0.03 * np.cos(phase * np.float32(TURN)) + rng.uniform(-0.3, 0.3) * side
@@ -252,8 +252,8 @@ def house(canvas: Canvas, rng: Rng, palette: Palette) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """How one class is drawn and posed. extent: half axes, local units, of the ellipse that the
-    thing about fills. turn: most rotation either way, radians. squeeze: least width over height."""
+    """Shape and pose of one class. extent: half axes, local units, of the ellipse that the thing
+    roughly fills. turn: largest rotation either way, radians. squeeze: least width over height."""
 
     paint: Callable[[Canvas, Rng, Palette], None]
     extent: tuple[float, float]
@@ -273,7 +273,7 @@ KINDS: dict[str, Kind] = {
 
 
 def draw(name: str, side: float, rng: Rng, palette: Palette, light: Light) -> Sprite:
-    """An individual of a class. side: longest side of its box, pixels, give or take a tenth."""
+    """An individual of a class. side: longest side of its box, pixels, to about a tenth."""
     kind = KINDS[name]
     pose = Pose(
         side=side,

@@ -1,9 +1,8 @@
 """Colours, noise and patterns of the generated scenes, and the backgrounds made from them.
 
-Objects, distractors and backgrounds all take their surfaces from here, so that neither a colour nor
-a pattern alone tells an object from what is around it. Planes are (H, W) float32; colours are
-(3, H, W) or (3, 1, 1), as linear light in [0, 1]. Everything random comes from the generator that
-is passed in.
+Objects, distractors and backgrounds share these surfaces, so that neither a colour nor a pattern
+alone reveals an object. Planes are (H, W) float32; colours are (3, H, W) or (3, 1, 1), as linear
+light in [0, 1]. All randomness comes from the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -61,16 +60,16 @@ def noise(
     roughness: float = 0.6,
     stretch: int = 1,
 ) -> Plane:
-    """Multi-octave noise, about mean 0 and variance 1.
+    """Multi-octave noise with approximate mean 0 and variance 1.
 
     longest: wavelength of the first octave, a power of two from 4 to 128 pixels. roughness:
-    amplitude of each octave relative to the one above it, to one decimal. stretch: how much longer
-    the grain is along one of the two axes.
+    amplitude of each octave relative to the one above it, to one decimal. stretch: factor by which
+    the grain is longer along one of the two axes.
     """
     tile = _fractal(longest, round(10 * roughness))
     upright = stretch > 1 and rng.random() < 0.5
     down, along = (1, stretch) if upright else (stretch, 1)
-    # The grain is stretched by stepping faster across it, which cannot make it blocky.
+    # Stepping faster across the grain stretches it without making it blocky.
     rows = np.arange(shape[0]) * down + rng.integers(_TILE)
     columns = np.arange(shape[1]) * along + rng.integers(_TILE)
     return tile.take(rows, 0, mode="wrap").take(columns, 1, mode="wrap")
@@ -83,12 +82,12 @@ def step(value: Plane, softness: float) -> Plane:
 
 
 def length(x: Plane, y: Plane) -> Plane:
-    """Of vectors. np.hypot guards against overflow, and takes ten times as long for it."""
+    """Length of vectors. np.hypot also guards against overflow, but takes ten times as long."""
     return np.sqrt(x * x + y * y)
 
 
 def mix(first: Colour, second: Colour, share: Plane) -> Colour:
-    """(3, H, W): `first` where share is 0, `second` where it is 1."""
+    """Blend to (3, H, W): `first` at share 0, `second` at share 1."""
     blended: Colour = first + share * (second - first)
     return blended
 
@@ -99,7 +98,7 @@ def _off_centre(value: Plane) -> Plane:
 
 
 # Patterns take coordinates in cells, and `soft`, the size of a pixel in cells; they return (H, W)
-# in [0, 1]. Each of them is the mark of one class and occurs in backgrounds and distractors too.
+# in [0, 1]. Each pattern marks one class, and also occurs in backgrounds and distractors.
 
 
 def stripes(u: Plane, v: Plane, soft: float, duty: float = 0.5) -> Plane:
@@ -165,7 +164,7 @@ PATTERNS: tuple[Pattern, ...] = (
 
 @dataclass(frozen=True)
 class Palette:
-    """The colours that one thing, or one whole scene, prefers. hue: 0 to 1. spread: of hues."""
+    """The preferred colours of one thing or one whole scene. hue: 0 to 1. spread: of hues."""
 
     hue: float
     spread: float
@@ -183,7 +182,7 @@ class Palette:
         return np.array(displayed, np.float32).reshape(3, 1, 1) ** np.float32(GAMMA)
 
     def pair(self, rng: Rng, contrast: float = 0.6) -> tuple[Colour, Colour]:
-        """Two colours that can be told apart: a dark and a light one, in either order.
+        """Two distinct colours: a dark and a light one, in either order.
 
         contrast: their largest difference in brightness, 0 to 1.
         """
@@ -248,7 +247,7 @@ def background(size: int, rng: Rng, palette: Palette) -> Colour:
     for _ in range(int(rng.integers(1, 5))):
         inside = _region(u, v, rng)
         cover = step(inside, pixel * 1.5)
-        # Regions lie over each other: each one darkens what is just outside it.
+        # Regions overlap: each one darkens the ground just outside it.
         colour *= 1 - np.float32(0.35) * np.clip(1 + inside * 12, 0, 1) * (1 - cover)
         local = palette if rng.random() < 0.7 else Palette.draw(rng)
         colour += cover * (surface(u, v, pixel, rng, local, contrast) - colour)

@@ -1,8 +1,8 @@
-"""Stage 4, `dupr evaluate`: weights and a labelled set to AP, and to whether a difference is real.
+"""Stage 4, `dupr evaluate`: weights and a labelled set to AP, and a test of each difference.
 
-A detector is fine-tuned on each of the compared weights, with the same images, budget and random
-numbers, once for every seed, and tested with the protocol's metric. comparison.py carries it out;
-data, detectors, their training, metrics and statistics are modules of their own.
+A detector is fine-tuned on each of the compared weights once per seed, with the same images, budget
+and random numbers, and tested with the protocol's metric. comparison.py runs the evaluation; data,
+detectors, their training, metrics and statistics are modules of their own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def plan(
     notes: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> EvaluatePlan:
-    """Check everything that `run` needs and say what it would do. Nothing is changed.
+    """Check everything that `run` needs and return its plan. Nothing is changed.
 
     Raises UsageError, or RunError for damaged data, as `run` does before it starts.
     """
@@ -72,16 +72,17 @@ def run(
     stop_after: int | None = None,
     reporter: Reporter | None = None,
 ) -> Results:
-    """Fine-tune and test a detector on each of the weights, and write what came of it into `out`.
+    """Fine-tune and test a detector on each of the weights, and write the results into `out`.
 
     recipe, overrides: see `dupr_cli.recipe.given`.
     weights: run directories, checkpoints, weights files or torchvision:NAME; `none` is a random
     backbone. data: a VOC tree, COCO's or Cityscapes' layout, or labelled shards. device: auto, cpu,
     cuda or cuda:N; under torchrun each process takes its own GPU and its part of every batch.
-    leaks_in: pre-training shards in which test images are looked for. notes: said with the results.
+    leaks_in: pre-training shards in which test images are looked for. notes: reported with the
+    results.
     `out` gets results.json, table.txt, pictures, and a folder per weights with its trials. Trials
-    that were finished there before, under the same recipe, data and device, are not run again, and
-    one that was interrupted goes on.
+    that finished there before, under the same recipe, data and device, are not run again, and an
+    interrupted one continues.
     Raises UsageError for inputs that cannot be used or an `out` that holds another evaluation
     (`overwrite` replaces it), RunError for damaged images and for training that diverges,
     StoppedRunError when a signal or a limit stops it.
@@ -94,10 +95,10 @@ def run(
         stoppable("Finished trials are kept, and the same command continues."),
         join(device) as world,
     ):
-        say: Reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()
+        reporter = (reporter or SilentReporter()) if world.is_main else SilentReporter()
         comparison = prepare_comparison(
-            recipe, weights, data, out, world.device, world.size, notes, say
+            recipe, weights, data, out, world.device, world.size, notes, reporter
         )
         limits = Limits(max_hours, stop_after)
         with writing(out, "dupr evaluate") if world.is_main else nullcontext():
-            return compare(comparison, world, overwrite, say, limits, leaks_in)
+            return compare(comparison, world, overwrite, reporter, limits, leaks_in)

@@ -1,14 +1,14 @@
-"""The comparison: every weights given, fine-tuned and tested alike, results kept as they finish.
+"""The comparison: fine-tune and test all given weights alike, and save each result when it is done.
 
-    OUT/evaluation.json             what all results in OUT have in common: recipe, data, device
-    OUT/labels.json                 the images that are trained on, where not all are
-    OUT/01-NAME/seed-0/             a trial: metrics.jsonl, checkpoints while it is under way,
+    OUT/evaluation.json             what all results in OUT share: recipe, data, device
+    OUT/labels.json                 the training images, if they are a subset
+    OUT/01-NAME/seed-0/             a trial: metrics.jsonl, checkpoints until it is finished,
                                     detections.json, and result.json, written last
     OUT/01-NAME/analysis/           curves, confusion and errors of its first trial
     OUT/results.json  table.txt  detections.png  curves.png
 
-A trial whose result is there under the same fingerprint is not computed again, so an evaluation
-that was killed goes on with what was not finished, and more weights or seeds can be added.
+A trial whose result exists under the same fingerprint is not computed again, so an interrupted
+evaluation continues with the unfinished trials, and more weights or seeds can be added.
 """
 
 from __future__ import annotations
@@ -66,24 +66,24 @@ DETECTIONS_PICTURE = "detections.png"
 CURVES_PICTURE = "curves.png"
 ANALYSIS_FOLDER = "analysis"
 
-# Keys that change how an evaluation is carried out or shown, not what it measures; seeds are of
-# trials, of which there may be more later.
+# Keys that change how an evaluation is carried out or shown, but not what it measures. Seeds belong
+# to trials, and more trials may be added later.
 _OPERATIONAL_KEYS = frozenset(
     {
         "description", "name", "seed", "trials", "train.workers", "train.log_every",
         "train.checkpoint_every", "train.reference_devices", "test.every", "test.pictures",
     }
 )  # fmt: skip
-# Batch statistics of fewer images than this are said to be noisy.
+# Batch statistics of fewer images than this are reported as noisy.
 _SMALL_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was checked before the first iteration. notes: said with the results."""
+    """Everything that was checked before the first iteration. notes: reported with the results."""
 
     recipe: EvaluateRecipe
-    candidates: list[ComparedWeights]
+    weights: list[ComparedWeights]
     train: LabelledSet
     test: LabelledSet
     classes: list[str]
@@ -111,9 +111,9 @@ class Comparison:
             protocol=self.protocol,
             changes=changes_to_protocol(self.recipe),
             metric=self.metric_name,
-            weights=[candidate.address for candidate in self.candidates],
-            architectures=[candidate.architecture for candidate in self.candidates],
-            loaded=[candidate.loaded for candidate in self.candidates],
+            weights=[compared.address for compared in self.weights],
+            architectures=[compared.architecture for compared in self.weights],
+            loaded=[compared.loaded for compared in self.weights],
             train_images=len(self.train),
             test_images=len(self.test),
             classes=self.classes,
@@ -127,7 +127,7 @@ class Comparison:
         )
 
     def fingerprint(self) -> dict[str, object]:
-        """What must be the same for results to stand side by side, by recipe key or name."""
+        """What must be equal for results to be compared, by recipe key or name."""
         return {
             **_measured_keys(self.recipe),
             "training images": self.train.digest,
@@ -137,21 +137,21 @@ class Comparison:
         }
 
     def claim(self) -> Claim:
-        folders = [weights.folder for weights in self.candidates]
+        folders = [weights.folder for weights in self.weights]
         defaults = recipe_keys(EvaluateRecipe().model_dump(mode="json"))
         return Claim(CLAIM_FILE, "evaluation", self.fingerprint(), folders, defaults)
 
 
 def _measured_keys(recipe: EvaluateRecipe) -> dict[str, object]:
-    """Recipe keys, dotted, that what is measured depends on."""
+    """The recipe keys, dotted, that affect the measurement."""
     keys = recipe_keys(recipe.model_dump(mode="json"))
     return {key: value for key, value in keys.items() if key not in _OPERATIONAL_KEYS}
 
 
 def changes_to_protocol(recipe: EvaluateRecipe) -> dict[str, list[object]]:
-    """Keys that are not as the recipe named `name` ships them: the value there, and the one used.
+    """Keys that differ from the shipped recipe `name`: the value there, and the one used.
 
-    Splits and the backbone are what data and weights are, not the protocol.
+    Splits and the backbone describe the data and the weights, so they are not compared.
     """
     if recipe.name not in shipped_recipes("evaluate"):
         return {}
@@ -177,12 +177,12 @@ def prepare_comparison(
 ) -> Comparison:
     """Open and check weights and data; nothing is written.
 
-    processes: of the run; those of this one by default. notes: said with the results.
-    Raises UsageError for what cannot be used, RunError for damaged data.
+    processes: of the run; those of this one by default. notes: reported with the results.
+    Raises UsageError for unusable input, RunError for damaged data.
     """
     reporter, processes = reporter or SilentReporter(), processes or world_size()
-    notes = [*notes, *_about_batch(recipe, processes)]
-    candidates = open_compared(weights, recipe.detector.backbone)
+    notes = [*notes, *_batch_notes(recipe, processes)]
+    compared = open_compared(weights, recipe.detector.backbone)
     splits, tested = recipe.data.train_splits, recipe.data.test_splits
     train = open_labelled(data, splits, reporter, masks=recipe.has_masks)
     test = train
@@ -194,43 +194,43 @@ def prepare_comparison(
     unseen = sorted(set(test.classes) - set(train.classes))
     if unseen:
         reporter.warning(
-            f"{data}: {', '.join(unseen)}: in the split {test.split} only, so no detector can "
-            f"learn it; its AP of 0 counts in the mean."
+            f"{data}: {', '.join(unseen)}: these classes are in the split {test.split} only, so no "
+            f"detector can learn them; their AP of 0 counts in the mean."
         )
     shared = set(train.ids) & set(test.ids)
     if shared:
         reporter.warning(
             f"{data}: {len(shared)} images, the first is {min(shared)}, are in both "
-            f"{train.split} and {test.split}: AP will be of images that were trained on."
+            f"{train.split} and {test.split}: AP will include images that were trained on."
         )
     test = test.subset(range(len(test))[: recipe.data.test_images])
     if all((a.difficult | a.crowd).all() for a in test.annotations):
         raise UsageError(
             f"{data}: the {len(test)} images of the split {test.split!r} have no object to find "
-            f"(difficult ones are not counted)."
+            f"(difficult objects do not count)."
         )
     classes = sorted({*train.classes, *test.classes})
     return Comparison(
-        recipe, candidates, train.subset(positions), test, classes, len(labelled), device,
+        recipe, compared, train.subset(positions), test, classes, len(labelled), device,
         processes, out, notes,
     )  # fmt: skip
 
 
-def _about_batch(recipe: EvaluateRecipe, processes: int) -> list[str]:
-    """What to know about this batch. Raises UsageError when it cannot be split."""
+def _batch_notes(recipe: EvaluateRecipe, processes: int) -> list[str]:
+    """Notes about the batch size. Raises UsageError when the batch cannot be split."""
     batch, norm = recipe.train.batch_size, recipe.detector.norm
     if batch % processes:
         raise UsageError(
-            f"train.batch_size is {batch}, but {processes} processes each take an equal part of "
-            f"it. Give a multiple of {processes}, or --scale-to-device. "
+            f"train.batch_size is {batch}, which does not divide equally among {processes} "
+            f"processes. Give a multiple of {processes}, or --scale-to-device. "
             f"(recipe key: train.batch_size)"
         )
     images = batch if norm == "sync" else batch // processes
     if norm == "frozen" or images >= _SMALL_BATCH:
         return []
     return [
-        f"batch norm is trained with statistics of {images} images (the protocols have 16): they "
-        f"are noisy, and AP comes out lower, for all weights. detector.norm=frozen does without."
+        f"batch norm is trained with statistics of {images} images (16 in the protocols): they are "
+        f"noisy, and AP is lower for all weights. detector.norm=frozen avoids this."
     ]
 
 
@@ -249,10 +249,10 @@ def compare(
             reporter.info(note)
     world.wait()
     outcomes = []
-    for candidate in comparison.candidates:
-        if candidate.weights is not None:
-            reporter.info(f"{candidate.address}: {candidate.loaded}")
-        outcomes.append(list(_outcomes(comparison, candidate, world, reporter, limits)))
+    for compared in comparison.weights:
+        if compared.weights is not None:
+            reporter.info(f"{compared.address}: {compared.loaded}")
+        outcomes.append(list(_outcomes(comparison, compared, world, reporter, limits)))
     leaks: list[Leaks] = []
     if world.is_main:
         workers = comparison.recipe.train.workers
@@ -267,28 +267,28 @@ def compare(
 
 def _outcomes(
     comparison: Comparison,
-    candidate: ComparedWeights,
+    compared: ComparedWeights,
     world: World,
     reporter: Reporter,
     limits: Limits | None,
 ) -> Iterator[Outcome]:
     for seed in comparison.seeds:
-        folder = comparison.out / candidate.folder / f"seed-{seed}"
+        folder = comparison.out / compared.folder / f"seed-{seed}"
         fingerprint = {
             **comparison.fingerprint(),
-            "architecture": candidate.architecture,
-            "weights": candidate.sha256 or RANDOM_WEIGHTS,
+            "architecture": compared.architecture,
+            "weights": compared.sha256 or RANDOM_WEIGHTS,
             "seed": seed,
         }
         outcome = read_outcome(
-            folder, fingerprint, candidate.address, comparison.test, comparison.classes
+            folder, fingerprint, compared.address, comparison.test, comparison.classes
         )
         world.wait()
         if outcome is not None:
-            reporter.info(f"{candidate.folder}, seed {seed}: finished before, used again.")
+            reporter.info(f"{compared.folder}, seed {seed}: finished before; its result is reused.")
         else:
             outcome = run_trial(
-                comparison.recipe, candidate, comparison.train, comparison.test,
+                comparison.recipe, compared, comparison.train, comparison.test,
                 comparison.classes, seed, folder, world, reporter, limits,
             )  # fmt: skip
             if world.is_main:
@@ -298,7 +298,7 @@ def _outcomes(
 
 
 def _claim(comparison: Comparison, overwrite: bool) -> None:
-    """Make OUT the folder of this evaluation, or make sure that it is already."""
+    """Make OUT the folder of this evaluation, or check that it already is."""
     out = comparison.out
     comparison.claim().take(out, overwrite, output_files)
     if len(comparison.train) < comparison.all_labels:
@@ -306,15 +306,15 @@ def _claim(comparison: Comparison, overwrite: bool) -> None:
 
 
 def output_files(out: Path) -> Iterator[Path]:
-    """The files of an evaluation by its own record, which comes last; none without one."""
+    """The files of an evaluation by its own record, which comes last; empty without a record."""
     if not (out / CLAIM_FILE).exists():
         return
     try:
         _, folders = read_claim(out / CLAIM_FILE)
-    except UsageError:  # damaged: what it listed is found by what trials look like
+    except UsageError:  # damaged: trials are recognised by their folder names
         folders = []
     trials = [trial for name in folders for trial in (out / name).glob("seed-*")]
-    # An older dupr listed no folders.
+    # Older versions of dupr recorded no folders.
     trials = trials or list(out.glob("[0-9][0-9]-*/seed-*"))
     for trial in trials:
         yield trial / RESULT_FILE
@@ -330,10 +330,10 @@ def _write_results(
     comparison: Comparison, outcomes: Sequence[Sequence[Outcome]], leaks: Sequence[Leaks]
 ) -> None:
     recipe, out = comparison.recipe, comparison.out
-    names = [candidate.folder for candidate in comparison.candidates]
+    names = [compared.folder for compared in comparison.weights]
     rows = [
         summed_up(c.address, c.sha256, c.architecture, c.folder, [o.result for o in of_weights])
-        for c, of_weights in zip(comparison.candidates, outcomes, strict=True)
+        for c, of_weights in zip(comparison.weights, outcomes, strict=True)
     ]
     results = Results(
         protocol=comparison.protocol,
@@ -368,7 +368,7 @@ def _write_results(
 
 
 def _write_analyses(comparison: Comparison, outcomes: Mapping[str, Outcome]) -> None:
-    """Of the first trial of each of the weights."""
+    """Analyse the first trial of each of the weights."""
     test, classes = comparison.test, comparison.classes
     truths = [test.truth(i, classes) for i in range(len(test))]
     points: Points = "voc07" if comparison.recipe.test.metric == "voc07" else "voc10"

@@ -1,9 +1,9 @@
-"""What the detector sees: images resized and flipped with their boxes, in batches.
+"""The detector's input: images resized and flipped with their boxes, in batches.
 
 Every batch is a pure function of (seed, iteration): its images, their flips and short sides. So
 all compared weights train on the same batches, with any number of loader workers. Images are
-resized with Pillow's antialiased bilinear filter, as the protocol's loader does, and stay uint8
-until they are on the training device.
+resized with Pillow's antialiased bilinear filter, as in the protocol's loader, and stay uint8 until
+they are on the training device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
 from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World
 
-# Streams of random numbers, told apart by the last word of their seed.
+# Streams of random numbers; the last word of the seed separates them.
 _ORDER, _FLIP, _SIZE = range(3)
 
 
@@ -39,13 +39,13 @@ class DetectionBatch:
     targets: list[Target]
 
     def pin_memory(self) -> DetectionBatch:
-        """Called by the loader for a CUDA device."""
+        """The loader calls this for a CUDA device."""
         return DetectionBatch([image.pin_memory() for image in self.images], self.targets)
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image of a batch: its position in the set, and what is done to it."""
+    """One image of a batch: its position in the set, and its changes."""
 
     position: int
     short_side: int
@@ -53,22 +53,22 @@ class ImageRequest:
 
 
 def resized_size(width: int, height: int, short_side: int, max_size: int) -> tuple[int, int]:
-    """Width and height with the short side as asked for, unless the long one exceeds max_size."""
+    """Width and height with the short side as given, unless the long side exceeds max_size."""
     scale = min(short_side / min(width, height), max_size / max(width, height))
     return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
 def flip_boxes(boxes: NDArray[np.float32], width: int) -> NDArray[np.float32]:
-    """(n, 4) boxes of an image mirrored left to right; pixel edges, so width - x is exact."""
+    """Mirror (n, 4) boxes with their image, left to right; pixel edges, so width - x is exact."""
     return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
 class TrainingOrder:
-    """The requests of every iteration from `start` on, without end.
+    """The endless requests of all iterations from `start` on.
 
-    Images that do not fill a batch at the end of an epoch start the next one: nothing is dropped.
-    With `data.group_by_aspect` wide and tall images wait for others of their kind, as in
-    detectron2, and a batch is of one kind.
+    Images that do not fill a batch at the end of an epoch start the next one; nothing is dropped.
+    With `data.group_by_aspect`, wide and tall images are batched separately, as in detectron2: an
+    image waits for others of its kind.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TrainingOrder:
 
 
 class PartOfBatches:
-    """What one of several processes takes of every batch: an equal part, in rank order."""
+    """The equal part of every batch that one of several processes takes, in rank order."""
 
     def __init__(self, batches: Iterable[list[ImageRequest]], world: World) -> None:
         self._batches, self._world = batches, world
@@ -123,7 +123,7 @@ class ImageLoading:
         self._images, self._data, self._classes, self._masks = images, data, classes, masks
 
     def __call__(self, request: ImageRequest) -> DetectionBatch:
-        """Crowds are no objects to learn. Raises RunError naming an image that cannot be read."""
+        """Crowds are left out of training. Raises RunError naming an image that cannot be read."""
         image = self._images.image(request.position)
         annotation = self._images.annotations[request.position]
         width, height = resized_size(
@@ -133,7 +133,7 @@ class ImageLoading:
         single = ~annotation.crowd
         boxes = annotation.boxes[single] * scale
         labels = np.array([self._classes.index(name) for name in annotation.names], dtype=np.int64)
-        # A copy: torch does not take the read-only memory of Pillow.
+        # torch rejects Pillow's read-only memory, so this is a copy.
         pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
         masks = None
         if self._masks:
@@ -167,7 +167,7 @@ def training_batches(
     start: int,
     world: World,
 ) -> Generator[DetectionBatch, None, None]:
-    """This process's part of the batches of all iterations from `start` on, without end."""
+    """This process's part of the batches of all iterations from `start` on; endless."""
     order = PartOfBatches(TrainingOrder(images, recipe, seed, start), world)
     read = ImageLoading(images, recipe.data, classes, recipe.has_masks)
     return load(read, _collate, order, recipe.train.workers, world.device)
@@ -180,7 +180,7 @@ def test_batches(
     positions: Sequence[int],
     world: World,
 ) -> Generator[DetectionBatch, None, None]:
-    """One image at a time, in order: in a batch the padding of its neighbours would change it."""
+    """One image at a time, in order: padding to the size of others would change the result."""
     requests = [[ImageRequest(position, recipe.data.test_size)] for position in positions]
     read = ImageLoading(images, recipe.data, classes, masks=False)
     return load(read, _collate, requests, recipe.train.workers, world.device)

@@ -1,15 +1,15 @@
-"""Anybody's detections, scored: VOC's text files, COCO's results, detections.json of an evaluation.
+"""Score detections of any origin: VOC's text files, COCO's results, or an evaluation's own.
 
     comp4_det_test_dog.txt   one file per class, `image score xmin ymin xmax ymax` a line, pixels
                              counted from 1 with both ends inside, as the development kit has them
     results.json             a list of {image_id, category_id, bbox: [x, y, width, height], score},
-                             and segmentation where there are masks: COCO's format of results
-    detections.json          what `dupr evaluate voc` writes of a trial; results.json of its
-                             evaluation says which images were tested, and only those are scored
+                             and segmentation if they have masks: COCO's result format
+    detections.json          the detections of a trial of `dupr evaluate voc`; only the images that
+                             results.json of its evaluation lists as tested are scored
 
-Images are not needed, annotations are enough. Nothing is clipped, rounded or dropped on the way:
-the figures are those of the kit or of pycocotools for the same files.
-Sources: the VOC development kit, COCO's results format.
+Only annotations are needed, not images. Nothing is clipped, rounded or dropped, so the figures
+equal those of the kit or of pycocotools for the same files.
+Sources: the VOC development kit, COCO's result format.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _SIDES = ("height", "width")
 
 @dataclass(frozen=True)
 class Scored:
-    """metrics, per_class: in percent. notes: what a reader of the figures should know."""
+    """metrics, per_class: in percent. notes: caveats for a reader of the figures."""
 
     metric: Metric
     metric_name: str
@@ -70,10 +70,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class _Labels:
-    """Annotations to score against. ids: of the images as an evaluation has them. names: as text
-    files have them, without year and suffix.
+    """Annotations to score against. ids: image names in an evaluation. names: image names in text
+    files, without year and suffix.
 
-    content: the usable rows of COCO's JSON, None for a VOC tree. coco: what was read of it.
+    content: the usable rows of COCO's JSON, None for a VOC tree. coco: the parsed content.
     left_out: annotations that could not be used, and why.
     """
 
@@ -96,20 +96,20 @@ def score_files(
     ious: Sequence[float] = (),
     out: Path | None = None,
 ) -> Scored:
-    """Detections of `files` against the annotations of a VOC tree's split or of COCO's JSON.
+    """Score the detections in `files` against a VOC tree's split or COCO's JSON.
 
     ious: further thresholds whose AP is added. out: a folder for results.json, table.txt and the
-    analysis. Raises UsageError, with file and line, for what is not as its format has it.
+    analysis. Raises UsageError, with file and line, for anything that breaks its format.
     """
     labels = _read_labels(data, split)
     notes: list[str] = []
     content = None if len(files) > 1 or files[0].suffix == ".txt" else _read_list(files[0])
-    # An empty list is both; against a tree it can only be of an evaluation.
+    # An empty list fits both formats; against a tree it can only come from an evaluation.
     own_rows = content is not None and ("box" in content[0] if content else not labels.content)
     if content is None:
         found = _from_text(files, labels)
     elif own_rows:
-        labels, notes = _tested(files[0], labels)
+        labels, notes = _restrict_to_tested(files[0], labels)
         found = _from_rows(content, files[0], labels)
     else:
         found = _from_results(content, files[0], labels)
@@ -122,8 +122,8 @@ def score_files(
         else:
             scores = score(metric, labels.truths, found, labels.classes, ious)
     except ValueError as error:
-        said = "; ".join([str(error), *notes])
-        raise UsageError(f"{data}, split {split}: {said}.") from error
+        message = "; ".join([str(error), *notes])
+        raise UsageError(f"{data}, split {split}: {message}.") from error
     scored = Scored(
         metric=metric,
         metric_name=METRIC_NAMES[metric],
@@ -147,15 +147,15 @@ def _as_pycocotools(
     results: Sequence[Mapping[str, Any]],
     ious: Sequence[float],
 ) -> tuple[Metric, Scores, list[str]]:
-    """Of masks too, where everything has one; which of both it was, and notes."""
+    """Score boxes, and masks if everything has one; returns the metric, the scores and notes."""
     masks, notes = any("segmentation" in row for row in results), []
     missing = _without_masks(content, results) if masks else ""
     if missing:
         notes.append(f"masks are not scored: {missing}")
     if _miscounted(content):
         notes.append(
-            "annotations have the id 0, or one id twice, which pycocotools by itself miscounts; "
-            "they are numbered anew"
+            "annotations have the id 0, or share an id, which pycocotools by itself miscounts; "
+            "they are renumbered"
         )
     # COCO.loadRes takes rows with a caption or keypoints for results of another task.
     first = {name: category for category, name in reversed(coco.categories.items())}
@@ -178,15 +178,15 @@ def _miscounted(content: Mapping[str, Any]) -> bool:
 
 
 def _without_masks(content: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
-    """What it is that has no mask; empty where everything has one."""
+    """Name the first thing without a mask; empty if everything has one."""
     for number, row in enumerate(results, 1):
         if "segmentation" not in row:
-            return f"detection {number} has none"
+            return f"detection {number} has no mask"
     for number, annotation in enumerate(content.get("annotations") or [], 1):
         mask = annotation.get("segmentation")
-        # Fewer than three points are no polygon.
+        # A polygon needs at least three points.
         if not mask or (isinstance(mask, list) and any(len(polygon) < 6 for polygon in mask)):
-            return f"annotation {annotation.get('id', f'number {number}')} has none"
+            return f"annotation {annotation.get('id', f'number {number}')} has no mask"
     if not all(is_number(image.get(side)) for image in content["images"] for side in _SIDES):
         return "the images have no height and width"
     return ""
@@ -241,11 +241,11 @@ def _read_labels(data: str, split: str) -> _Labels:
     if coco_files(path):
         path = coco_split_file(path, split)
     if not path.exists():
-        raise UsageError(f"{data}: there is no such file or folder.")
+        raise UsageError(f"{data}: this file or folder does not exist.")
     if path.suffix != ".json":
         raise UsageError(
-            f"{data}: neither a VOC tree nor COCO's JSON (annotations/instances_{split}.json in a "
-            f"folder, or the file itself)."
+            f"{data}: this is neither a VOC tree nor COCO's JSON "
+            f"(annotations/instances_{split}.json in a folder, or the file itself)."
         )
     content = read_json(path)
     usable: dict[str, Any] = {}
@@ -264,12 +264,12 @@ def _read_labels(data: str, split: str) -> _Labels:
     )
 
 
-def _tested(file: Path, labels: _Labels) -> tuple[_Labels, list[str]]:
-    """The images that were tested by the evaluation that wrote `file`, and what to say of it.
+def _restrict_to_tested(file: Path, labels: _Labels) -> tuple[_Labels, list[str]]:
+    """Restrict the labels to the images tested by the evaluation that wrote `file`; add notes.
 
-    An evaluation of a few images (`--limit`) takes the first of its split; to score its detections
-    against all would count the objects of the others as missed.
-    Raises UsageError when the images that were tested cannot be told among these.
+    An evaluation with `--limit` tests the first images of its split; scoring its detections against
+    all images would count the objects of the others as missed.
+    Raises UsageError when the tested images cannot be found among these.
     """
     results = file.resolve().parents[2] / RESULTS
     if not (file.parent.name.startswith("seed-") and results.is_file()):
@@ -284,14 +284,14 @@ def _tested(file: Path, labels: _Labels) -> tuple[_Labels, list[str]]:
             f"{tested.split}, which are not the first of the {count} in {labels.data}, split "
             f"{labels.split}. Give the data and split of the evaluation."
         )
-    kept = replace(
+    restricted = replace(
         labels, ids=labels.ids[first], names=labels.names[first], truths=labels.truths[first]
     )
     note = (
         f"the evaluation tested the first {tested.images} of the {count} images only; the others "
         f"are not scored"
     )
-    return kept, [note]
+    return restricted, [note]
 
 
 def _truth(boxes: Iterable[Box], classes: Sequence[str]) -> Truth:
@@ -315,8 +315,8 @@ class _Row:
     score: float
 
 
-def _gathered(rows: Sequence[tuple[int, _Row]], images: int) -> list[Detections]:
-    """rows: number of the image, and the detection, in the order of the files."""
+def _by_image(rows: Sequence[tuple[int, _Row]], images: int) -> list[Detections]:
+    """rows: image number and detection, in the order of the files."""
     by_image: list[list[tuple[int, _Row]]] = [[] for _ in range(images)]
     for place, (image, row) in enumerate(rows):
         by_image[image].append((place, row))
@@ -335,14 +335,14 @@ def _from_text(files: Sequence[Path], labels: _Labels) -> list[Detections]:
     images = {name: number for number, name in enumerate(labels.names)}
     if len(images) < len(labels.names):
         raise UsageError(
-            f"{labels.data}: two images have the same name; text files cannot say which."
+            f"{labels.data}: two images have the same name; text files cannot distinguish them."
         )
     rows: list[tuple[int, _Row]] = []
     seen: dict[int, Path] = {}
     for file in files:
         label = _class_of(file, labels)
         if label in seen:
-            raise UsageError(f"{file} and {seen[label]} are both of {labels.classes[label]}.")
+            raise UsageError(f"{file} and {seen[label]} both hold class {labels.classes[label]}.")
         seen[label] = file
         for number, line in enumerate(read_text(file).splitlines(), 1):
             where = f"{file}, line {number}"
@@ -352,21 +352,20 @@ def _from_text(files: Sequence[Path], labels: _Labels) -> list[Detections]:
             values = _numbers(parts[1:], where, line)
             if parts[0] not in images:
                 raise UsageError(
-                    f"{where}: there is no image {parts[0]!r} in {labels.data}, split "
-                    f"{labels.split}."
+                    f"{where}: {labels.data}, split {labels.split}, has no image {parts[0]!r}."
                 )
             confidence, x_min, y_min, x_max, y_max = values
             box = (x_min - 1, y_min - 1, x_max, y_max)
             rows.append((images[parts[0]], _Row(box, label, confidence)))
-    return _gathered(rows, len(labels.names))
+    return _by_image(rows, len(labels.names))
 
 
 def _class_of(file: Path, labels: _Labels) -> int:
-    """The longest class that the file's name ends with after an underscore: names may have some."""
+    """The longest class name that ends the file name after `_`; class names may contain `_`."""
     fitting = [c for c in labels.classes if file.stem == c or file.stem.endswith(f"_{c}")]
     if file.suffix != ".txt" or not fitting:
         raise UsageError(
-            f"{file}: not named as the development kit does, *_<class>.txt; the classes of "
+            f"{file}: name the file as the development kit does, *_<class>.txt; the classes of "
             f"{labels.data} are {', '.join(labels.classes)}."
         )
     return labels.classes.index(max(fitting, key=len))
@@ -379,7 +378,7 @@ def _numbers(parts: Sequence[str], where: str, line: str) -> list[float]:
         values = []
     if len(values) != 5 or not all(map(math.isfinite, values)):
         raise UsageError(
-            f"{where}: {line.strip()!r}, but `image score xmin ymin xmax ymax` is needed."
+            f"{where}: the line is {line.strip()!r}; expected `image score xmin ymin xmax ymax`."
         )
     return values
 
@@ -391,7 +390,7 @@ def _read_list(file: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{file} cannot be read as JSON: {error}.") from error
     if isinstance(content, list) and all(isinstance(row, dict) for row in content):
         return content
-    raise UsageError(f"{file}: a list of detections is needed, as COCO's results are.")
+    raise UsageError(f"{file}: expected a list of detections, as in COCO's results.")
 
 
 def _from_results(
@@ -399,8 +398,8 @@ def _from_results(
 ) -> list[Detections]:
     if labels.content is None or labels.coco is None:
         raise UsageError(
-            f"{file}: COCO's results name images and categories by the ids of COCO's JSON; give "
-            f"that as --data."
+            f"{file}: COCO's results refer to images and categories by the ids in COCO's JSON; "
+            f"give that JSON as --data."
         )
     images = {image.id: number for number, image in enumerate(labels.coco.images)}
     sizes = {
@@ -420,31 +419,31 @@ def _from_results(
         if "segmentation" in row:
             _check_mask(row["segmentation"], sizes[row["image_id"]], where)
         if ("bbox" in row) != ("bbox" in content[0]):
-            raise UsageError(f"{file}: some detections have a bbox and others none; give all one.")
+            raise UsageError(f"{file}: some detections have a bbox and some do not; give all one.")
         x, y, width, height = coco_box(_box_of(row), where)
         box = (x, y, x + width, y + height)
         rows.append(
             (images[row["image_id"]], _Row(box, classes[row["category_id"]], _score(row, where)))
         )
-    return _gathered(rows, len(labels.ids))
+    return _by_image(rows, len(labels.ids))
 
 
 def _check_mask(mask: object, size: list[object], where: str) -> None:
-    """size: height and width of the image, None where the data does not say."""
+    """size: height and width of the image, None if the data does not state it."""
     if not isinstance(mask, Mapping) or not isinstance(mask.get("counts"), str):
         raise UsageError(
-            f"{where}: its segmentation is no mask as COCO's results have it, "
+            f"{where}: its segmentation is not a mask in COCO's result format, "
             f'{{"size": [height, width], "counts": "..."}}, compressed by pycocotools.mask.encode.'
         )
     if mask.get("size") != size and None not in size:
         raise UsageError(
-            f"{where}: its mask is of an image of {mask.get('size')} (height, width), but the "
-            f"image is of {size}; scale masks to the image."
+            f"{where}: its mask is for an image of {mask.get('size')} (height, width), but the "
+            f"image is {size}; scale masks to the image."
         )
 
 
 def _box_of(row: Mapping[str, Any]) -> object:
-    """Results of masks need not have one."""
+    """Mask results may omit the box; it then follows from the mask."""
     if "bbox" in row or not isinstance(row.get("segmentation"), Mapping):
         return row.get("bbox")
     return coco_mask.toBbox(row["segmentation"]).tolist()
@@ -453,7 +452,7 @@ def _box_of(row: Mapping[str, Any]) -> object:
 def _score(row: Mapping[str, Any], where: str) -> float:
     value = row.get("score")
     if isinstance(value, bool) or not is_number(value):
-        raise UsageError(f"{where}: its score is {value!r}, but a number is needed.")
+        raise UsageError(f"{where}: its score is {value!r}; expected a number.")
     return float(value)
 
 
@@ -471,7 +470,7 @@ def _from_rows(content: list[dict[str, Any]], file: Path, labels: _Labels) -> li
         box = row.get("box")
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
             raise UsageError(
-                f"{where}: its box is {box!r}; four numbers are needed: x_min, y_min, x_max, y_max."
+                f"{where}: its box is {box!r}; expected four numbers: x_min, y_min, x_max, y_max."
             )
     return detections_from_rows(cast("list[DetectionRow]", content), labels.ids, labels.classes)
 
@@ -481,7 +480,7 @@ def _notes(labels: _Labels, found: Sequence[Detections]) -> list[str]:
     for of_image in found:
         having[of_image.labels] = True
     without = [name for name, has in zip(labels.classes, having, strict=True) if not has]
-    notes = [f"nothing was detected of {', '.join(without)}"] if without else []
+    notes = [f"no detections for {', '.join(without)}"] if without else []
     blank = sum(not len(of_image.labels) for of_image in found)
     if blank:
         notes.insert(
@@ -489,7 +488,7 @@ def _notes(labels: _Labels, found: Sequence[Detections]) -> list[str]:
         )
     if labels.left_out:
         notes.append(
-            f"{len(labels.left_out)} annotations were left out; the first: {labels.left_out[0]}"
+            f"{len(labels.left_out)} annotations were left out; the first is {labels.left_out[0]}"
         )
     empty = sum(int((d.boxes[:, 2:] <= d.boxes[:, :2]).any(axis=1).sum()) for d in found)
     if empty:

@@ -45,10 +45,10 @@ def detect_all(
             height, width = batch.images[0].shape[1:]
             found.append(in_source_pixels(detections, images.annotations[position], width, height))
             task.advance()
-    return _of_all(found, len(images), world)
+    return _gather_all(found, len(images), world)
 
 
-def _of_all(found: list[Detections], images: int, world: World) -> list[Detections]:
+def _gather_all(found: list[Detections], images: int, world: World) -> list[Detections]:
     if world.size == 1:
         return found
     gathered: list[list[Detections]] = [[] for _ in range(world.size)]
@@ -59,7 +59,7 @@ def _of_all(found: list[Detections], images: int, world: World) -> list[Detectio
 def in_source_pixels(
     found: HeadOutput, annotation: Annotation, width: int, height: int
 ) -> Detections:
-    """Undo the resize to (width, height); the two sides were rounded to whole pixels apart."""
+    """Undo the resize to (width, height); each side was rounded to whole pixels separately."""
     scale = np.array([annotation.width / width, annotation.height / height] * 2)
     boxes = found.boxes.float().cpu().numpy().astype(np.float64) * scale
     return Detections(
@@ -78,7 +78,7 @@ def _run_lengths(
     """Mask probabilities inside boxes to whole-image masks in COCO's run lengths."""
     size = annotation.height, annotation.width
     coded = []
-    # One by one: a hundred masks of a large image would be a gigabyte.
+    # Masks are encoded one by one: a hundred masks of a large image would take a gigabyte.
     for mask, box in zip(masks.cpu()[:, None], torch.from_numpy(boxes).float(), strict=True):
         pasted = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= 0.5
         run = coco_mask.encode(np.asfortranarray(pasted.numpy().astype(np.uint8)))

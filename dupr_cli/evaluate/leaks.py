@@ -1,7 +1,7 @@
-"""Leaks: test images that the weights have seen in pre-training, by their bytes or their look.
+"""Leaks: test images that pre-training has seen, found by their bytes or by their look.
 
-A test image in the pre-training data is no cheating in itself (its labels were not there), but has
-to be known: an AP on seen images compares with no other.
+A test image in the pre-training data is not cheating in itself (its labels were not there), but it
+must be reported: an AP on seen images is not comparable with others.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dupr_cli.datasets.pixels import IMAGE_ERRORS, open_picture
 from dupr_cli.progress import Reporter
 from dupr_cli.runtime.loader import in_batches, load
 
-# Bits of 64 that may differ: a photograph and its copies of other sizes and qualities stay within.
+# Of 64 bits, this many may differ: copies of a photograph in other sizes and qualities stay within.
 DISTANCE = 6
 _AT_A_TIME = 16  # images that a worker hashes for one message to the main process
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A test image and where it is in the pre-training data. bits: of the look that differ."""
+    """A test image and its place in the pre-training data. bits: hash bits that differ."""
 
     test_image: str
     pretraining_image: str
@@ -40,7 +40,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class Leaks:
-    """What was found in one pre-training set. test_images: how many of them are in it."""
+    """The leaks found in one pre-training set. test_images: how many of them are in it."""
 
     address: str
     pretraining_images: int
@@ -61,40 +61,40 @@ class Leaks:
 
 
 @dataclass(frozen=True)
-class _Print:
-    """What one image is known by. sha256: of its bytes. look: None where it does not decode."""
+class _ImageHashes:
+    """The hashes of one image. sha256: of its bytes. perceptual: None if it does not decode."""
 
     sha256: bytes
-    look: int | None
+    perceptual: int | None
 
 
 @dataclass(frozen=True)
-class _Printing:
-    """Reads what an image of the set is known by."""
+class _HashImage:
+    """Reads and hashes an image of the set."""
 
     images: ShardSet | LabelledSet
 
-    def __call__(self, number: int) -> _Print:
+    def __call__(self, number: int) -> _ImageHashes:
         images = self.images
         data = images[number].image if isinstance(images, ShardSet) else images.read(number)
         digest = hashlib.sha256(data).digest()
         try:
             picture = open_picture(io.BytesIO(data))
-            scale = max(1.0, min(picture.upright) / 128)  # a JPEG is decoded at an eighth then
+            scale = max(1.0, min(picture.upright) / 128)  # lets a JPEG decode at an eighth
             small = (round(picture.upright[0] / scale), round(picture.upright[1] / scale))
-            return _Print(digest, perceptual_hash(picture.rgb(small, Image.Resampling.BOX)))
+            return _ImageHashes(digest, perceptual_hash(picture.rgb(small, Image.Resampling.BOX)))
         except IMAGE_ERRORS:
-            return _Print(digest, None)
+            return _ImageHashes(digest, None)
 
 
-def _prints(
+def _hash_images(
     images: ShardSet | LabelledSet, name: str, workers: int, reporter: Reporter
-) -> list[_Print]:
-    found: list[_Print] = []
+) -> list[_ImageHashes]:
+    found: list[_ImageHashes] = []
     requests = in_batches(len(images), _AT_A_TIME)
     with (
         reporter.task(f"hash {name}", len(images), "images") as task,
-        closing(load(_Printing(images), list, requests, workers)) as batches,
+        closing(load(_HashImage(images), list, requests, workers)) as batches,
     ):
         for prints in batches:
             found += prints
@@ -103,13 +103,13 @@ def _prints(
 
 
 def find_leaks(test: LabelledSet, address: str, workers: int, reporter: Reporter) -> Leaks:
-    """Test images among those of shards. Raises UsageError for what are no shards."""
+    """Test images among those of shards. Raises UsageError if the address holds none."""
     shards = open_shards(address)
-    seen = _prints(shards, "pre-training", workers, reporter)
-    tested = _prints(test, "test", workers, reporter)
+    seen = _hash_images(shards, "pre-training", workers, reporter)
+    tested = _hash_images(test, "test", workers, reporter)
     by_bytes = {known.sha256: number for number, known in enumerate(seen)}
-    looks = np.array([known.look or 0 for known in seen], dtype=np.uint64)
-    usable = np.array([known.look is not None for known in seen])
+    looks = np.array([known.perceptual or 0 for known in seen], dtype=np.uint64)
+    usable = np.array([known.perceptual is not None for known in seen])
     pairs = _nearest(tested, looks, usable)
     rows = []
     for number, known in enumerate(tested):
@@ -124,14 +124,14 @@ def find_leaks(test: LabelledSet, address: str, workers: int, reporter: Reporter
 
 
 def _nearest(
-    tested: Sequence[_Print], looks: NDArray[np.uint64], usable: NDArray[np.bool_]
+    tested: Sequence[_ImageHashes], looks: NDArray[np.uint64], usable: NDArray[np.bool_]
 ) -> dict[int, tuple[int, int]]:
     """Test image to the pre-training image that looks most like it, and the bits that differ."""
     found = {}
     for number, known in enumerate(tested):
-        if known.look is None or not usable.any():
+        if known.perceptual is None or not usable.any():
             continue
-        bits = np.where(usable, count_bits(looks ^ np.uint64(known.look)), 64)
+        bits = np.where(usable, count_bits(looks ^ np.uint64(known.perceptual)), 64)
         nearest = int(bits.argmin())
         if bits[nearest] <= DISTANCE:
             found[number] = (nearest, int(bits[nearest]))

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: detections beside the ground truth, losses and AP as they went."""
+"""Pictures of an evaluation: detections beside the ground truth, and curves of losses and AP."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 
-_LONG_SIDE = 360  # pixels of every picture, small images enlarged
+_LONG_SIDE = 360  # pixels of every picture; small images are enlarged
 _GAP = 10
 _HEADER = 28
 _CAPTION = 22
 _FONT_SIZE = 14
-_SCORE = 0.3  # detections below are not drawn
+_SCORE = 0.3  # lower-scoring detections are not drawn
 _MOST = 8  # detections drawn per picture
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
 
@@ -38,9 +38,9 @@ def draw_detections(
     detections: Mapping[str, Sequence[Detections]],
     count: int,
 ) -> None:
-    """A PNG with one row per image: ground truth, then the detections of each weights by name.
+    """A PNG with one row per image: ground truth, then the detections for each weights, by name.
 
-    count: images drawn, a third each the best and the worst of the first weights and random ones.
+    count: images drawn: a third best and a third worst for the first weights, a third random.
     """
     positions, kinds = _chosen(images, classes, next(iter(detections.values())), count)
     rows = [
@@ -79,7 +79,7 @@ def _chosen(
 
 
 def _quality(truth: Truth, found: Detections) -> float:
-    """F1 of the detections that are drawn, at IoU 0.5: only for choosing pictures."""
+    """F1 of the detections that are drawn, at IoU 0.5: used only to choose pictures."""
     shown = np.flatnonzero(found.scores >= _SCORE)
     taken: set[int] = set()
     for i in shown:
@@ -130,22 +130,22 @@ def _row(
 def _caption(found: Detections, shown: int, classes: Sequence[str]) -> str:
     if shown:
         above = int(np.count_nonzero(found.scores >= _SCORE))
-        return f"{shown} of {above} detections of score {_SCORE} or more"
+        return f"{shown} of {above} detections with score {_SCORE} or more"
     if len(found.scores):
-        return f"none of score {_SCORE}; best: {classes[found.labels[0]]} {found.scores[0]:.2f}"
+        return f"none with score {_SCORE}; best: {classes[found.labels[0]]} {found.scores[0]:.2f}"
     return "no detections"
 
 
 def _with_boxes(
     image: Image.Image, labels: Sequence[tuple[NDArray[np.floating], Colour, str]]
 ) -> Image.Image:
-    """The image at the pictures' size, boxes in its own pixels drawn over it, each with a text."""
+    """The image at the pictures' size, with its boxes (in its own pixels) and their texts."""
     scale = _LONG_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     panel = image.resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(panel)
     font = _font(_FONT_SIZE)
-    # The first is the surest: drawn last, on top.
+    # The most confident comes first; it is drawn last, on top.
     for box, colour, _ in reversed(labels):
         x0, y0, x1, y1 = (float(edge) * scale for edge in box)
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=3)
@@ -153,7 +153,7 @@ def _with_boxes(
         x0, y0 = float(box[0]) * scale, float(box[1]) * scale
         _, _, right, bottom = draw.textbbox((0, 0), text, font)
         x = min(max(0.0, x0), max(0.0, panel.width - right - 6))
-        # Above the box where there is room, else inside it.
+        # The text goes above the box if it fits, else inside it.
         y = y0 - bottom - 4 if y0 >= bottom + 4 else max(0.0, y0)
         draw.rectangle((x, y, x + right + 6, y + bottom + 4), fill=colour)
         bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
@@ -162,7 +162,7 @@ def _with_boxes(
 
 
 def _colour(number: int, total: int) -> Colour:
-    """Hues spread evenly over the classes, neighbours told apart by brightness too."""
+    """Hues spread evenly over the classes, and alternating in brightness."""
     value = (1.0, 0.8)[number % 2]
     red, green, blue = colorsys.hsv_to_rgb(number / total, 0.85, value)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -173,7 +173,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def draw_curves(path: Path, outcomes: Mapping[str, Outcome]) -> None:
-    """A PNG of the training losses, their sum and parts, and of AP on the way and at the end.
+    """A PNG of the training losses, their sum and parts, and of AP during training and at the end.
 
     One line per weights, by name.
     """
@@ -191,7 +191,7 @@ def draw_curves(path: Path, outcomes: Mapping[str, Outcome]) -> None:
     for name, outcome in outcomes.items():
         records = outcome.losses
         iterations = [record.iteration for record in records]
-        marker = "o" if len(records) < 3 else ""  # a single record makes no line
+        marker = "o" if len(records) < 3 else ""  # one or two points make no visible line
         total.plot(iterations, [r.total for r in records], marker=marker, label=name)
         for part, axis in small.items():
             axis.plot(iterations, [r.losses[part] for r in records], marker=marker)

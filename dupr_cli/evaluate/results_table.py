@@ -1,4 +1,4 @@
-"""What people read of an evaluation: table.txt in 80 columns, and detections.json row by row."""
+"""The readable output of an evaluation: table.txt in 80 columns, and detections.json row by row."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dupr_cli.metrics.types import Detections, Rle
 
 _WIDTH = 80
 _NAME_WIDTH = 24
-_COLUMNS = 7  # of the table per class, beside the class name
+_COLUMNS = 7  # of the per-class table, beside the class name
 
 
 class DetectionRow(TypedDict):
     """One detection. box: x_min, y_min, x_max, y_max, pixel edges, 0-based and half-open.
 
-    mask: in COCO's compressed run lengths, of detectors that have them.
+    mask: COCO's compressed run lengths, for detectors with masks.
     """
 
     image_id: str
-    # A field named `class` needs the call syntax of TypedDict; `name` is what Box calls it, too.
+    # A field named `class` needs the call syntax of TypedDict; Box also calls it `name`.
     name: str
     score: float
     box: list[float]
@@ -54,7 +54,7 @@ def detection_rows(
 def detections_from_rows(
     rows: Sequence[DetectionRow], image_ids: Sequence[str], classes: Sequence[str]
 ) -> list[Detections]:
-    """The inverse of `detection_rows`. Raises KeyError or ValueError for what it did not write."""
+    """The inverse of `detection_rows`. Raises KeyError or ValueError for anything else."""
     by_image: dict[str, list[DetectionRow]] = {image_id: [] for image_id in image_ids}
     for row in rows:
         by_image[row["image_id"]].append(row)
@@ -76,7 +76,7 @@ def table(results: Results) -> str:
     for verb, used in (("Trained", results.train), ("Tested", results.test)):
         lines += textwrap.wrap(f"{verb} on {_describe(used)}", _WIDTH, subsequent_indent="  ")
     for key, (shipped, now) in results.changes.items():
-        lines += _wrapped(f"Changed: {key} is {now}, in {results.protocol} {shipped}")
+        lines += _wrapped(f"Changed: {key} is {now}; {results.protocol} has {shipped}")
     for note in results.notes:
         lines += _wrapped(f"Note: {note}")
     count = len(results.seeds)
@@ -109,7 +109,7 @@ def _wrapped(text: str) -> list[str]:
 
 def _trials_line(count: int) -> str:
     if count == 1:
-        return "One seed: a difference may be chance. --seeds 5 tells."
+        return "One seed: a difference may be chance. --seeds 5 shows the spread."
     return f"Means over {count} seeds, and standard deviations"
 
 
@@ -120,7 +120,7 @@ def _figure(entry: WeightsResult, metric: str, count: int) -> str:
 
 
 def _difference_lines(results: Results, count: int) -> list[str]:
-    """Every pair of weights; what one can conclude is said in words."""
+    """Every pair of weights, with the conclusion in words."""
     if not results.differences:
         return []
     confidence = round(100 * results.differences[0].confidence)
@@ -160,7 +160,7 @@ def _describe(used: DatasetIdentity) -> str:
 
 
 def _class_table(results: Results, names: Sequence[str], columns: range) -> list[str]:
-    """AP of each class; a dash where the test images have no object of it to find."""
+    """AP of each class; a dash if the test images have no object of that class to find."""
     lines = [f"{'AP of class':<{_NAME_WIDTH}}{_numbers(names, columns)}"]
     for name in results.classes:
         found = [results.results[i].per_class.get(name) for i in columns]

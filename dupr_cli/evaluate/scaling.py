@@ -1,7 +1,7 @@
-"""Protocols on fewer devices than they are meant for: batch, lr and schedule by one printed rule.
+"""Run protocols on fewer devices than they assume: one printed rule for batch, lr and schedule.
 
 Linear scaling: the batch shrinks with the devices, the learning rate with the batch, and the
-schedule grows by as much, so that the same images are seen. Source: Goyal et al. 2017; the
+schedule grows in proportion, so that the same images are seen. Source: Goyal et al. 2017; the
 reference world size of detectron2.
 """
 
@@ -12,14 +12,15 @@ from dupr_cli.recipe import EvaluateRecipe
 
 
 def scale_to_devices(recipe: EvaluateRecipe, devices: int) -> tuple[EvaluateRecipe, str]:
-    """The recipe for so many devices, and the rule in words.
+    """The recipe for this many devices, and the rule in words.
 
     Raises UsageError when the batch cannot be split over them.
     """
     train = recipe.train
     if devices >= train.reference_devices:
         return recipe, (
-            f"not scaled: the schedule is for {train.reference_devices} devices, {devices} are used"
+            f"not scaled: the schedule is for {train.reference_devices} devices and the run has "
+            f"{devices}"
         )
     batch = max(devices, round(train.batch_size * devices / train.reference_devices))
     if batch % devices:
@@ -40,7 +41,7 @@ def scale_to_devices(recipe: EvaluateRecipe, devices: int) -> tuple[EvaluateReci
 
 
 def limited(recipe: EvaluateRecipe, limit: int) -> tuple[EvaluateRecipe, str]:
-    """The recipe cut down for a trial: at most `limit` iterations, and as many test images."""
+    """The recipe shortened for a trial: at most `limit` iterations, and as many test images."""
     train, data = recipe.train, recipe.data
     iterations = min(limit, train.iterations)
     shorter = {
@@ -55,5 +56,5 @@ def limited(recipe: EvaluateRecipe, limit: int) -> tuple[EvaluateRecipe, str]:
         "train": train.model_copy(update=shorter),
         "data": data.model_copy(update={"test_images": images}),
     }
-    note = f"limited to {iterations} iterations and {images} test images: its AP is no result"
+    note = f"limited to {iterations} iterations and {images} test images: its AP is not a result"
     return recipe.model_copy(update=cut), note

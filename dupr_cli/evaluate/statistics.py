@@ -1,7 +1,7 @@
-"""Whether a difference is real: trials summed up, and weights compared seed by seed.
+"""Whether a difference is real: trials summarised, and weights compared seed by seed.
 
 Trials of different weights with the same seed share their images, their order, their heads and
-their sampled regions, so that the difference of the two varies less than either.
+their sampled regions, so their difference varies less than either result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 def compared_metrics(metrics: Collection[str]) -> tuple[str, str, str]:
-    """What weights are compared by: AP of masks, where a detector has them, instead of AP75."""
+    """The metrics to compare weights by; detectors with masks get AP of masks instead of AP75."""
     return ("AP", "AP50", "segm_AP") if "segm_AP" in metrics else ("AP", "AP50", "AP75")
 
 
@@ -58,7 +58,7 @@ def paired_difference(
 ) -> PairedDifference | None:
     """The mean difference over the seeds that both have, with Student's interval.
 
-    None with fewer than two such seeds: one difference says nothing about how much it varies.
+    None with fewer than two such seeds: one difference does not show how much it varies.
     """
     by_seed = {trial.seed: trial.metrics for trial in second.trials}
     differences = [

@@ -1,7 +1,7 @@
-"""Few labels: which labelled images a detector is trained on.
+"""Few labels: the choice of labelled images that a detector is trained on.
 
-A draw keeps the share of every class, is the same for all weights and seeds, and is stored, so that
-others can train on the same images.
+A draw keeps the share of every class and is the same for all weights and seeds. It is stored, so
+that others can train on the same images.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LABELS_FILE = "labels.json"
 
 
 def with_objects(images: LabelledSet) -> list[int]:
-    """Positions of the images to train on: those with an object that is no crowd.
+    """Positions of the images to train on: those with at least one object that is not a crowd.
 
-    Images without would train the background only, and the protocols leave them out.
+    Images without objects would train only the background, and the protocols leave them out.
     """
     return [i for i, annotation in enumerate(images.annotations) if (~annotation.crowd).any()]
 
@@ -47,10 +47,10 @@ def choose_labels(images: LabelledSet, data: DetectionDataSection) -> list[int]:
 
 
 def stratified(annotations: Sequence[Annotation], count: int, seed: int) -> list[int]:
-    """`count` of the images, so that each class is in its share of them.
+    """`count` of the images, drawn so that each class keeps its share.
 
-    Classes are served from the rarest on, each with random images until it has its share (one image
-    at least, while there are images to give); what is left to give goes to random images.
+    Classes are served from the rarest on: each gets random images until it has its share (at least
+    one image, while any are left to give). The remaining places go to random images.
     Source: the idea of iterative stratification, Sechidis et al. 2011.
     """
     random = np.random.default_rng(seed)
@@ -76,7 +76,7 @@ def stratified(annotations: Sequence[Annotation], count: int, seed: int) -> list
 
 
 def write_labels(folder: Path, images: LabelledSet, data: DetectionDataSection) -> None:
-    """labels.json: which images are trained on, for others to train on the same."""
+    """labels.json: the images trained on, so that others can use the same."""
     content = {"labels": data.labels, "seed": data.labels_seed}
     write_json(
         folder / LABELS_FILE,
@@ -102,8 +102,8 @@ def stored_labels(path: Path, images: LabelledSet) -> list[int]:
         unknown = [image_id for image_id in wanted if image_id not in known]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{path}: not a list of labelled images ({error}). It is a {LABELS_FILE} that an "
-            f'evaluation wrote, or JSON like {{"image_ids": [...]}}.'
+            f"{path}: not a list of labelled images ({error}). Give a {LABELS_FILE} that an "
+            f'evaluation wrote, or JSON such as {{"image_ids": [...]}}.'
         ) from error
     if unknown:
         raise UsageError(

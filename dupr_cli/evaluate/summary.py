@@ -32,7 +32,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """rows: grouped by what can be compared. differing: what keeps the groups apart."""
+    """rows: in comparable groups. differing: what separates the groups."""
 
     groups: list[list[SummaryRow]]
     metrics: list[str]
@@ -41,8 +41,8 @@ class Summary:
 def summarise(folders: Sequence[Path], out: Path | None, reporter: Reporter) -> Summary:
     """Read results.json of each folder; with `out`, write the table and the plot there.
 
-    Evaluations are put side by side only where protocol, metric and test images are the same.
-    Raises UsageError for a folder without results, and an `out` that holds anything else.
+    Evaluations are put side by side only if their protocol, metric and test images are the same.
+    Raises UsageError for a folder without results, and for an `out` that holds anything else.
     """
     groups: dict[tuple[object, ...], list[SummaryRow]] = {}
     for folder in folders:
@@ -57,8 +57,8 @@ def summarise(folders: Sequence[Path], out: Path | None, reporter: Reporter) -> 
         )  # fmt: skip
     if len(groups) > 1:
         reporter.warning(
-            f"the results are of {len(groups)} different metrics or sets of test images; figures "
-            f"compare within a group only."
+            f"the results use {len(groups)} different metrics or sets of test images; compare "
+            f"figures only within a group."
         )
     summary = Summary(list(groups.values()), [str(metric) for metric, _ in groups])
     if out is not None:

@@ -1,8 +1,8 @@
-"""Fine-tuning: SGD with warm-up and milestones, then batch-norm statistics measured anew.
+"""Fine-tuning: SGD with warm-up and milestones, then a new measurement of batch-norm statistics.
 
-A trial is a folder with metrics.jsonl and checkpoints, like a run's, from which it goes on after an
-interruption exactly. Region sampling draws from random numbers that depend on the iteration only,
-so that compared weights differ in their backbone and in nothing else.
+A trial is a folder with metrics.jsonl and checkpoints, like a run's, from which it resumes exactly
+after an interruption. Region sampling draws random numbers that depend only on the iteration, so
+that compared weights differ in their backbone and in nothing else.
 Source: docs/method.md, "R50-C4, shared" and "VOC".
 """
 
@@ -36,7 +36,7 @@ _SUM = "sum/"
 
 @dataclass(frozen=True)
 class LossRecord:
-    """Losses averaged over the iterations since the record before. iteration: done so far."""
+    """Losses averaged over the iterations since the last record. iteration: how many are done."""
 
     iteration: int
     lr: float
@@ -63,7 +63,7 @@ class Trial:
         return MetricsLog(self.folder)
 
     def losses(self) -> list[LossRecord]:
-        """What was logged until now."""
+        """All records logged so far."""
         return [
             LossRecord(
                 int(line["step"]),
@@ -107,12 +107,12 @@ def train_detector(
     limits: Limits | None = None,
     test: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
-    """Train for the recipe's iterations, going on from the trial's newest whole checkpoint.
+    """Train for the recipe's iterations, continuing from the trial's newest whole checkpoint.
 
     batches_from: this process's batches from an iteration on, at least as many as are left. test:
-    metrics of the detector as it is, asked for every test.every iterations.
-    Raises RunError when a loss is not finite, StoppedRunError when it is told to stop before the
-    end; the same call goes on.
+    metrics of the current detector, called every test.every iterations.
+    Raises RunError when a loss is not finite, and StoppedRunError when it is asked to stop before
+    the end; the same call continues.
     """
     train, detector, world = trial.recipe.train, trial.detector, trial.world
     limits = limits or Limits()
@@ -179,7 +179,7 @@ def _newest_score(trial: Trial) -> str:
 
 
 class _Sums:
-    """Losses summed since the last record, on the device until they are asked for."""
+    """Losses summed since the last record; they stay on the device until they are read."""
 
     def __init__(self, sums: dict[str, float], since: int) -> None:
         self._sums: dict[str, Tensor | float] = dict(sums)
@@ -190,7 +190,7 @@ class _Sums:
         self._since += 1
 
     def record(self, iteration: int, lr: float, trial: Trial) -> LossRecord:
-        """The means over iterations and processes; starts anew. Raises RunError, see above."""
+        """The means over iterations and processes; resets the sums. Raises RunError, see above."""
         values = torch.tensor([float(v) for v in self._sums.values()], dtype=torch.float64)
         means = (trial.world.sum(values) / trial.world.size / self._since).tolist()
         losses = dict(zip(self._sums, means, strict=True))

@@ -1,6 +1,6 @@
-"""One trial: a detector fine-tuned from one of the weights with one seed, and tested.
+"""One trial: fine-tune a detector from one of the weights with one seed, and test it.
 
-Its result is kept in its folder and read again where it is whole and of the same evaluation.
+The result is kept in the trial's folder and reused if it is whole and of the same evaluation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DETECTIONS_FILE = "detections.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial came to, as the pictures and the table need it."""
+    """The outcome of a trial, as the pictures and the table need it."""
 
     result: TrialResult
     losses: list[LossRecord]
@@ -43,7 +43,7 @@ class Outcome:
 
 def run_trial(
     recipe: EvaluateRecipe,
-    candidate: ComparedWeights,
+    compared: ComparedWeights,
     train: LabelledSet,
     test: LabelledSet,
     classes: Sequence[str],
@@ -53,14 +53,14 @@ def run_trial(
     reporter: Reporter,
     limits: Limits | None,
 ) -> Outcome:
-    """Train, measure batch norm, test; goes on from what is saved in `folder`.
+    """Train, measure batch norm, test; continues from the state saved in `folder`.
 
     Raises RunError, StoppedRunError; see `train_detector`.
     """
-    say = reporter if world.is_main else SilentReporter()
-    name = candidate.folder if recipe.trials == 1 else f"{candidate.folder} seed {seed}"
+    reporter = reporter if world.is_main else SilentReporter()
+    name = compared.folder if recipe.trials == 1 else f"{compared.folder} seed {seed}"
     detector, _ = build_detector(
-        recipe, candidate.architecture, len(classes), candidate.weights, seed, world
+        recipe, compared.architecture, len(classes), compared.weights, seed, world
     )
     trial = Trial(detector, recipe, seed, name, folder, world)
     test_positions = positions_of(world, len(test))
@@ -68,19 +68,21 @@ def run_trial(
     def batches_from(start: int) -> Generator[DetectionBatch, None, None]:
         return training_batches(train, recipe, classes, seed, start, world)
 
-    def tested(say: Reporter) -> tuple[list[Detections], Scores]:
+    def tested(reporter: Reporter) -> tuple[list[Detections], Scores]:
         with closing(test_batches(test, recipe, classes, test_positions, world)) as batches:
-            found = detect_all(detector, batches, test, name, world, say)
+            found = detect_all(detector, batches, test, name, world, reporter)
         return found, scores_of(recipe, test, classes, found)
 
     started = time.perf_counter()
-    train_detector(trial, batches_from, say, limits, lambda: tested(SilentReporter())[1].metrics)
+    train_detector(
+        trial, batches_from, reporter, limits, lambda: tested(SilentReporter())[1].metrics
+    )
     trained = time.perf_counter()
     if recipe.test.precise_bn_batches:
         with closing(batches_from(recipe.train.iterations)) as batches:
-            measure_batch_norm(trial, batches, say)
+            measure_batch_norm(trial, batches, reporter)
     measured = time.perf_counter()
-    detections, scores = tested(say)
+    detections, scores = tested(reporter)
     ended = time.perf_counter()
     losses = trial.losses()
     return Outcome(
@@ -107,7 +109,7 @@ def scores_of(
     classes: Sequence[str],
     detections: Sequence[Detections],
 ) -> Scores:
-    """The protocol's metric; that of masks too where the detector has them."""
+    """The protocol's metric; that of masks too if the detector has them."""
     truths = [test.truth(i, classes) for i in range(len(test))]
     return score(metric_of(recipe), truths, detections, classes)
 
@@ -123,7 +125,7 @@ def read_outcome(
     test: LabelledSet,
     classes: Sequence[str],
 ) -> Outcome | None:
-    """A result that an earlier call wrote, or None when there is no whole one.
+    """A result that an earlier call wrote, or None if no whole one exists.
 
     Raises UsageError when the folder holds the result of other weights, or a damaged one.
     """
@@ -147,7 +149,7 @@ def write_outcome(
     test: LabelledSet,
     classes: Sequence[str],
 ) -> None:
-    """Detections and the result, then the checkpoints go: they are of no more use."""
+    """Write the detections and the result, then delete the checkpoints: they are not needed."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     write_text(folder / DETECTIONS_FILE, detection_rows(outcome.detections, test.ids, classes))

@@ -1,4 +1,4 @@
-"""What an evaluation plans; it returns `artifacts.results.Results`."""
+"""The plan of an evaluation, whose result is `artifacts.results.Results`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Stage 3, `dupr export`: a run's backbone in the layouts that frameworks load.
 
-One module per layout (formats/), each loaded back into its framework and compared before it is said
-to be done (verification.py). hub.py pushes a folder of them in one commit, with the model card of
-card.py. public_checkpoints.py goes the other way: `dupr import`.
+formats/ has one module per layout. Each layout is loaded back into its framework and compared
+before the export succeeds (verification.py). hub.py pushes the exported folder in one commit, with
+the model card of card.py. public_checkpoints.py does the reverse: `dupr import`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def plan(
     overrides: Overrides = (),
     overwrite: bool = False,
 ) -> ExportPlan:
-    """Check the weights and say what `run` would do. Nothing is changed. Raises UsageError."""
+    """Check the weights and return the plan of `run`. Nothing is changed. Raises UsageError."""
 
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
@@ -87,18 +87,18 @@ def run(
     """Export the backbone of a run directory, checkpoint or weights file.
 
     recipe, overrides: see `dupr_cli.recipe.given`.
-    out: a folder, or a file for a single format that is one. push: also write the model card and
-    what goes with it, and commit the folder; with local_only it is only written. results: folders
-    of evaluations for the card, beside those that lie next to the run. overwrite: replace files
-    that an earlier export wrote there by its record, and no others.
-    Raises UsageError for unreadable weights or a file in the way, RunError when what was written
-    does not load back as the same network, then nothing is there, or when the push fails.
+    out: a folder, or a file for a single-file format. push: also write the model card and its
+    companions, and commit the folder; with local_only they are only written. results: folders of
+    evaluations for the card, in addition to those next to the run. overwrite: replace the files
+    that an earlier export recorded there, and no others.
+    Raises UsageError for unreadable weights or a file in the way. Raises RunError when the written
+    files do not load back as the same network (then nothing is left there), or when the push fails.
     """
 
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
     given = [Path(folder) for folder in as_addresses(results, "results")]
-    say = reporter or SilentReporter()
+    reporter = reporter or SilentReporter()
     target = _output(recipe, out, push)
     if target.is_file():
         require_replaceable(target, [target], overwrite)
@@ -112,7 +112,7 @@ def run(
         with stoppable("Nothing was written."):
             exported = []
             for chosen in formats:
-                with say.task(f"export {chosen.name}", 1, "formats") as task:
+                with reporter.task(f"export {chosen.name}", 1, "formats") as task:
                     exported.append(_export(chosen, read, staged, places[chosen.name], recipe))
                     task.advance()
             result = ExportResult(
@@ -138,7 +138,7 @@ def run(
     if push is None or local_only:
         return result
 
-    return replace(result, hub_url=push_files(target, files, read, push, say))
+    return replace(result, hub_url=push_files(target, files, read, push, reporter))
 
 
 def _rounded(weights: Weights, dtype: str) -> Weights:
@@ -156,7 +156,7 @@ def _rounded(weights: Weights, dtype: str) -> Weights:
 def _export(
     chosen: ExportFormat, weights: Weights, staged: Path, place: str, recipe: ExportRecipe
 ) -> ExportedFormat:
-    """Written into a folder of its own and compared, then moved to its place in `staged`."""
+    """Write into a separate folder and compare, then move the files to their place in `staged`."""
 
     folder = staged / f".{chosen.name}.tmp"
     folder.mkdir()

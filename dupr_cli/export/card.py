@@ -1,4 +1,4 @@
-"""What goes to the Hub beside the weights: model card, the run's recipe, evaluations."""
+"""The files that go to the Hub beside the weights: model card, the run's recipe, evaluations."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def write_companions(
     repository: str,
     results: Sequence[Path],
 ) -> None:
-    """README.md, recipe.yaml and results/*.json in the folder that will be pushed.
+    """Write README.md, recipe.yaml and results/*.json into the folder to be pushed.
 
-    results: folders of evaluations given by hand. Raises UsageError for what is no such folder.
+    results: folders of evaluations given by hand. Raises UsageError for any other folder.
     """
     evaluations = find_results(weights, result, results)
     for number, (_, found) in enumerate(evaluations):
@@ -52,9 +52,9 @@ def write_companions(
 def find_results(
     weights: Weights, result: ExportResult, given: Sequence[Path]
 ) -> list[tuple[WeightsResult, Results]]:
-    """Evaluations of these weights: given ones, and those in or next to the run or file.
+    """Find evaluations of these weights: given ones, and those in or next to the run or file.
 
-    They are told by the sha256 of the weights, whatever their address.
+    They are recognised by the sha256 of the weights, whatever their address.
     """
     digests = {weights.sha256, *(d for f in result.formats for d in f.files.values())}
     origin = Path(weights.address)
@@ -67,13 +67,13 @@ def find_results(
             results = Results.read(path)
         except UsageError:
             if path in near:
-                continue  # somebody else's results.json
+                continue  # a results.json of another program
             raise
         own = [entry for entry in results.results if entry.weights_sha256 in digests]
         if own:
             found.setdefault(path.resolve(), (own[0], results))
         elif path not in near:
-            raise UsageError(f"{path}: not an evaluation of {weights.address}.")
+            raise UsageError(f"{path}: this is not an evaluation of {weights.address}.")
     return list(found.values())
 
 
@@ -85,7 +85,7 @@ def model_card(
     evaluations: Sequence[tuple[WeightsResult, Results]],
     run: RunFacts | None,
 ) -> ModelCard:
-    """The README.md: front matter, what it is, how to load each format, results, limitations."""
+    """The README.md: front matter, origin, how to load each format, results, limitations."""
     metadata, name = weights.metadata, repository.rpartition("/")[2]
     front = ModelCardData(
         library_name=_library(recipe.formats),
@@ -114,9 +114,9 @@ def model_card(
         _input(weights),
         *_tables(evaluations),
         "## Limitations",
-        "The weights carry whatever biases their training images have. They are no classifier and "
-        "no detector before they are fine-tuned. "
-        + ("" if evaluations else "They were not evaluated where this card was written."),
+        "The weights carry whatever biases their training images have. Without fine-tuning, they "
+        "are neither a classifier nor a detector. "
+        + ("" if evaluations else "This card has no evaluation of them."),
         "## Citation",
         _citation(metadata),
     ]  # fmt: skip
@@ -124,12 +124,12 @@ def model_card(
 
 
 def _library(formats: Sequence[str]) -> str:
-    """What the Hub shows a button for."""
+    """The library for which the Hub shows a button."""
     return next((name for name in ("timm", "transformers") if name in formats), "dupr")
 
 
 def _is_trial(results: Results) -> bool:
-    """Whether --limit left out test images: its AP is in the text, with that note, but no index."""
+    """Whether --limit left out test images: its AP is reported with a note but not indexed."""
     data = results.recipe.get("data")
     return isinstance(data, dict) and data.get("test_images") is not None
 
@@ -161,7 +161,7 @@ def _origin(metadata: WeightsMetadata) -> str:
 
 
 def _base_model(weights: Weights, run: RunFacts | None) -> str | None:
-    """The repository of the Hub that the weights are of, or that their training started from."""
+    """The Hub repository of the weights, or of the weights that their training started from."""
     start = run.recipe.model.init if run is not None and run.recipe is not None else None
     return repository_of(weights.address) or repository_of(start or "")
 
@@ -172,7 +172,7 @@ def _training(weights: Weights, run: RunFacts | None) -> list[str]:
         return []
     parts = ["## How it was trained"]
     lines = describe(run, weights) if run is not None else []
-    # Of weights without their run, the header has this much.
+    # For weights without their run, only the header is available.
     lines = lines or [f"Views of {metadata.input_size} x {metadata.input_size} pixels"]
     parts.append("\n".join(f"- {line}" for line in lines))
     if run is not None:

@@ -17,12 +17,12 @@ from dupr_cli.progress import Reporter
 
 
 def check_options(options: PushOptions) -> None:
-    """Raises UsageError for what is not OWNER/NAME, or a token that is not there."""
+    """Raises UsageError for a name that is not OWNER/NAME, or a missing token variable."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repository):
         raise UsageError(f"--push-to-hub {options.repository}: write it as OWNER/NAME.")
     if options.token_from and not os.environ.get(options.token_from):
         raise UsageError(
-            f"--token-from-env {options.token_from}: there is no such environment variable."
+            f"--token-from-env {options.token_from}: this environment variable is not set."
         )
 
 
@@ -33,18 +33,18 @@ def push_files(
     options: PushOptions,
     reporter: Reporter,
 ) -> str:
-    """Create the repository if need be and commit files of the folder; returns the commit's URL.
+    """Create the repository if needed and commit files of the folder; returns the commit's URL.
 
-    All files are in one commit, so that the repository is whole at every moment; the same push
-    again changes nothing. The token is of an environment variable, or huggingface-hub's own
-    business (HF_TOKEN, `hf auth login`).
+    All files are in one commit, so that the repository is consistent at every moment; repeating
+    the push changes nothing. The token comes from an environment variable, or huggingface-hub
+    finds it (HF_TOKEN, `hf auth login`).
     Raises RunError when the Hub refuses or cannot be reached; the local files stay.
     """
     metadata = weights.metadata
     token = os.environ[options.token_from] if options.token_from else None
     api = HfApi(library_name="dupr", library_version=metadata.dupr_version, token=token)
     repository = options.repository
-    again = f"{folder} is written; give the command again with --overwrite."
+    again = f"{folder} is written; repeat the command with --overwrite."
     operations = [CommitOperationAdd(name, str(folder / name)) for name in sorted(files)]
     message = options.commit_message or f"dupr: {metadata.architecture}, {metadata.origin}"
     try:
@@ -59,7 +59,7 @@ def push_files(
         if error.status is None:
             raise RunError(f"the push to {repository} failed: {error}. {again}") from error
         hint = (
-            " Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+            " Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
             if error.is_about_the_token
             else ""
         )

@@ -1,16 +1,16 @@
-"""`dupr import`: ResNets that others published, as a weights file.
+"""`dupr import`: convert ResNets that others published into a weights file.
 
-Whatever the framework, a checkpoint is tensors by name; what differs is how the names begin and how
-the parts of a ResNet are called. The name of the first block's convolution tells both. Known are
+In every framework, a checkpoint is tensors by name; the prefix of the names and the names of a
+ResNet's parts differ. The name of the first block's convolution identifies both. Supported are
 torchvision's and timm's own names (MoCo: `module.encoder_q.`, SwAV: `module.`, DINO: `teacher.`,
 DenseCL, DetCo, MMSelfSup and OpenSelfSup: `backbone.` or none), the numbers of a Sequential
-(lightly), transformers' and detectron2's. Everything else in the file, heads and queues, is left
-out.
+(lightly), transformers' and detectron2's. Everything else in the file, such as heads and queues, is
+left out.
 
-A tensor under the names of the stem and the stages that a plain ResNet does not have belongs to
-another network (attention, other norms, further layers) and is refused: without it the features
-would be wrong in silence. A few networks have the very tensors of a plain ResNet and compute
-something else; those are known by their names alone.
+A tensor under the names of the stem and the stages that a plain ResNet lacks belongs to another
+network (attention, other norms, further layers) and is refused: without it the features would be
+silently wrong. A few networks have exactly the tensors of a plain ResNet but compute something
+else; they are recognised only by their names.
 
 Pickled files are read by torch's restricted unpickler, which builds tensors, arrays and plain
 values, and runs nothing.
@@ -50,30 +50,30 @@ from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 
 _COUNTER = "num_batches_tracked"
-# Children of a torchvision ResNet in order, as nn.Sequential numbers them.
+# Children of a torchvision ResNet, in the order in which nn.Sequential numbers them.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-# Where a file holds several networks, the first that its prefix names; methods transfer these.
+# If a file holds several networks, the first match wins; methods transfer these networks.
 _PREFERRED = ("teacher", "encoder_q", "query", "online", "student", "backbone")
 _AVERAGED = ("encoder_k", "key", "momentum", "target")
-# What else belongs to the stem and the stages, beside the names of a plain ResNet: a second
-# convolution of the stem, a pooling that learns, a fifth stage. `[23]` are those of a Sequential.
+# Other names of the stem and the stages that a plain ResNet lacks: a second convolution of the
+# stem, a learned pooling, a fifth stage. `[23]` are those of a Sequential.
 _STEM_OR_STAGE = re.compile(r"(layer|conv|bn|act)\d+|stem|maxpool|relu|[23]")
-# timm's anti-aliased ResNets: blurring has no tensors of its own.
+# timm's anti-aliased ResNets, whose blurring has no tensors.
 _SAME_TENSORS = re.compile(r"\w*resnet(aa|blur)\d+\w*", re.IGNORECASE)
 _SHOWN = 3
 _ELSEWHERE = (
-    "dupr imports plain ResNets only; `dupr pretrain` trains whatever timm can cut into levels "
-    "(model.backbone: timm:NAME)."
+    "dupr imports plain ResNets only; `dupr pretrain` trains any network that timm can cut into "
+    "levels (model.backbone: timm:NAME)."
 )
 _Builder = Callable[..., object]
 # Values that training scripts save beside the weights: their options, paths, dates, figures of
-# numpy's. Building one of these runs nothing that a file says.
+# numpy's. Building one of these runs no code from the file.
 _VALUES = (
     argparse.Namespace, frozenset, slice, range, datetime.datetime, datetime.date,
     datetime.timedelta, np.dtype, np.ndarray,
     *(getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")),
 )  # fmt: skip
-# Where a pickle says to find further ones: the place depends on the versions that wrote it.
+# Where a pickle finds further types: the place depends on the versions that wrote it.
 _MOVED_VALUES: tuple[tuple[_Builder, str], ...] = (
     *(
         (PureWindowsPath if "Windows" in name else PurePosixPath, f"{module}.{name}")
@@ -87,18 +87,18 @@ _MOVED_VALUES: tuple[tuple[_Builder, str], ...] = (
     ),
 )
 _DETECTRON2_INPUT = (
-    "detectron2 gives its networks pixels of 0 to 255, in the order BGR unless INPUT.FORMAT says "
-    "RGB. dupr gives RGB, which --input-mean and --input-std (of pixels of 0 to 1) do not change.",
-    "Models of MSRA and Caffe2 (R-50.pkl, X-101-32x8d.pkl and what was trained from them) have the "
-    "stride in the 1x1 convolution. Here it is in the 3x3 one, so the features are not theirs.",
+    "detectron2 gives its networks pixels of 0 to 255, in BGR order unless INPUT.FORMAT says RGB. "
+    "dupr gives RGB, which --input-mean and --input-std (of pixels of 0 to 1) do not change.",
+    "Models of MSRA and Caffe2 (R-50.pkl, X-101-32x8d.pkl and models trained from them) have the "
+    "stride in the 1x1 convolution. dupr has it in the 3x3 one, so the features differ.",
 )
 
 
 @dataclass(frozen=True)
 class Imported:
-    """prefix: what the tensors' names began with. left_out: tensors that are no backbone.
+    """prefix: the removed prefix of the tensors' names. left_out: tensors outside the backbone.
 
-    notes: what the file does not say and a user has to know.
+    notes: facts that the file does not state but a user needs.
     """
 
     path: str
@@ -115,7 +115,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class _Naming:
-    """anchor: the name that tells the naming. translate: of torchvision's names into it."""
+    """anchor: the name that identifies the naming. translate: from torchvision's names to it."""
 
     name: str
     anchor: str
@@ -151,11 +151,11 @@ def import_weights(
 ) -> Imported:
     """Write the backbone of a public checkpoint as a weights file at `out`.
 
-    address: a file (.safetensors, or what torch.save wrote), or hf://OWNER/NAME/FILE. prefix: what
-    the names of the wanted network begin with, where the file holds several. mean, std: of its
-    input, RGB in 0..1; a file does not say.
-    Raises UsageError for what cannot be read without running code, holds no ResNet of
-    torchvision's, lacks a tensor of it, or is a network with more in it than a plain ResNet.
+    address: a file (.safetensors, or a file of torch.save), or hf://OWNER/NAME/FILE. prefix: of the
+    names of the wanted network, if the file holds several. mean, std: of its input, RGB in 0..1; a
+    file does not state them.
+    Raises UsageError for a file that cannot be read without running code, holds no torchvision
+    ResNet, lacks one of its tensors, or holds a network with more parts than a plain ResNet.
     """
     require_replaceable(out, [out], overwrite)
     path = fetch_weights(address) if address.startswith(HUB) else Path(address)
@@ -165,8 +165,8 @@ def import_weights(
     networks = _networks(found)
     if not networks:
         raise UsageError(
-            f"{address}: no ResNet in it: none of its {len(found)} tensors is the first "
-            f"convolution of a first block ({_ANCHOR} or its like). The first are "
+            f"{address}: the file holds no ResNet: none of its {len(found)} tensors is the first "
+            f"convolution of a first block ({_ANCHOR} or similar). The first are "
             f"{', '.join(sorted(found)[:5]) or 'none'}."
         )
     chosen, naming = _choose(networks, prefix, address)
@@ -200,22 +200,22 @@ def import_weights(
 
 
 def _read(path: Path, address: str) -> object:
-    """The content of a file. Raises UsageError for what is missing, damaged, or would run code."""
+    """The content of a file. Raises UsageError if it is missing, damaged, or would run code."""
     if not path.is_file():
-        raise UsageError(f"{address}: there is no such file.")
+        raise UsageError(f"{address}: this file does not exist.")
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     try:
         with torch.serialization.safe_globals([*_VALUES, *_MOVED_VALUES]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Bytes that mean nothing, and not those of a pickle that the unpickler knows too little of.
+        # Arbitrary bytes, as opposed to a pickle that the restricted unpickler cannot read.
         if "Unsupported operand" in str(error) and not path.read_bytes().startswith(pickle.PROTO):
-            raise UsageError(_unreadable(address, "no file that torch.save wrote")) from error
+            raise UsageError(_unreadable(address, "torch.save did not write this file")) from error
         raise UsageError(
-            f"{address}: refused. It is a pickle that holds more than tensors and plain values "
-            f"({_asked_for(str(error))}), and reading that could run code. Nothing of it was run. "
-            f"Save the tensors alone, best as .safetensors, where you trust the file."
+            f"{address}: refused. This pickle holds more than tensors and plain values "
+            f"({_refusal(str(error))}), and reading those could run code. Nothing was run. If "
+            f"you trust the file, save only its tensors, best as .safetensors."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error) or type(error).__name__
@@ -224,20 +224,20 @@ def _read(path: Path, address: str) -> object:
 
 def _unreadable(address: str, reason: str) -> str:
     return (
-        f"{address}: cannot be read as a checkpoint ({reason}). It may be cut off, or of another "
-        f"format; download it again."
+        f"{address}: cannot be read as a checkpoint ({reason}). It may be truncated, or have "
+        f"another format; download it again."
     )
 
 
-def _asked_for(message: str) -> str:
-    """What the unpickler stopped at, of its long message."""
+def _refusal(message: str) -> str:
+    """The cause from the unpickler's long message."""
     found = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s+([^\n]+)", message)
-    said = str(found[1] or found[2]) if found else "not a checkpoint"
-    return textwrap.shorten(said, 120, placeholder=" ...")
+    cause = str(found[1] or found[2]) if found else "not a checkpoint"
+    return textwrap.shorten(cause, 120, placeholder=" ...")
 
 
 def _flat(content: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors by their path of keys. What torch and Lightning wrap them in is no part of it."""
+    """All tensors by their path of keys, without the wrappers of torch and Lightning."""
     if isinstance(content, Tensor):
         yield place, content
     elif isinstance(content, Mapping):
@@ -265,7 +265,7 @@ def _choose(
     if prefix is not None:
         if prefix not in networks:
             raise UsageError(
-                f"{address}: there is no ResNet under {prefix!r}; there are "
+                f"{address}: no ResNet has the prefix {prefix!r}; the prefixes are "
                 f"{', '.join(map(repr, networks))}."
             )
         return prefix, networks[prefix]
@@ -281,7 +281,7 @@ def _choose(
 
 
 def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> str:
-    """The ResNet whose tensors are all there in their shapes."""
+    """The ResNet whose tensors are all present with their shapes."""
     candidates = []
     for architecture in get_args(Backbone):
         shapes = _shapes(architecture)
@@ -293,7 +293,7 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
             if not theirs.endswith(_COUNTER) and (theirs not in own or own[theirs].shape != shape)
         ]
         wrong += [
-            f"{theirs} is of a further block"
+            f"{theirs} belongs to an extra block"
             for n in range(1, 5)
             if (theirs := naming.translate(f"layer{n}.{block_count(shapes, n)}.conv1.weight"))
             in own
@@ -304,9 +304,9 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
     _, nearest, wrong = min(candidates)
     further = _further(own, naming, nearest)
     raise UsageError(
-        f"{address}: not a ResNet of torchvision's. The nearest is {nearest}, but "
+        f"{address}: this is not a torchvision ResNet. The nearest is {nearest}, but "
         f"{_some(wrong, '; ')}."
-        + (f" Nor does a {nearest} have {_some(further)}." if further else "")
+        + (f" A {nearest} also lacks {_some(further)}." if further else "")
         + f" {_ELSEWHERE}"
     )
 
@@ -344,8 +344,8 @@ def _refuse_further(
     further = _further(own, naming, architecture)
     if further:
         raise UsageError(
-            f"{address}: not a plain {architecture}. All its tensors are there, and among them are "
-            f"{len(further)} that it does not have: {_some(further)}. Without these the features "
+            f"{address}: this is not a plain {architecture}. It has all its tensors, and "
+            f"{len(further)} more: {_some(further)}. Without these the features "
             f"would be wrong. {_ELSEWHERE}"
         )
 
@@ -353,22 +353,23 @@ def _refuse_further(
 def _refuse_same_tensors(content: object, path: Path, address: str) -> None:
     """Refuse networks that differ from a plain ResNet in what they compute, not in their tensors.
 
-    The address, timm's config.json beside a file, or what a training script saved may name one.
+    The address, timm's config.json beside a file, or values that a script saved may name one.
     """
-    for place, name in ((address, address), *_said_architectures(content, path)):
+    for place, name in ((address, address), *_named_architectures(content, path)):
         variant = _SAME_TENSORS.search(name)
         if variant:
             raise UsageError(
-                f"{address}: not a plain ResNet, by its name in {place}: {variant[0]} blurs before "
-                f"it subsamples, and a plain ResNet with its tensors computes other features. "
+                f"{address}: this is not a plain ResNet, by its name in {place}: {variant[0]} "
+                f"blurs before it subsamples, so a plain ResNet with its tensors computes other "
+                f"features. "
                 f"{_ELSEWHERE} Move the file if that name is wrong."
             )
 
 
-def _said_architectures(content: object, path: Path) -> Iterator[tuple[str, str]]:
+def _named_architectures(content: object, path: Path) -> Iterator[tuple[str, str]]:
     config = path.with_name("config.json")
     if config.is_file():
-        with contextlib.suppress(ValueError):  # of another program, then
+        with contextlib.suppress(ValueError):  # then it belongs to another program
             beside = json.loads(config.read_bytes())
             if isinstance(beside, dict):
                 yield config.name, str(beside.get("architecture"))
@@ -384,7 +385,7 @@ def _said_architectures(content: object, path: Path) -> Iterator[tuple[str, str]
 def _translated(
     own: Mapping[str, Tensor], naming: _Naming, architecture: str, address: str
 ) -> dict[str, Tensor]:
-    """Under torchvision's names; counters of batches, which not all frameworks have, as 0."""
+    """The tensors under torchvision's names; batch counters, if a framework lacks them, are 0."""
     tensors = {}
     for name in _shapes(architecture):
         theirs = naming.translate(name)

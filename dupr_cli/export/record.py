@@ -1,4 +1,4 @@
-"""export.json: what an export wrote, and so what a later one with --overwrite may replace."""
+"""export.json: the files of an export, which a later one with --overwrite may replace."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def _recorded(target: Path) -> tuple[Path, set[Path]]:
 
 
 def require_replaceable(target: Path, files: Iterable[Path], overwrite: bool) -> None:
-    """Raises UsageError when one of `files` is there and is not an earlier export's to replace."""
+    """Raises UsageError when one of `files` exists and an earlier export does not own it."""
     _, replaceable = _recorded(target)
     for path in files:
         if not path.exists():
             continue
         if not overwrite:
-            raise UsageError(f"{path}: a file has this name. Give another --out, or --overwrite.")
+            raise UsageError(f"{path}: this file exists. Give another --out, or --overwrite.")
         if path not in replaceable:
             raise UsageError(
-                f"{path}: no earlier export wrote this file, so --overwrite leaves it alone. Move "
+                f"{path}: no earlier export wrote this file, so --overwrite keeps it. Move it "
                 f"it away, or give another --out."
             )
 
@@ -72,16 +72,16 @@ def require_replaceable(target: Path, files: Iterable[Path], overwrite: bool) ->
 def place(
     staged: Path, target: Path, result: ExportResult, companions: bool, overwrite: bool
 ) -> None:
-    """Give each file its name when all of them are whole; files of an earlier export go.
+    """Give the files their names when all are whole; remove those of an earlier export.
 
-    target: a file for a single format that is one and has no companions, else a folder.
-    Raises UsageError when something else is there; then nothing is changed.
+    target: a file for a single-file format without companions, else a folder.
+    Raises UsageError when something else is in the way; then nothing changes.
     """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     alone = [name for of in result.formats for name in of.files]
     if len(alone) == 1 and not companions and target.suffix == Path(alone[0]).suffix:
         if target.is_dir():
-            raise UsageError(f"{target}: a folder has this name; give a file as --out.")
+            raise UsageError(f"{target}: this is a folder; give a file as --out.")
         record = target.with_suffix(f".{RECORD}")
         moves = {staged / alone[0]: target, staged / RECORD: record}
         require_replaceable(target, moves.values(), overwrite)

@@ -1,4 +1,4 @@
-"""How weights came about, for the model card: from the recipe and the log of their run."""
+"""The history of weights for the model card: from the recipe and the log of their run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dupr_cli.recipe import PretrainRecipe, load_recipe, recipe_digest
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The run that weights are of, where it is at hand.
+    """The run that produced the weights, if it is available.
 
-    recipe: None where this version cannot read it. images: that it trained on. changed: recipe keys
-    that were changed on the way. log: the newest value of everything logged up to the weights'
-    step; retrieval_step: of its held-out retrieval.
+    recipe: None if this version cannot read it. images: number of training images. changed: recipe
+    keys that changed during the run. log: the newest value of everything logged up to the weights'
+    step; retrieval_step: the step of its held-out retrieval.
     """
 
     folder: Path
@@ -31,14 +31,14 @@ class RunFacts:
 
 
 def facts_of(weights: Weights) -> RunFacts | None:
-    """None where the run is not at hand: weights from elsewhere, or a file that was moved."""
+    """None if the run is not available: weights from elsewhere, or a file that was moved."""
     path = Path(weights.address)
     if not path.exists():
         return None
     for folder in (path, *path.parents[:3]):
         if (folder / RECIPE_FILE).is_file():
             recipe = _recipe(folder)
-            # A file may lie in the folder of a run that it is not of.
+            # A file may lie in the folder of a run that did not produce it.
             if path.is_file() and (
                 recipe is None or recipe_digest(recipe) != weights.metadata.recipe_sha256
             ):
@@ -50,7 +50,7 @@ def facts_of(weights: Weights) -> RunFacts | None:
 def _recipe(folder: Path) -> PretrainRecipe | None:
     try:
         return load_recipe(PretrainRecipe, str(folder / RECIPE_FILE))
-    except UsageError:  # of another version, or with a method that is not installed
+    except UsageError:  # from another version, or with a method that is not installed
         return None
 
 
@@ -74,7 +74,7 @@ def _facts(folder: Path, recipe: PretrainRecipe | None, step: int) -> RunFacts:
 
 
 def describe(facts: RunFacts, weights: Weights) -> list[str]:
-    """Lines of a list in Markdown: method, images, length, optimiser, start, what was measured."""
+    """Lines of a Markdown list: method, images, length, optimiser, start, measurements."""
     lines = []
     if facts.recipe is not None:
         lines = _by_recipe(facts.recipe, facts, weights)
@@ -89,7 +89,7 @@ def describe(facts: RunFacts, weights: Weights) -> list[str]:
             f"Held-out patch retrieval at step {facts.retrieval_step:,}, top-1: {', '.join(found)}"
         )
     if facts.changed:
-        lines.append(f"Changed while it ran: {', '.join(facts.changed)}")
+        lines.append(f"Changed during the run: {', '.join(facts.changed)}")
     return lines
 
 
@@ -113,6 +113,6 @@ def _by_recipe(recipe: PretrainRecipe, facts: RunFacts, weights: Weights) -> lis
         f"Length: {weights.metadata.step:,} steps of {recipe.data.batch_size} images{passes}",
         f"Optimiser: SGD, learning rate {optimizer.lr} ({optimizer.schedule}), momentum "
         f"{optimizer.momentum}, weight decay {optimizer.weight_decay}; {recipe.train.precision}",
-        # A local path says nothing elsewhere, and may say too much.
+        # A local path means nothing elsewhere, and may reveal too much.
         f"Start: {(start if start.startswith(HUB) else Path(start).name) if start else 'random'}",
     ]

@@ -1,4 +1,4 @@
-"""What an export is asked for, plans and returns."""
+"""The options, the plan and the result of an export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Where a folder goes on the Hugging Face Hub. token_from: the token's environment variable."""
+    """The destination on the Hugging Face Hub. token_from: the token's environment variable."""
 
     repository: str
     private: bool = False
@@ -34,7 +34,7 @@ class ExportPlan:
 class ExportedFormat:
     """files: sha256 by name. max_difference: of features from dupr's own, see `verification`.
 
-    verified_by: what loaded the files. usage: pairs of a language and a block of code.
+    verified_by: the library that loaded the files. usage: pairs of a language and a block of code.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ExportedFormat:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. path: the file, or the folder of several. origin: encoder and step."""
+    """The written files. path: the file, or the folder of several. origin: encoder and step."""
 
     path: str
     weights: str

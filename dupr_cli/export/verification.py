@@ -1,7 +1,7 @@
-"""Verification: what was written, loaded into its framework, computes what dupr computes.
+"""Verification: the files, loaded into their framework, compute the same features as dupr.
 
-Where the framework is not installed, names, shapes and values of the tensors are compared instead,
-and the result says so. Either way a file is compared before it gets its name.
+If the framework is not installed, names, shapes and values of the tensors are compared instead, and
+the result says so. In both cases a file is compared before it gets its name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dupr_cli.export.formats import ExportFormat, Features, LibraryMissingError
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import LEVELS
 
-# Of the largest value of a level. The same operations in another order differ by rounding; what
-# computes in a reduced precision itself (ONNX of such weights) rounds at every layer.
+# Relative to the largest value of a level. The same operations in another order differ by rounding;
+# a framework that computes in reduced precision (ONNX of such weights) rounds at every layer.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Deep networks whose values grow from block to block round more than that in float32 itself.
+# Deep networks with values that grow from block to block round more than this even in float32.
 _TIMES_OWN_ROUNDING = 4
 
 
 @dataclass(frozen=True)
 class Verification:
-    """max_difference: of features, relative to the largest of their level; of tensors, which must
-    be equal, 0. by: what loaded it.
+    """max_difference: of features, relative to the largest of their level; 0 for tensors, which
+    must be equal. by: the library that loaded them.
     """
 
     max_difference: float
@@ -38,13 +38,13 @@ class Verification:
 
 @torch.no_grad()
 def verify(written: ExportFormat, weights: Weights, folder: Path) -> Verification:
-    """Raises RunError when the files are not the same network, saying where they differ."""
+    """Raises RunError, with the largest difference, when the files are not the same network."""
     images = fixed_images()
     try:
         loaded = written.load(weights, folder, images)
     except LibraryMissingError as missing:
         _require_equal(written.tensors(weights, folder), weights, written.name)
-        by = f"names, shapes and values only, as {missing}"
+        by = f"names, shapes and values only, because {missing}"
         return Verification(0.0, by, features_compared=False)
     expected = features_of(weights, images)
     difference = _largest_difference(loaded.features, expected)
@@ -61,12 +61,12 @@ def verify(written: ExportFormat, weights: Weights, folder: Path) -> Verificatio
 
 
 def fixed_images() -> Tensor:
-    """(2, 3, 96, 128): the same numbers every time."""
+    """(2, 3, 96, 128) fixed images: the same numbers every time."""
     return torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
 
 
 def features_of(weights: Weights, images: Tensor) -> Features:
-    """dupr's own, in the precision of the images."""
+    """dupr's own features, in the precision of the images."""
     backbone = ResNetBackbone(weights.metadata.architecture).eval()
     load_backbone(backbone, weights)
     backbone.to(images.dtype)
@@ -78,19 +78,18 @@ def _require_equal(tensors: dict[str, Tensor], weights: Weights, name: str) -> N
     for key, tensor in weights.tensors.items():
         if key not in tensors or not torch.equal(tensors[key], tensor):
             raise RunError(
-                f"{weights.address}: read back from {name}, {key} is another tensor. Nothing was "
-                f"written."
+                f"{weights.address}: {key} changed when read back from {name}. Nothing was written."
             )
 
 
 def _largest_difference(found: Features, expected: Features) -> float:
-    """Infinite where a level is missing or of another shape."""
+    """Infinite if a level is missing or has another shape."""
     largest = 0.0
     for level in LEVELS:
         if level not in found or found[level].shape != expected[level].shape:
             return float("inf")
-        apart = (found[level].float() - expected[level]).abs().max()
-        difference = float(apart / expected[level].abs().max())
-        # Not max(): it would drop a NaN.
+        deviation = (found[level].float() - expected[level]).abs().max()
+        difference = float(deviation / expected[level].abs().max())
+        # max() would drop a NaN.
         largest = difference if not difference <= largest else largest
     return largest

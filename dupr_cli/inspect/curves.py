@@ -1,7 +1,7 @@
 """The curves of runs, overlaid: held-out patch retrieval, signs of collapse, speed, and losses.
 
-Every measure of every level has a panel of its own, and every run a colour. A loss panel shows
-ln(1 + K) too, the loss of a network that cannot tell the positive from the K keys of its queue.
+Every measure of every level has its own panel, and every run has a colour. A loss panel also shows
+ln(1 + K), the loss of a network that cannot tell the positive from the K keys of its queue.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 _COLUMNS = 4
 _PANEL = (3.6, 2.7)  # inches
-_FEW_POINTS = 15  # marked one by one up to here
+_FEW_POINTS = 15  # curves with at most this many points get markers
 _GREY = "0.45"
-_CHARACTERS = 9  # of the runs' names, on an inch of the legend
+_CHARACTERS = 9  # of the runs' names, per inch of the legend
 
 Points = list[tuple[float, float]]
 
@@ -44,7 +44,7 @@ class _Run:
         return next((line[name] for line in reversed(self.lines) if name in line), None)
 
     def lowest(self, prefix: str) -> Points:
-        """At every step the smallest value of those whose names begin with `prefix`."""
+        """At every step, the smallest of the values whose names begin with `prefix`."""
         found = (
             (line["step"], [value for name, value in line.items() if name.startswith(prefix)])
             for line in self.lines
@@ -55,7 +55,7 @@ class _Run:
 def draw_curves(runs: Path | Sequence[Path], path: Path) -> None:
     """Write a PNG of the metrics.jsonl of one run or several.
 
-    Raises UsageError when a run has none.
+    Raises UsageError when a run has no metrics.jsonl.
     """
     figure = curves_figure([runs] if isinstance(runs, Path) else runs)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +115,13 @@ def _read(runs: Sequence[Path]) -> list[_Run]:
     for run, name, colour in zip(runs, run_names(runs), colours, strict=True):
         lines = [line for line in MetricsLog(run).read() if "step" in line]
         if not lines:
-            raise UsageError(f"{run}: no metrics.jsonl with a line in it; give a run directory.")
+            raise UsageError(f"{run}: metrics.jsonl is missing or empty; give a run directory.")
         read.append(_Run(name, colour, lines))
     return read
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the runs' paths, of equal length, that tell them apart."""
+    """The shortest distinct ends of the runs' paths, of equal length."""
     parts = [run.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -199,7 +199,7 @@ def _from_zero(axes: Axes, at_least: float = 0) -> None:
 
 
 def _finish(axes: Axes, last: float) -> None:
-    """What all panels have in common. last: step at which the longest run is."""
+    """Settings that all panels share. last: the last step of the longest run."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_xlim(-0.03 * last, max(1, 1.03 * last))

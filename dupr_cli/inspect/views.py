@@ -1,8 +1,8 @@
 """Pairs of views with their patch grids, as pre-training makes them.
 
 Each row shows an image with both crops, then its two views with the grid of the shared region.
-Cells of the same colour and number show the same place: with the patch loss they are a positive
-pair. A mirrored view shows in its numbers.
+Cells with the same colour and number show the same place: with the patch loss they are a positive
+pair. A mirrored view is recognisable by its numbers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _NUMBER = 24  # pixels of the picture that a number needs, in both directions
 def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) -> list[str]:
     """Write a PNG of `count` images' view pairs, with the bins of the finest patch level.
 
-    data: shards, as for `dupr pretrain`. The images are held-out ones; where there are too few,
-    the first others follow. Returns the keys of the images drawn.
+    data: shards, as for `dupr pretrain`. The images are held-out images; if these are too few,
+    the first other images follow. Returns the keys of the images drawn.
     Raises UsageError when no image can be decoded.
     """
     shards = open_shards(data, recipe.data.split)
@@ -83,15 +83,15 @@ def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) ->
 
 
 def _bins(method: MethodSection, level: Level) -> int:
-    """As the probe counts them where the level has no patch loss."""
+    """The bins of a level; without a patch loss, those of the retrieval check."""
     cells = method.views.size // LEVEL_STRIDES[level]
     return method.patch.bins.get(level, max(1, cells))
 
 
 def _images(shards: ShardSet, holdout: int, count: int) -> Iterator[tuple[int, Image.Image]]:
-    """Numbers and images, held-out ones first, evenly spread; those that are damaged are left out.
+    """Numbers and images, held-out ones first, evenly spread; damaged images are left out.
 
-    Spread, because shards often come sorted by class.
+    They are spread because shards are often sorted by class.
     """
     held = held_out(len(shards), holdout)
     places = np.linspace(0, len(held) - 1, min(count, len(held))).round().astype(int)
@@ -144,7 +144,7 @@ def _sheet(
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Without its beginning where it is wider than a panel: ends tell keys apart."""
+    """Shorten text wider than a panel at its beginning, because keys differ at their ends."""
     if font.getlength(text) <= _SIDE:
         return text
     while font.getlength(f"...{text}") > _SIDE:
@@ -161,7 +161,7 @@ def _to_image(pixels: Tensor, method: MethodSection) -> Image.Image:
 
 
 def _source(image: Image.Image, crops: Tensor) -> Image.Image:
-    """The image in the middle of its panel, both crops framed and what they share brightened."""
+    """The image centred in its panel, its crops framed and their shared region brightened."""
     scale = _SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     left, top = ((_SIDE - side) // 2 for side in size)
@@ -182,7 +182,7 @@ def _source(image: Image.Image, crops: Tensor) -> Image.Image:
 def _view(
     image: Image.Image, box: Tensor, flipped: bool, bins: int, every: int, frame: str
 ) -> Image.Image:
-    """One view with its grid, every `every`th cell of it numbered in both directions.
+    """One view with its grid; every `every`th cell is numbered, in both directions.
 
     bins 0 draws no grid (too little is shared).
     """
@@ -192,7 +192,7 @@ def _view(
     font = ImageFont.load_default(13)
     for i in range(bins):
         for j in range(bins):
-            # Bin j of a mirrored view is counted from the right: it shows the same place.
+            # Bin j of a mirrored view counts from the right, so it shows the same place.
             column = bins - 1 - j if flipped else j
             left, right = (x0 + (x1 - x0) * k / bins for k in (column, column + 1))
             top, bottom = (y0 + (y1 - y0) * k / bins for k in (i, i + 1))

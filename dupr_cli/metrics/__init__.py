@@ -1,4 +1,4 @@
-"""The metrics of detection: one function for all of them, whose name says which it is.
+"""The metrics of detection: one function for all of them, selected by name.
 
 VOC's average precision is computed here (voc.py), COCO's by pycocotools (coco.py).
 """
@@ -38,11 +38,11 @@ def score(
     classes: Sequence[str],
     ious: Sequence[float] = (),
 ) -> Scores:
-    """AP, AP50, AP75 and what else the metric has, in percent.
+    """AP, AP50, AP75 and the metric's other numbers, in percent.
 
-    truths, detections: one entry per image, in the same order; their labels number `classes`.
-    ious: further IoU thresholds, whose AP is added as AP30 and so on. coco-segm gives the numbers
-    of boxes under their usual names and those of masks as segm_AP, segm_AP50, ... beside them.
+    truths, detections: one entry per image, in the same order; labels are indices into `classes`.
+    ious: further IoU thresholds, whose AP is added as AP30 and so on. coco-segm returns the numbers
+    for boxes under their usual names, and those for masks as segm_AP, segm_AP50, ... beside them.
     Raises ValueError when no class has an object to find, or masks are missing.
     """
     if metric == "coco":

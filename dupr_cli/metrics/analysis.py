@@ -1,8 +1,8 @@
-"""What is behind an AP: curves, classes taken for another, kinds of errors, sizes of objects.
+"""The analysis behind an AP: curves, confused classes, kinds of errors, sizes of objects.
 
-All of it goes by VOC's matching and one IoU threshold, of whatever metric the detections were
-scored by. The kinds of errors and what each costs follow TIDE (Bolya et al., ECCV 2020, sections
-2.2 and 2.3): AP is computed again with all errors of one kind repaired, and the gain is the cost.
+All of it uses VOC's matching and one IoU threshold, whichever metric scored the detections. The
+kinds of errors and their costs follow TIDE (Bolya et al., ECCV 2020, sections 2.2 and 2.3): AP is
+computed again with all errors of one kind repaired, and the gain is the cost.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from dupr_cli.metrics.voc import (
     outcome,
 )
 
-# Overlap from which a detection is on an object, and below which it is on none.
+# A detection with more than the first overlap is on an object; below the second it is on none.
 FOREGROUND, BACKGROUND = 0.5, 0.1
-# From this score on detections are in the confusion matrix.
+# Detections with at least this score are in the confusion matrix.
 CONFUSION_SCORE = 0.5
 ERROR_KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 # Areas in square pixels. Source: COCO's evaluation.
@@ -54,7 +54,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Of one class, at its right detections, in order of falling score; as fractions."""
+    """The curve of one class at its right detections, by falling score; as fractions."""
 
     precision: list[float]
     recall: list[float]
@@ -64,7 +64,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """count: of detections, or objects for `missed`. cost: AP50 in percent that it takes away."""
+    """count: of detections, or objects for `missed`. cost: loss of AP50 in percent."""
 
     count: int
     cost: float
@@ -72,7 +72,7 @@ class ErrorKind:
 
 @dataclass(frozen=True)
 class SizeScores:
-    """Objects of one range of sizes. AP, AP50: in percent, None where there is no object."""
+    """Objects of one range of sizes. AP, AP50: in percent, None if the range has no object."""
 
     objects: int
     AP: float | None
@@ -82,8 +82,8 @@ class SizeScores:
 @dataclass(frozen=True)
 class Analysis:
     """points: of the APs in it. curves: by class. confusion: [class of the object][class found],
-    numbers of objects and detections; the last row is background that was found, the last column
-    objects that were not. confusion_score: from which score on detections are in it."""
+    numbers of objects and detections; the last row counts detections on background, the last
+    column undetected objects. confusion_score: the minimum score for detections in it."""
 
     points: Points
     iou: float
@@ -102,7 +102,7 @@ def analyse(
     classes: Sequence[str],
     points: Points = "voc10",
 ) -> Analysis:
-    """truths, detections: one entry per image, in the same order; their labels number `classes`.
+    """truths, detections: one entry per image, in the same order; labels index `classes`.
 
     Raises ValueError when no class has an object to find.
     """
@@ -128,7 +128,7 @@ def analyse(
 
 
 def _mean_ap(matches: Matches, result: Outcome, points: Points, counted: Flags) -> float:
-    """counted: (classes,) those of the mean."""
+    """counted: (classes,) the classes in the mean."""
     found = zip(curves(matches, result), counted, strict=True)
     return float(np.mean([average_precision(p, r, points) for (p, r), counts in found if counts]))
 
@@ -153,7 +153,7 @@ def _curves(
 class _Overlaps:
     """The object that each detection overlaps most.
 
-    iou: (d,) 0 where there is none. object: (d,) -1 where there is none.
+    iou: (d,) 0 without an object. object: (d,) -1 without an object.
     """
 
     iou: Floats
@@ -170,7 +170,7 @@ def _errors(
 ) -> dict[str, ErrorKind]:
     counted = matches.positives > 0
     before = _mean_ap(matches, result, points, counted)
-    # Back in the order of `found`.
+    # Restore the order of `found`.
     right, ignored = np.zeros(len(found), dtype=np.bool_), np.zeros(len(found), dtype=np.bool_)
     right[matches.place], ignored[matches.place] = result.right, result.ignored
     taken = np.zeros(len(objects), dtype=np.bool_)
@@ -179,7 +179,7 @@ def _errors(
 
     left = ~right & ~ignored
     kinds: dict[str, Flags] = {}
-    # In this order: what one kind claims is no other's.
+    # In this order: a detection that one kind claims is not counted by a later kind.
     for kind, applies in (
         ("localisation", (own.iou >= BACKGROUND) & (own.iou <= FOREGROUND)),
         ("classification", other.iou > FOREGROUND),
@@ -195,7 +195,7 @@ def _errors(
         return 100 * (_mean_ap(again, outcome(again, FOREGROUND), points, counted) - before)
 
     def moved(kind: str, targets: Integers, repaired: DetectionArrays) -> float:
-        """The detections of the kind become right, each object's best one; the others go."""
+        """Make each object's best detection of the kind right, and remove the others."""
         wrong = np.flatnonzero(kinds[kind])
         wrong = wrong[np.argsort(-found.scores[wrong], kind="stable")]
         wrong = wrong[~taken[targets[wrong]]]
@@ -214,7 +214,7 @@ def _errors(
         "classification": moved("classification", other.object, replace(found, label=label)),
         "localisation": moved("localisation", own.object, replace(found, boxes=boxes)),
         **{k: cost(objects, found.take(~kinds[k])) for k in ("both", "duplicate", "background")},
-        # As ignored objects they are no longer looked for; a class without others stays at 0.
+        # Objects that become ignored are no longer looked for; a class without others stays at 0.
         "missed": cost(replace(objects, ignored=objects.ignored | missed), found),
     }
     counts = {kind: int(flags.sum()) for kind, flags in {**kinds, "missed": missed}.items()}
@@ -222,7 +222,7 @@ def _errors(
 
 
 def _overlaps(objects: ObjectArrays, found: DetectionArrays, same_class: bool) -> _Overlaps:
-    """Among the objects of the image that are to be found, of the detection's class or not."""
+    """Consider the objects to find in the image, of the detection's class or of other classes."""
     iou, best = np.zeros(len(found)), np.full(len(found), -1)
     usable = np.flatnonzero(~objects.ignored)
     by_image = usable[np.argsort(objects.image[usable], kind="stable")]
@@ -230,7 +230,7 @@ def _overlaps(objects: ObjectArrays, found: DetectionArrays, same_class: bool) -
         fits = (found.label[detection] == objects.label[candidate]) == same_class
         detection, candidate = detection[fits], candidate[fits]
         overlaps = pair_iou(found.boxes[detection], objects.boxes[candidate])
-        # Written from the smallest overlap to the largest: the largest stays.
+        # Writing from the smallest overlap to the largest keeps the largest.
         order = np.argsort(overlaps, kind="stable")
         iou[detection[order]] = overlaps[order]
         best[detection[order]] = candidate[order]
@@ -244,7 +244,7 @@ def _of_size(
     span: tuple[float, float],
     points: Points,
 ) -> SizeScores:
-    """As COCO does it: others are ignored, and so are detections of another size that hit none."""
+    """As in COCO, other objects and unmatched detections of another size are ignored."""
     low, high = span
     inside = (objects.size >= low) & (objects.size < high) & ~objects.ignored
     matches = match(replace(objects, ignored=~inside), found, classes)
@@ -266,8 +266,8 @@ def _confusion(
 ) -> list[list[int]]:
     """Each object goes to the best-scored detection over FOREGROUND IoU, of any class.
 
-    Of several free objects a detection takes the one it overlaps most. Those that hit only ignored
-    or taken objects of their own class are left out, as duplicates are no confusion.
+    Of several free objects, a detection takes the one that it overlaps most. Detections that hit
+    only ignored or taken objects of their own class are left out: duplicates are not confusion.
     """
     counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     confident = found.take(found.scores >= score)

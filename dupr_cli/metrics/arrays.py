@@ -18,9 +18,9 @@ from dupr_cli.metrics.types import Detections, Flags, Floats, Integers, Truth
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
-# Pairs whose overlaps are computed at once: what fits the cache of a core, more or less.
+# Pairs whose overlaps are computed at once: about as many as fit the cache of a core.
 _PAIRS = 200_000
-# Groups up to which looking up in a table of all of them is faster than searching, and small.
+# Up to this many groups, a lookup table of all groups is small and faster than searching.
 _TABLE = 4_000_000
 
 
@@ -74,7 +74,7 @@ def flatten_truths(truths: Sequence[Truth]) -> ObjectArrays:
 
 
 def flatten_detections(detections: Sequence[Detections]) -> DetectionArrays:
-    """Image by image, or in the order of the file that they came from; see `Detections.order`."""
+    """Concatenate image by image, or in the order of their file; see `Detections.order`."""
     found = DetectionArrays(
         _image_numbers([len(d.labels) for d in detections]),
         _joined([d.labels for d in detections], np.int64),

@@ -1,12 +1,12 @@
 """COCO's average precision and recall, of boxes and of masks, computed by pycocotools itself.
 
-Objects and detections are written down as COCO's JSON has them and given to COCOeval, whose numbers
-are passed on unchanged but for the factor of 100. Whoever has COCO's own files gives their content
-directly (`coco_json_scores`): x + width - x need not be the width that is in the file.
+Objects and detections are written as COCO's JSON and given to COCOeval, whose numbers are returned
+unchanged except for the factor of 100. COCO's own files should be given by their content
+(`coco_json_scores`), because x + width - x need not equal the width in the file.
 
-Crowd regions are COCO's: a detection that lies in one by the threshold counts as neither. COCO has
-no difficult objects. Here they are ignored as COCO ignores what is outside of a range of sizes: by
-ordinary IoU, one detection each, and only when no other object fits.
+Crowd regions follow COCO: a detection that matches one by the threshold counts as neither right nor
+wrong. COCO has no difficult objects. Here they are ignored as COCO ignores objects outside a size
+range: by ordinary IoU, one detection each, and only when no other object fits.
 
 Source: pycocotools, COCOeval and COCOeval.summarize.
 """
@@ -27,7 +27,7 @@ STATISTICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
 
-# An area that lies in no range of sizes, not even that of all: COCOeval ignores the object.
+# An area outside every size range, even that of all sizes, so that COCOeval ignores the object.
 _IGNORED_AREA = -1.0
 
 Json = dict[str, Any]
@@ -39,7 +39,7 @@ def coco_scores(
     classes: Sequence[str],
     ious: Sequence[float] = (),
 ) -> Scores:
-    """The twelve numbers of COCO for boxes, AP, AP50 and AP75 of each class, AP at each of `ious`.
+    """COCO's twelve numbers for boxes, AP, AP50 and AP75 of each class, and AP at each of `ious`.
 
     Raises ValueError when no class has an object that is neither difficult nor crowd.
     """
@@ -53,7 +53,7 @@ def coco_segm_scores(
     classes: Sequence[str],
     ious: Sequence[float] = (),
 ) -> Scores:
-    """The numbers of `coco_scores`, and those of the masks as segm_AP and so on beside them.
+    """The numbers of `coco_scores`, with those of the masks beside them as segm_AP and so on.
 
     Raises ValueError when an image with objects or detections has no masks.
     """
@@ -66,7 +66,7 @@ def coco_segm_scores(
 
 
 def with_masks(boxes: Scores, masks: Scores) -> Scores:
-    """Both in one, those of masks under names that begin with segm_."""
+    """Merge both; the names for masks begin with segm_."""
 
     def joined(of_boxes: dict[str, float], of_masks: dict[str, float]) -> dict[str, float]:
         return {**of_boxes, **{f"segm_{name}": value for name, value in of_masks.items()}}
@@ -142,16 +142,16 @@ def coco_json_scores(
 ) -> Scores:
     """COCOeval on the content of COCO's files. kind: bbox or segm.
 
-    Annotations may lack iscrowd, area (the box's is taken) and id. Classes without an object to
-    find are left out, as are numbers that COCOeval gives as -1.
-    Raises ValueError when there is none at all.
+    Annotations may lack iscrowd, area (the box's area is used) and id. Classes without an object
+    to find are left out, as are numbers that COCOeval reports as -1.
+    Raises ValueError when no class has an object to find.
     """
     from pycocotools.coco import COCO
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports on what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
-        # COCOeval writes into the entries. It takes the id 0 for "not found" and entries of one id
-        # for one, so that all are numbered anew; the order in the file stays.
+        # COCOeval writes into the entries. It takes the id 0 for "not found" and merges entries
+        # with the same id, so all ids are renumbered; the order in the file stays.
         truth.dataset = {
             **content,
             "annotations": [
@@ -179,12 +179,12 @@ def coco_json_scores(
 
 def _results(truth: Any, rows: list[Json], kind: str) -> Any:
     if rows and kind == "segm":
-        # With a box, COCO takes its area for that of the mask; small and large would be others.
+        # With a box, COCO uses its area for the mask, which would change small and large.
         for row in rows:
             row.pop("bbox", None)
     if rows:
         return truth.loadRes(rows)
-    # loadRes does not take an empty list.
+    # loadRes rejects an empty list.
     empty = type(truth)()
     empty.dataset = {**truth.dataset, "annotations": []}
     empty.createIndex()
@@ -208,7 +208,7 @@ def _evaluate(
 
 
 def _class_row(main: Any, more: Any, place: int, ious: Sequence[float]) -> dict[str, float]:
-    """AP, AP50, AP75 of one class, all sizes, 100 detections; nothing where it has no object."""
+    """AP, AP50, AP75 of one class, all sizes, 100 detections; empty if it has no object."""
     precision = main[:, :, place, 0, -1]
     if precision[0, 0] < 0:
         return {}

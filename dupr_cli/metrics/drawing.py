@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 ANALYSIS = "analysis.json"
 ANALYSIS_FILES = (ANALYSIS, "precision_recall.png", "confusion.png", "errors.png")
-# More lines in one plot cannot be told apart, larger matrices not read.
+# More lines than this in one plot are indistinguishable; larger matrices are unreadable.
 _NAMED_CURVES, _WRITTEN_CELLS = 20, 12
 
 
 def write_analysis(folder: Path, analysis: Analysis) -> None:
-    """`ANALYSIS_FILES`, in a folder that exists."""
+    """Write `ANALYSIS_FILES` into an existing folder."""
     for name, draw in (
         ("precision_recall.png", _curves), ("confusion.png", _confusion), ("errors.png", _errors)
     ):  # fmt: skip
@@ -54,7 +54,7 @@ def _curves(analysis: Analysis) -> Figure:
 
 
 def _confusion(analysis: Analysis) -> Figure:
-    """Colours are shares of a row: of the objects of a class, of what was found in background."""
+    """Colours are shares of a row: of a class's objects, or of the detections on background."""
     from matplotlib.figure import Figure
 
     counts = np.array(analysis.confusion)
@@ -87,6 +87,6 @@ def _errors(analysis: Analysis) -> Figure:
     bars = axis.barh(kinds, [analysis.errors[kind].cost for kind in kinds])
     axis.bar_label(bars, [f" {analysis.errors[kind].count}" for kind in kinds], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel("AP50 that it costs, percent (and how many there are)")
+    axis.set_xlabel("loss of AP50, percent (and number of errors)")
     axis.grid(axis="x", alpha=0.3)
     return figure

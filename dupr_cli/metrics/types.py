@@ -1,8 +1,8 @@
-"""What the metrics of detection take and give: objects, detections, scores.
+"""Input and output of the detection metrics: objects, detections, scores.
 
 Boxes are pixel edges, 0-based and half-open, x_min, y_min, x_max, y_max (`artifacts.labels`), in
-the pixels of the image. Labels are class numbers from 0. One `Truth` and one `Detections` per
-image, in the same order.
+the pixels of the image. Labels are class numbers from 0. Every image has one `Truth` and one
+`Detections`, in the same order.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Truth:
     """Objects of one image.
 
     boxes: (n, 4) float. labels: (n,) class numbers. difficult: (n,) bool, VOC's flag. crowd: (n,)
-    bool, COCO's flag. areas: (n,) float, pixels, COCO's measure of size where it is not the box's
-    area. masks: one per object, for coco-segm.
+    bool, COCO's flag. areas: (n,) float, pixels, COCO's measure of size, if not the box's area.
+    masks: one per object, for coco-segm.
     """
 
     boxes: NDArray[np.floating]
@@ -54,11 +54,11 @@ class Truth:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector says about one image.
+    """The output of a detector for one image.
 
     boxes: (d, 4) float. labels: (d,). scores: (d,). masks: one per detection, for coco-segm. order:
-    (d,) places in the file that they came from, all images together: VOC's metric keeps it where
-    scores are equal. None: one image after the other.
+    (d,) positions in the source file, over all images: VOC's metric keeps this order among equal
+    scores. None: one image after the other.
     """
 
     boxes: NDArray[np.floating]
@@ -72,7 +72,7 @@ class Detections:
 class Scores:
     """AP, AP50, AP75, then the metric's other numbers, in percent: overall, and of each class.
 
-    What is not defined is left out: a class without an object to find, APs without a small one.
+    Undefined numbers are left out, such as those of a class without an object to find.
     """
 
     metrics: dict[str, float]

@@ -1,16 +1,16 @@
 """VOC's average precision, as the development kit defines it and MoCo's transfer tables report it.
 
-Detections and ground truth of a test set go in, AP per class and IoU threshold comes out. The
-overlap with an image's objects is computed once; every threshold is then a comparison of the same
-numbers, over all images and classes together (see flat.py).
+Its input is the detections and ground truth of a test set, its output AP per class and IoU
+threshold. The overlap with an image's objects is computed once; every threshold then compares the
+same numbers, over all images and classes together (see arrays.py).
 
-Boxes are pixel edges, 0-based and half-open (`artifacts.voc_tree`). The kit counts inclusive
+Boxes are pixel edges, 0-based and half-open (`artifacts.labels`). The kit counts inclusive
 pixels, xmin = x_min + 1 and xmax = x_max, so its width xmax - xmin + 1 is x_max - x_min here, and
 the same holds for intersections: plain IoU of the edges is the kit's IoU with its +1.
 
-Source: the VOC 2007 and 2010 development kits, VOCevaldet; the mean over IoU 0.50:0.05:0.95 is
-detectron2's addition, as is that IoU must exceed the threshold (the kit's own code has >=). Scores
-are taken as they are, not rounded to three decimals on the way.
+Source: the VOC 2007 and 2010 development kits, VOCevaldet. The mean over IoU 0.50:0.05:0.95 and the
+rule that IoU must exceed the threshold are detectron2's (the kit's own code has >=). Scores are
+used as they are, without rounding to three decimals.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from dupr_cli.metrics.types import (
     threshold_name,
 )
 
-# Whole percents over 100: 55 / 100 is not the 0.55 that adding up 0.05 arrives at.
+# Whole percents over 100: 55 / 100 differs from the 0.55 that adding up 0.05 arrives at.
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
-# As MATLAB and numpy make the range: its 0.3 is 0.30000000000000004, and that moves an AP.
+# The range as MATLAB and numpy build it: its 0.3 is 0.30000000000000004, and that moves an AP.
 RECALL_THRESHOLDS = np.arange(0, 1.1, 0.1)
 
 
@@ -50,10 +50,10 @@ RECALL_THRESHOLDS = np.arange(0, 1.1, 0.1)
 class Matches:
     """Detections sorted by class, then highest score first, each with the object it overlaps most.
 
-    label, scores: (d,). iou: (d,) 0 where the image has no object of the class. object: (d,) its
-    number, -1 where there is none. ignored: (d,) whether that object is difficult or crowd.
-    starts: (classes + 1,) where the detections of each class begin. positives: (classes,) objects
-    to find. place: (d,) of the detection before sorting.
+    label, scores: (d,). iou: (d,) 0 if the image has no object of the class. object: (d,) its
+    number, -1 without one. ignored: (d,) whether that object is difficult or crowd. starts:
+    (classes + 1,) where the detections of each class begin. positives: (classes,) objects to find.
+    place: (d,) positions of the detections before sorting.
     """
 
     label: Integers
@@ -69,9 +69,9 @@ class Matches:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of the detections of `Matches` at one IoU threshold, each (d,) bool.
+    """The verdicts on the detections of `Matches` at one IoU threshold, each (d,) bool.
 
-    right: the first on its object. ignored: on an object that is ignored. All others are wrong.
+    right: the first on its object. ignored: on an ignored object. All others are wrong.
     """
 
     right: Flags
@@ -79,8 +79,8 @@ class Outcome:
 
 
 def match(objects: ObjectArrays, found: DetectionArrays, classes: int) -> Matches:
-    """Pair each detection with the object of its image and class that it overlaps most, taken or
-    not; of several such objects, with the first."""
+    """Pair each detection with the object of its image and class that it overlaps most, whether
+    taken or not; among equal overlaps, with the first."""
     iou, best = _best_overlaps(objects, found, classes)
     order, starts = _sorted_by_class(found, classes)
     label = found.label[order]
@@ -102,9 +102,9 @@ def match(objects: ObjectArrays, found: DetectionArrays, classes: int) -> Matche
 def _sorted_by_class(found: DetectionArrays, classes: int) -> tuple[Integers, Integers]:
     """(d,) places of the detections by class, then highest score first; where each class begins.
 
-    Stable: detections of equal score keep the order in which they were given.
+    The sort is stable: detections of equal score keep their order.
     """
-    small = np.uint16 if classes <= np.iinfo(np.uint16).max else np.int64  # sorted by its digits
+    small = np.uint16 if classes <= np.iinfo(np.uint16).max else np.int64  # radix-sorted
     order = np.argsort(found.label.astype(small), kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(found.label, minlength=classes))])
     for start, end in pairwise(starts.tolist()):
@@ -136,7 +136,7 @@ def _best_overlaps(
         which = detection[firsts]
         iou[which] = np.maximum.reduceat(overlaps, firsts)
         largest = np.flatnonzero(overlaps == iou[detection])
-        # Written from the last to the first: the first of equally large ones stays.
+        # Writing from the last to the first keeps the first of equally large overlaps.
         best[detection[largest[::-1]]] = candidate[largest[::-1]]
     return iou, best
 
@@ -158,7 +158,7 @@ def outcome(matches: Matches, threshold: float) -> Outcome:
 def curves(matches: Matches, result: Outcome) -> list[tuple[Floats, Floats]]:
     """Precision and recall of each class at its right detections, in order of falling score.
 
-    Between two right ones recall stands still and precision only falls: neither AP needs them.
+    Between two right detections, recall is constant and precision only falls; no AP needs them.
     """
     counted = np.cumsum(~result.ignored)
     right = np.flatnonzero(result.right)
@@ -174,7 +174,7 @@ def curves(matches: Matches, result: Outcome) -> list[tuple[Floats, Floats]]:
 
 
 def average_precision(precision: Floats, recall: Floats, points: Points) -> float:
-    """One number for a precision-recall curve, both (d,), in order of falling score."""
+    """Summarise a precision-recall curve, both (d,), in order of falling score."""
     if points == "voc07":
         reached = np.searchsorted(recall, RECALL_THRESHOLDS)
         best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)[reached]

@@ -1,8 +1,8 @@
 """Backbones: networks as feature extractors over levels res2..res5.
 
-Used by every stage that touches a network. A ResNet's state-dict names are torchvision's own,
+Every stage that handles a network uses them. A ResNet's state-dict names are torchvision's own,
 without fc, so that weights move between stages and to other tools without renaming. Any network
-that timm can cut into levels serves for pre-training, as `timm:NAME`.
+that timm can cut into levels can be pre-trained, as `timm:NAME`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dupr_cli.recipe.base import TIMM, Level
 
 
 class Backbone(Protocol):
-    """What pre-training needs of a network. It is an nn.Module besides.
+    """The interface that pre-training needs. Implementations are nn.Modules.
 
-    channels: of each level's feature map. recompute: levels are computed anew in the backward pass
-    instead of being kept (activation checkpointing), which saves memory for time.
+    channels: of each level's feature map. recompute: levels are recomputed in the backward pass
+    instead of being stored (activation checkpointing), which trades time for memory.
     """
 
     architecture: str
@@ -33,19 +33,19 @@ class Backbone(Protocol):
     ) -> dict[Level, Tensor]: ...
 
     def after(self, last: Level) -> list[nn.Module]:
-        """The modules that are not computed when `last` is the last level wanted."""
+        """The modules that need not be computed when `last` is the last level wanted."""
         ...
 
 
 def as_backbone(module: nn.Module) -> Backbone:
-    """The module seen as a `Backbone`, for type checkers."""
+    """The module typed as a `Backbone`."""
     return cast(Backbone, module)
 
 
 def make_backbone(architecture: str) -> nn.Module:
     """A randomly initialised `Backbone`: torchvision's ResNet of that name, or `timm:NAME`.
 
-    Raises UsageError when timm is not installed, or does not have the network in levels of stride
+    Raises UsageError when timm is not installed, or its network does not have levels of stride
     4, 8, 16 and 32.
     """
     if architecture.startswith(TIMM):

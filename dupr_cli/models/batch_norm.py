@@ -19,20 +19,20 @@ from dupr_cli.runtime.parallel import World
 class GroupedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics come from `groups` equal parts of its input.
 
-    On one device it stands for the per-device statistics of several: with keys in another order
-    than queries, the statistics do not tell which key belongs to which query. With `sync` the
-    statistics are those of all processes' inputs.
+    On one device it imitates the per-device statistics of several devices: with keys in another
+    order than queries, the statistics do not reveal which key belongs to which query. With `sync`
+    the statistics cover the inputs of all processes.
 
-    Training statistics are collected and enter the running ones by `commit_statistics`, as the
-    mean over all groups of a step: however the batch is split over devices and parts, they come out
-    the same, and a step that is skipped leaves no trace.
+    Training statistics are collected, and `commit_statistics` adds them to the running ones as the
+    mean over all groups of a step. They do not depend on how the batch is split over devices and
+    parts, and a skipped step leaves no trace.
     Source: docs/method.md, "Batch norm".
     """
 
     groups: int = 1
     sync: bool = False
     plain: ClassVar[type[nn.BatchNorm2d]] = nn.BatchNorm2d
-    collected: Tensor  # (3, C): sums of means, of variances, and how many there are
+    collected: Tensor  # (3, C): sums of means, of variances, and their number
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, C, H, W) with N a multiple of `groups`; group g holds rows g*N/groups on."""
@@ -44,7 +44,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     def _normalised(self, part: Tensor) -> Tensor:
         mean, variance = torch.zeros_like(self.collected[0]), torch.zeros_like(self.collected[0])
-        # With momentum 1 the running statistics are those of this part.
+        # With momentum 1, the running statistics become those of this part.
         result = F.batch_norm(part, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
         self._collect(mean, variance)
         return result
@@ -61,7 +61,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     def _collect(self, mean: Tensor, variance: Tensor) -> None:
         with torch.no_grad():
-            # Recomputation in the backward pass adds the same values again: the mean stays.
+            # Recomputation in the backward pass adds the same values again, which keeps the mean.
             self.collected.add_(torch.stack([mean, variance, torch.ones_like(mean)]))
 
 
@@ -82,7 +82,7 @@ def _batch_norms(module: nn.Module) -> list[GroupedBatchNorm2d]:
 
 
 def group_batch_norms(module: nn.Module, groups: int, sync: bool = False) -> None:
-    """Turn every BatchNorm2d of a module into one that normalises in groups, state kept."""
+    """Turn every BatchNorm2d of a module into one that normalises in groups; keeps its state."""
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             child.__class__ = _grouped(type(child))  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def group_batch_norms(module: nn.Module, groups: int, sync: bool = False) -> Non
 
 @cache
 def _grouped(kind: type[nn.BatchNorm2d]) -> type[nn.BatchNorm2d]:
-    """The grouped form of a batch norm, also of timm's, which go on with drop and activation."""
+    """The grouped form of a batch norm, including timm's with its drop and activation layers."""
     if issubclass(kind, GroupedBatchNorm2d):
         return kind
     if kind is nn.BatchNorm2d:
@@ -114,14 +114,14 @@ def _grouped(kind: type[nn.BatchNorm2d]) -> type[nn.BatchNorm2d]:
 
 
 def ungroup_batch_norms(module: nn.Module) -> None:
-    """Back to the batch norms as they were, state kept, for evaluation."""
+    """Restore the original batch norms for evaluation; keeps their state."""
     for child in _batch_norms(module):
         child.__class__ = child.plain  # type: ignore[assignment]
 
 
 @torch.no_grad()
 def commit_statistics(modules: Sequence[nn.Module], world: World) -> None:
-    """Let what was collected since the last call enter the running statistics, once."""
+    """Add the statistics collected since the last call to the running ones, once."""
     norms = [norm for module in modules for norm in _batch_norms(module)]
     if not norms:
         return
@@ -142,7 +142,7 @@ def commit_statistics(modules: Sequence[nn.Module], world: World) -> None:
 
 @torch.no_grad()
 def drop_statistics(modules: Sequence[nn.Module]) -> None:
-    """Forget what was collected: of a step that is skipped."""
+    """Discard the collected statistics of a skipped step."""
     for module in modules:
         for norm in _batch_norms(module):
             norm.collected.zero_()
@@ -152,9 +152,9 @@ def drop_statistics(modules: Sequence[nn.Module]) -> None:
 def measured_statistics(module: nn.Module) -> Iterator[None]:
     """Replace running statistics by the mean over the batches that pass the module inside.
 
-    The moving averages belong to weights that were still changing, and a random network has none;
-    measured over the final weights, statistics are those that testing needs. The module is in
-    training mode inside, and in evaluation mode afterwards. Frozen norms have none and stay.
+    The moving averages belong to weights that were still changing, and a random network has none.
+    Testing needs statistics of the final weights, which this measures. The module is in training
+    mode inside, and in evaluation mode afterwards. Frozen norms have no statistics and stay.
     Source: precise BN in detectron2 (Wu and Johnson 2021, section 3).
     """
     kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)

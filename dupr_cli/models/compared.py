@@ -1,4 +1,4 @@
-"""The compared weights: addresses given on the command line, opened and checked.
+"""The compared weights: addresses from the command line, opened and checked.
 
 Every command of `dupr evaluate` that takes WEIGHTS... opens them here, so that an address means the
 same everywhere.
@@ -29,7 +29,7 @@ RANDOM_WEIGHTS = "none"
 class ComparedWeights:
     """One of the compared weights. weights: None for a random backbone. folder: its name in OUT.
 
-    loaded: how much of the backbone they are, in words.
+    loaded: in words, how much of the backbone they provide.
     """
 
     address: str
@@ -44,10 +44,10 @@ class ComparedWeights:
 
 
 def open_compared(addresses: Sequence[str], fixed: str = "auto") -> list[ComparedWeights]:
-    """Open the compared weights and check that every tensor of theirs fits.
+    """Open the compared weights and check that all their tensors fit.
 
     addresses: runs, checkpoints, weights files, hf://OWNER/NAME, torchvision:NAME, or none. fixed:
-    the architecture asked for, or `auto`: the one that the weights name (resnet50 where none does).
+    the required architecture, or `auto`: the one that the weights name (resnet50 if none does).
     Raises UsageError for weights that cannot be read or do not fit.
     """
     if not addresses:
@@ -59,19 +59,19 @@ def open_compared(addresses: Sequence[str], fixed: str = "auto") -> list[Compare
     if fixed == "auto" and without_name and len(named) > 1:
         raise UsageError(
             f"{without_name[0]}: the other weights are of {' and '.join(sorted(named))}; evaluate "
-            f"them apart, each with its own {without_name[0]}."
+            f"them separately, each with its own {without_name[0]}."
         )
     default = fixed if fixed != "auto" else next(iter(named), "resnet50")
     for address in addresses:
         if address.startswith(TORCHVISION):
             opened[address] = read_torchvision_weights(address, default)
     return [
-        _candidate(address, opened.get(address), default, fixed, number)
+        _open_one(address, opened.get(address), default, fixed, number)
         for number, address in enumerate(addresses, 1)
     ]
 
 
-def _candidate(
+def _open_one(
     address: str, weights: Weights | None, default: str, fixed: str, number: int
 ) -> ComparedWeights:
     if weights is None:
@@ -82,10 +82,10 @@ def _candidate(
             f"{address}: the weights are of a {architecture}, but the recipe asks for {fixed}. Set "
             f"detector.backbone to auto or {architecture}. (recipe key: detector.backbone)"
         )
-    # Loaded once here, so that a tensor that does not fit is found before anything is trained.
+    # Load it once here, so that a tensor that does not fit is found before training starts.
     backbone = ResNetBackbone(architecture)
     count, total = load_backbone(backbone, weights), len(backbone.state_dict())
-    # A run given as `.` has a name all the same.
+    # Resolving the path gives a name even to a run given as `.`.
     published = address.startswith((TORCHVISION, HUB))
     name = address.removeprefix(HUB) if published else Path(address).resolve().stem
     plain = re.sub(r"[^\w.-]+", "-", name)[:40]

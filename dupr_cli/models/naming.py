@@ -1,4 +1,4 @@
-"""Names of a ResNet's tensors in other frameworks, from torchvision's."""
+"""Conversion of torchvision's ResNet tensor names to those of other frameworks."""
 
 from __future__ import annotations
 

@@ -19,16 +19,16 @@ _STAGES: dict[Level, str] = {"res2": "layer1", "res3": "layer2", "res4": "layer3
 class ResNetBackbone(nn.Module):
     """conv1 to layer4 of a torchvision ResNet, ResNeXt or wide ResNet.
 
-    Source: He et al. 2016, with the stride in the 3x3 convolution as torchvision has it.
+    Source: He et al. 2016, with the stride in the 3x3 convolution, as in torchvision.
     """
 
     def __init__(self, architecture: str) -> None:
-        """Raises UsageError for what is no ResNet of torchvision's."""
+        """Raises UsageError unless the architecture is one of torchvision's ResNets."""
         super().__init__()
         if architecture not in get_args(TorchvisionName):
             raise UsageError(
-                f"{architecture} is no ResNet of torchvision's. Pre-training takes timm's networks "
-                f"too; export and evaluation know {', '.join(get_args(TorchvisionName))}."
+                f"{architecture} is not a torchvision ResNet. Pre-training also accepts timm's "
+                f"networks; export and evaluation accept {', '.join(get_args(TorchvisionName))}."
             )
         self.architecture = architecture
         self.recompute = False
@@ -47,13 +47,13 @@ class ResNetBackbone(nn.Module):
         return x
 
     def stage(self, level: Level) -> nn.Module:
-        """The residual blocks that compute a level from the one before it."""
+        """The residual blocks that compute a level from the previous one."""
         module = getattr(self, _STAGES[level])
         assert isinstance(module, nn.Module)
         return module
 
     def after(self, last: Level) -> list[nn.Module]:
-        """The stages that are not computed when `last` is the last level wanted."""
+        """The stages that need not be computed when `last` is the last level wanted."""
         return [self.stage(level) for level in LEVELS[LEVELS.index(last) + 1 :]]
 
     def forward(
@@ -61,7 +61,7 @@ class ResNetBackbone(nn.Module):
     ) -> dict[Level, Tensor]:
         """Feature maps (N, C, H/stride, W/stride) of the wanted levels.
 
-        images: (N, 3, H, W), normalised. last: levels after it are not computed.
+        images: (N, 3, H, W), normalised. last: later levels are not computed.
         """
         features: dict[Level, Tensor] = {}
         x = self.stem(images)
@@ -79,5 +79,5 @@ class ResNetBackbone(nn.Module):
 
 
 def _channels(stage: nn.Module) -> int:
-    """Channels that a stage puts out: those of its last convolution."""
+    """Output channels of a stage: those of its last convolution."""
     return [m for m in stage.modules() if isinstance(m, nn.Conv2d)][-1].out_channels

@@ -1,4 +1,4 @@
-"""Networks of timm that can be cut into levels, as backbones."""
+"""timm's networks that can be cut into levels, as backbones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, TIMM, Level
 
 
 class _FeatureInfo(Protocol):
-    """What timm tells about the maps of a network cut into levels."""
+    """timm's description of the maps of a network cut into levels."""
 
     def reduction(self) -> list[int]: ...
 
@@ -61,7 +61,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def recompute(self) -> bool:
-        """Whether levels are computed anew in the backward pass; timm does it by blocks."""
+        """Whether levels are recomputed in the backward pass; timm does this by blocks."""
         return False
 
     @recompute.setter
@@ -71,16 +71,16 @@ class TimmBackbone(nn.Module):
                 cast(_Checkpointing, self.network).set_grad_checkpointing(True)
             except (AttributeError, AssertionError, NotImplementedError) as error:
                 raise UsageError(
-                    f"train.activation_checkpointing: timm's {self.architecture} has none"
+                    f"train.activation_checkpointing: timm's {self.architecture} lacks it"
                 ) from error
 
     def after(self, last: Level) -> list[nn.Module]:
-        """Nothing: timm computes every level."""
+        """An empty list, because timm computes every level."""
         return []
 
     def forward(
         self, images: Tensor, levels: Collection[Level] = LEVELS, last: Level = "res5"
     ) -> dict[Level, Tensor]:
-        """As `ResNetBackbone.forward`, but every level is computed whatever is wanted."""
+        """As `ResNetBackbone.forward`, but every level is computed, wanted or not."""
         maps = self.network(images)
         return {level: maps[self._positions[level]] for level in LEVELS if level in levels}

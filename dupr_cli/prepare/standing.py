@@ -78,8 +78,8 @@ def look(
         found = _for_unfinished(work, state, digest, overwrite)
         if found.action == "continue" and not state.appends and not overwrite:
             raise UsageError(
-                f"{out}: the folder holds finished shards, and unfinished ones that would replace them. "
-                f"Give --overwrite again to finish them."
+                f"{out}: the folder holds finished shards, and unfinished ones that would replace "
+                f"them. Give --overwrite again to finish them."
             )
         return found
     if overwrite:

@@ -1,7 +1,7 @@
 """Stage 2, `dupr pretrain`: shards and a recipe to a run directory with checkpoints.
 
-trainer.py is the method, read from top to bottom; views, geometry, losses, queues and checkpoints
-are modules of their own that it calls.
+trainer.py holds the method and reads from top to bottom; the views, geometry, losses, queues and
+checkpoints that it calls are modules of their own.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ OPERATIONAL_KEYS = frozenset(
         "train.max_bad_steps",
     }
 )
-# The same computation with other rounding: free to change, but not bit for bit.
+# These keep the computation but change its rounding: free to change, but not bit for bit.
 ROUNDING_KEYS = frozenset(
     {
         "train.accumulate",
@@ -82,7 +82,7 @@ def plan(
     overwrite: bool = False,
     allow_changed: Collection[str] = (),
 ) -> PretrainPlan:
-    """Check everything that `run` needs and say what it would do. Nothing is changed.
+    """Check everything that `run` needs and return its plan. Nothing is changed.
 
     Raises UsageError as `run` does.
     """
@@ -126,11 +126,11 @@ def run(
 ) -> PretrainResult | None:
     """Pre-train, or continue the run in `out` from its newest whole checkpoint.
 
-    Started by torchrun, every process calls this; the first returns the result, the others None.
+    Under torchrun every process calls this; the first returns the result and the others None.
 
     recipe, overrides: see `dupr_cli.recipe.given`. data: shards, see `open_shards`. device: auto,
     cpu, cuda or cuda:N. allow_changed: recipe keys that may differ from those of the run in `out`.
-    max_hours, stop_after: save and stop after that time, or that many steps, of this call.
+    max_hours, stop_after: save and stop when this call has run that long or made that many steps.
     Raises UsageError when `out` holds something else or a run of another recipe or other data,
     RunError and StoppedRunError as `trainer.train`.
     """
@@ -159,7 +159,7 @@ def run(
 
 
 def _require_fit(recipe: PretrainRecipe, processes: int) -> None:
-    """Raises UsageError when the batch or its groups cannot be shared out equally."""
+    """Raises UsageError when the batch or its groups cannot be divided equally."""
     batch, accumulate = recipe.data.batch_size, recipe.train.accumulate
     shares, norm = processes * accumulate, recipe.method.batch_norm
     what = f"{processes} processes" + (
@@ -167,18 +167,18 @@ def _require_fit(recipe: PretrainRecipe, processes: int) -> None:
     )
     if batch % shares:
         raise UsageError(
-            f"data.batch_size is {batch}, which {what} cannot share equally. "
+            f"data.batch_size is {batch}, which does not divide equally among {what}. "
             f"Use {batch // shares * shares or shares}, for example."
         )
     if not norm.sync and norm.groups % shares:
         raise UsageError(
-            f"method.batch_norm.groups is {norm.groups}: the groups of the global batch cannot be "
-            f"shared equally by {what}. Use a multiple of {shares}, or method.batch_norm.sync."
+            f"method.batch_norm.groups is {norm.groups}: the groups of the global batch do not "
+            f"divide equally among {what}. Use a multiple of {shares}, or method.batch_norm.sync."
         )
 
 
 def _require_parts(recipe: PretrainRecipe) -> None:
-    """Raises UsageError when the method or the backbone is not there."""
+    """Raises UsageError when the method or the backbone does not exist."""
 
     method_class(recipe)
     if recipe.model.backbone.startswith(TIMM):
@@ -186,7 +186,7 @@ def _require_parts(recipe: PretrainRecipe) -> None:
 
 
 def _require_init(recipe: PretrainRecipe) -> None:
-    """Raises UsageError when the weights to start from are not there or do not fit."""
+    """Raises UsageError when the initial weights are missing or do not fit."""
 
     if recipe.model.init is not None:
         load_backbone(make_backbone(recipe.model.backbone), read_weights(recipe.model.init))
@@ -199,10 +199,10 @@ def _check_claim(
     allow_changed: Collection[str],
     reporter: Reporter,
 ) -> list[dict[str, object]]:
-    """The changes of recipe that the run in `out` has seen, those of this call included.
+    """All recipe changes in the history of the run in `out`, including those of this call.
 
-    Raises UsageError when `out` holds anything but a run of this recipe and data, or something that
-    alters the science differs and is not allowed to. Changes nothing.
+    Raises UsageError when `out` holds anything but a run of this recipe and data, or when a
+    difference changes the result and is not allowed. Changes nothing.
     """
 
     if not holds(out, [RECIPE_FILE], "run"):
@@ -214,7 +214,7 @@ def _check_claim(
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(now), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"--allow-changed {unknown[0]}: this is no recipe key.{hint}")
+        raise UsageError(f"--allow-changed {unknown[0]}: no recipe key has this name.{hint}")
     refused = []
     for key, difference in differences(before, now).items():
         if key in OPERATIONAL_KEYS:
@@ -222,7 +222,7 @@ def _check_claim(
         if key in ROUNDING_KEYS:
             reporter.info(f"{difference}: the run continues equal to rounding, not bit for bit")
         elif key in allow_changed:
-            reporter.warning(f"{difference} (allowed): the run is no longer that of one recipe")
+            reporter.warning(f"{difference} (allowed): the run now mixes two recipes")
             changes.append({"key": key, "before": before.get(key), "after": now.get(key)})
         else:
             refused.append((key, difference))
@@ -236,24 +236,24 @@ def _check_claim(
     if refused:
         allow = " ".join(f"--allow-changed {key}" for key, _ in refused)
         raise UsageError(
-            f"{out}: a run with another recipe or other data is there:\n"
+            f"{out}: it already holds a run with another recipe or other data:\n"
             + "\n".join(f"  {difference}" for _, difference in refused)
-            + f"\nGive the same recipe to continue it, another --out for a new run, --overwrite to "
-            f"replace it, or continue with the change: {allow}"
+            + "\nGive the same recipe to continue that run, another --out for a new run, "
+            f"--overwrite to replace it, or continue with the change: {allow}"
         )
     return changes
 
 
 def _recorded_keys(out: Path) -> dict[str, object]:
-    """Recipe keys of the run in `out`; those that its dupr did not have yet, as by default."""
+    """Recipe keys of the run in `out`; keys that its dupr did not have yet get their defaults."""
     values = yaml.safe_load((out / RECIPE_FILE).read_text())
-    with suppress(ValueError):  # of a dupr with other keys: the differences say which
+    with suppress(ValueError):  # written by a dupr with other keys: the differences name them
         values = PretrainRecipe.model_validate(values).model_dump(mode="json")
     return recipe_keys(values)
 
 
 def output_files(out: Path) -> list[Path]:
-    """The files of the run in `out`; none where it holds no run."""
+    """The files of the run in `out`; empty if it holds no run."""
 
     if not (out / RECIPE_FILE).is_file():
         return []
@@ -268,7 +268,7 @@ def _claim(
     allow_changed: Collection[str],
     reporter: Reporter,
 ) -> None:
-    """Make `out` the directory of this run, or make sure that it is already."""
+    """Make `out` the directory of this run, or check that it already is."""
 
     changes: list[dict[str, object]] = []
     if overwrite and holds(out, [RECIPE_FILE], "run"):
@@ -277,5 +277,5 @@ def _claim(
         changes = _check_claim(recipe, shards, out, allow_changed, reporter)
     data = {"name": shards.name, "images": len(shards), "sha256": shards.identity()}
     write_environment(out, {**environment(), "data": data, "changes": changes})
-    # Last: from here on the directory is a run that can be continued.
+    # This comes last: from now on the directory holds a run that can be continued.
     write_text(out / RECIPE_FILE, recipe_yaml(recipe))

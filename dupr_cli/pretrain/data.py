@@ -1,4 +1,4 @@
-"""The batches of a run: which images, in which order, cropped how.
+"""The batches of a run: which images, in which order, with which crops.
 
 Everything here is a pure function of (seed, epoch, sample number): the order of an epoch, the crops
 and the augmentation of a sample. The number of loader workers and interruptions do not change it;
@@ -22,23 +22,23 @@ from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World
 from dupr_cli.views.pairs import ViewPairBatch, cut_pair
 
-# An unreadable image is replaced by the next number; so many in a row are no accident.
+# An unreadable image is replaced by the next one; this many in a row point to a real fault.
 _MAX_REPLACEMENTS = 20
-# The probe's views come from an epoch that training never reaches.
+# The views for the retrieval check come from an epoch that training never reaches.
 _PROBE_EPOCH = 2**31
 
 SampleRequest = tuple[int, int]  # epoch, sample number
 
 
 def decode(data: bytes) -> Image.Image:
-    """Upright RGB image from the bytes of a sample. Raises one of IMAGE_ERRORS when it is none."""
+    """Upright RGB image from the bytes of a sample. Raises one of IMAGE_ERRORS if it is none."""
     return open_picture(io.BytesIO(data)).rgb()
 
 
 def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> NDArray[np.int64]:
     """Sample numbers of one epoch: shards shuffled, then samples within `window` shards at a time.
 
-    counts: samples per shard. Reads stay within a window of files, and every sample comes once.
+    counts: samples per shard. Reads stay within a window of files, and every sample appears once.
     """
     random = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(counts)])
@@ -51,16 +51,16 @@ def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> ND
 
 
 def held_out(total: int, wanted: int) -> NDArray[np.int64]:
-    """Sample numbers kept for the probe: `wanted`, at most a tenth; the same for any seed."""
+    """Sample numbers held out of training: `wanted`, at most a tenth; the same for any seed."""
     count = min(wanted, total // 10)
     return np.sort(np.random.default_rng(0).choice(total, count, replace=False))
 
 
 class BatchOrder:
-    """Requests of every training step, from a given step on, without end.
+    """Endless requests for training steps, from a given step on.
 
-    Images that do not fill a batch at the end of an epoch start the next one: nothing is dropped.
-    Of each global batch, rank `rank` of `size` takes its part: the parts of all ranks together are
+    Images that do not fill a batch at the end of an epoch start the next one; nothing is dropped.
+    Rank `rank` of `size` takes its part of each global batch; the parts of all ranks together equal
     the batch of a single process.
     """
 
@@ -71,7 +71,7 @@ class BatchOrder:
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        """Raises RunError when there are fewer images than one batch needs."""
+        """Raises RunError when the images are too few for one batch."""
         part = recipe.data.batch_size // size
         self._part = slice(rank * part, (rank + 1) * part)
         self._counts, self._seed = shards.counts, recipe.seed
@@ -126,7 +126,7 @@ class ViewPairs:
         else:
             raise RunError(
                 f"{self._shards.name}: {_MAX_REPLACEMENTS} images in a row could not be decoded, "
-                f"the first is {problems[0]}. `dupr prepare` leaves such images out."
+                f"the first is {problems[0]}. `dupr prepare` skips such images."
             )
         random = np.random.default_rng([self._seed, epoch, number])
         place = (number + len(problems)) % len(self._shards)

@@ -1,6 +1,6 @@
-"""Dense contrast in the manner of DenseCL: cells of whole views, matched by how alike they look.
+"""Dense contrast in the manner of DenseCL: cells of whole views, matched by feature similarity.
 
-The comparison that asks what geometry gains: instead of the shared region's bins, each cell of
+This baseline shows what geometry gains: instead of using the shared region's bins, each cell of
 the whole query view takes as its positive the cell of the key view whose backbone feature is most
 similar, and a dense queue holds the mean of each image's cell embeddings.
 Source: Wang et al., CVPR 2021 (arXiv 2011.09157), section 3.
@@ -18,7 +18,7 @@ from dupr_cli.recipe.base import Level
 
 
 class WholeViewEncoder(Encoder):
-    """Patches are the S x S cells of the whole view; boxes and flips play no part."""
+    """Patches are the S x S cells of the whole view; boxes and flips are ignored."""
 
     def forward(self, views: Tensor, boxes: Tensor, flips: Tensor) -> Embeddings:
         features = self.features(views)
@@ -47,7 +47,7 @@ class DenseCl(Dupr):
         images: float | None = None,
         valid_images: float | None = None,
     ) -> dict[str, Tensor]:
-        """As Dupr's; every image takes part, because views need not overlap to look alike."""
+        """As in Dupr; every image takes part, because the views need not overlap to look alike."""
         return super().losses(queries, keys, torch.ones_like(valid), images, images)
 
     def positive_patches(self, level: Level, queries: Embeddings, keys: Embeddings) -> Tensor:

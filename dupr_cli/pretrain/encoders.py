@@ -1,7 +1,7 @@
-"""Query and key encoders: a backbone, and per level an image head and a patch head.
+"""Query and key encoders: a backbone, with an image head and a patch head per level.
 
-Also what MoCo needs around them: batch norm in groups (many devices' statistics on one), the
-momentum update, and the key queue.
+This module also holds what MoCo needs around them: batch norm in groups (the statistics of many
+devices, on one), the momentum update, and the key queue.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Embeddings:
     features: dict[Level, Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Embeddings:
-        """The same with every tensor changed."""
+        """Embeddings of the same images with every tensor changed."""
         return Embeddings(
             *(
                 {level: change(values) for level, values in part.items()}
@@ -46,7 +46,7 @@ class Embeddings:
 
 
 def join(parts: Sequence[Embeddings]) -> Embeddings:
-    """The embeddings of consecutive parts of a batch as those of the batch."""
+    """Join the embeddings of consecutive parts of a batch."""
 
     def joined(kind: str) -> dict[Level, Tensor]:
         of_parts = [getattr(part, kind) for part in parts]
@@ -56,7 +56,7 @@ def join(parts: Sequence[Embeddings]) -> Embeddings:
 
 
 def _head(kind: str, channels: int, dim: int) -> nn.Module:
-    # Linear layers on the last axis: for patches the same as 1x1 convolutions on the pooled grid.
+    # Linear layers act on the last axis: on patches they equal 1x1 convolutions on the pooled grid.
     if kind == "linear":
         return nn.Linear(channels, dim)
     return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
@@ -65,7 +65,7 @@ def _head(kind: str, channels: int, dim: int) -> nn.Module:
 class Encoder(nn.Module):
     """Backbone and heads.
 
-    Heads are not shared between levels nor kinds, and have no batch norm.
+    Levels and kinds do not share heads, and heads have no batch norm.
     Source: docs/method.md, "Heads".
     """
 
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         self.patch_levels = [v for v in LEVELS if method.patch.weights.get(v)]
         self.levels = [v for v in LEVELS if v in {*self.image_levels, *self.patch_levels}]
         for module in as_backbone(self.backbone).after(self.levels[-1]):
-            module.requires_grad_(False)  # not computed, so never with a gradient
+            module.requires_grad_(False)  # never computed, so it gets no gradient
         self.bins = dict(method.patch.bins)
         channels, dim = as_backbone(self.backbone).channels, method.embedding_dim
         self.image_heads = nn.ModuleDict(
@@ -119,14 +119,14 @@ def momentum_update(key: nn.Module, query: nn.Module, momentum: float) -> None:
     Buffers stay the key encoder's own: its batch norms see its own batches.
     Source: MoCo (arXiv 1911.05722), equation 2.
     """
-    # Private by name only: torch's own optimisers and EMA code rest on it.
+    # torch._foreach_* is private by name only: torch's own optimisers and EMA code use it.
     torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
 
 
 class KeyQueue(nn.Module):
-    """The newest `length` keys, first in first out. Starts with random unit vectors, as MoCo's.
+    """The newest `length` keys, first in first out. It starts with random unit vectors, as MoCo's.
 
-    keys: (length, dim), L2-normalised, float32. pushed: how many keys ever entered.
+    keys: (length, dim), L2-normalised, float32. pushed: how many keys have ever entered.
     """
 
     keys: Tensor
@@ -147,7 +147,7 @@ class KeyQueue(nn.Module):
         self.pushed.add_(len(keys))
 
     def fill(self) -> float:
-        """Share of the queue that holds keys of images, not the random start."""
+        """Share of the queue that holds keys of images instead of the random start."""
         return min(1.0, int(self.pushed) / len(self.keys))
 
 

@@ -1,9 +1,9 @@
 """InfoNCE against a queue of negatives, the loss of both image and patch Re-ID.
 
 The negatives' term is logsumexp(q K^T / T), and its gradient in q is softmax(q K^T / T) K / T: the
-output of attention with values K, and attention kernels give both. So one fused pass over the queue
-yields loss and gradient; the (queries x keys) logits never exist, and there is no backward pass
-over the queue, which carries no gradient. `info_nce_plain` is the same written out, for tests.
+output of attention with values K. Attention kernels give both, so one fused pass over the queue
+yields loss and gradient. The (queries x keys) logits never exist, and the queue, which carries no
+gradient, needs no backward pass. `info_nce_plain` writes the same out in full, for tests.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 
 Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
-# Keys per block of the streamed form: with 1,568 queries, logits of 3 MB stay near the cache.
+# Keys per block of the streamed form: with 1,568 queries, the logits take 3 MB and stay near cache.
 _BLOCK = 512
-# How far a kernel may be from float64 on a trial before it is passed over.
+# A kernel whose trial result is further than this from float64 is not used.
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 def info_nce_plain(
     queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float
 ) -> Tensor:
-    """-log of the positive's share, per query, by way of all logits: the definition.
+    """-log of the positive's share, per query, from all logits: the definition.
 
-    queries, positives: (M, D), L2-normalised, row by row a pair; positives carry no gradient.
+    queries, positives: (M, D), L2-normalised, paired row by row; positives carry no gradient.
     negatives: (K, D), L2-normalised. Returns (M,).
     Source: docs/method.md, "Losses"; MoCo (arXiv 1911.05722), equation 1.
     """
@@ -46,14 +46,14 @@ def info_nce(
 ) -> Tensor:
     """`info_nce_plain` without its logits: the same value and gradient, from one fused pass.
 
-    dtype: of the products with the negatives, the queries' own by default; sums, the positive's
-    term and the result are in the queries' precision, at least float32.
+    dtype: of the products with the negatives, the queries' own by default. Sums, the positive's
+    term and the result have the queries' precision, at least float32.
     Source: docs/method.md, "InfoNCE as attention".
     """
     dtype = dtype or queries.dtype
     lse = queue_logsumexp(queries.to(dtype), negatives.to(dtype), temperature)
     positive = (queries * positives).sum(1).to(lse.dtype) / temperature
-    return F.softplus(lse - positive)  # log(e^positive + e^lse) - positive, also where it is small
+    return F.softplus(lse - positive)  # log(e^positive + e^lse) - positive, stable if small
 
 
 def queue_logsumexp(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
@@ -69,7 +69,7 @@ def queue_logsumexp(queries: Tensor, keys: Tensor, temperature: float) -> Tensor
 def _queue_attention(queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax-weighted mean of the keys (M, D), and logsumexp (M,), for each query.
 
-    An operator of its own, so that torch.compile leaves it whole.
+    It is an operator of its own, so that torch.compile does not break it up.
     """
     return _kernel(queries.device.type, queries.dtype, queries.shape[1])(queries, keys, scale)
 
@@ -90,7 +90,7 @@ def _save_for_backward(
 def _backward(
     ctx: Any, _mean: Tensor | None, lse: Tensor | None
 ) -> tuple[Tensor | None, None, None]:
-    # Only the logsumexp is used, whose gradient is the mean key; the mean itself has no gradient.
+    # Only the logsumexp is used, and its gradient is the mean key; the mean itself has no gradient.
     if lse is None:
         return None, None, None
     (mean,) = ctx.saved_tensors
@@ -111,9 +111,9 @@ def streamed_attention(
     scale: float,
     linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a queue in blocks of keys with a running maximum: any device and precision.
+    """Attention over a queue in blocks of keys with a running maximum, on any device and precision.
 
-    linear: x (M, A), y (B, A) to x @ y.T (M, B).
+    linear: maps x (M, A), y (B, A) to x @ y.T (M, B).
     Source: online softmax (Milakov and Gimelshein, arXiv 1805.02867).
     """
     sums = _sums(queries.dtype)
@@ -133,7 +133,7 @@ def streamed_attention(
 
 
 def _cpu_onednn(queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    # oneDNN multiplies with the vector units that a CPU has; MKL, behind F.linear, only on Intel's.
+    # oneDNN uses the vector units of any CPU; MKL, behind F.linear, uses only Intel's.
     return streamed_attention(
         queries,
         keys,
@@ -166,7 +166,7 @@ def _cuda_efficient(queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor
     return out[0, 0].contiguous(), lse[0, 0, : len(queries)].clone()
 
 
-# Fused kernels worth trying, best first. The streamed form does the rest.
+# Fused kernels worth trying, best first. If none works, the streamed form is used.
 _CANDIDATES: dict[tuple[str, torch.dtype], list[Kernel]] = {
     ("cpu", torch.float32): [_cpu_onednn, _cpu_flash],
     ("cuda", torch.float32): [_cuda_efficient],
@@ -177,10 +177,10 @@ _chosen: dict[tuple[str, torch.dtype, int], Kernel] = {}
 
 
 def _kernel(device: str, dtype: torch.dtype, dim: int) -> Kernel:
-    """The fastest kernel that this torch has and that gives the right numbers here.
+    """The fastest kernel that this torch has and that computes correctly here.
 
-    They are torch's own, but not part of its promised interface: each is tried on a small queue
-    against float64 before it is used. Which is fastest was measured, see docs/benchmarks.md.
+    They are torch's own, but not part of its stable interface: each is tried on a small queue
+    against float64 before it is used. docs/benchmarks.md holds the timings behind their order.
     """
     key = (device, dtype, dim)
     if key not in _chosen:
@@ -206,9 +206,9 @@ def _is_right(kernel: Kernel, device: str, dtype: torch.dtype, dim: int) -> bool
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: float | None = None) -> Tensor:
-    """Mean over the entries of `values` (N, ...) whose row is in `mask` (N,) bool; 0 if none is.
+    """Mean over the entries of `values` (N, ...) whose row is in `mask` (N,) bool; 0 if empty.
 
-    count: rows to divide by instead of those in the mask, where `values` is a part of a batch.
+    count: rows to divide by instead of those in the mask, when `values` is a part of a batch.
     """
     mask = mask.to(values.dtype)
     per_row = values.flatten(1).mean(1)

@@ -1,7 +1,7 @@
-"""The method: encoders, queues, losses, and which keys the queues are fed.
+"""The method: encoders, queues, losses, and the choice of keys for the queues.
 
-`Dupr` is also what other methods are made of: a plug-in of the group `dupr.methods` is a subclass
-that changes its encoder, its pairs or its keys (docs/plugins.md).
+Other methods build on `Dupr`: a plug-in of the group `dupr.methods` is a subclass that changes its
+encoder, its pairs or its keys (docs/plugins.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dupr_cli.recipe.pretrain import PretrainRecipe
 
 
 class Dupr(nn.Module):
-    """Everything that a checkpoint must hold, both encoders and all queues, and the losses.
+    """Everything that a checkpoint must hold (both encoders and all queues), and the losses.
 
     Source: docs/method.md.
     """
@@ -55,8 +55,8 @@ class Dupr(nn.Module):
         """The image loss and the patch loss of each level, not yet weighted.
 
         valid: (N,) bool, images that take part in the patch loss. images, valid_images: what sums
-        are divided by where these N are a part of a batch, so that the losses of its parts add up;
-        by default the mean over these N.
+        are divided by when these N are a part of a batch, so that the losses of its parts add up;
+        by default the mean is over these N.
         Source: docs/method.md, "Losses".
         """
         losses = {}
@@ -80,7 +80,7 @@ class Dupr(nn.Module):
         return info_nce(queries, positives, queues[level].keys, section.temperature, dtype)
 
     def positive_patches(self, level: Level, queries: Embeddings, keys: Embeddings) -> Tensor:
-        """The key (N, S * S, D) of each query patch: the same bin of the other view."""
+        """The key (N, S * S, D) that answers each query patch: the same bin of the other view."""
         return keys.patch[level]
 
     def weighted(self, losses: dict[str, Tensor]) -> Tensor:
@@ -92,8 +92,8 @@ class Dupr(nn.Module):
 
     @torch.no_grad()
     def queue_keys(self, keys: Embeddings, scores: Tensor) -> dict[str, Tensor]:
-        """The keys (M, D) that enter each queue, by kind/level: every image key, and of the patches
-        of an image those with the highest scores.
+        """The keys (M, D) that enter each queue, by kind/level: every image key, and of each image
+        the patch keys with the highest scores.
 
         scores: (N, S * S of the largest level), random numbers.
         Source: docs/method.md, "Queues".
@@ -116,22 +116,22 @@ class Dupr(nn.Module):
 
     @torch.no_grad()
     def push(self, chosen: dict[str, Tensor]) -> None:
-        """Feed the queues with what `queue_keys` chose."""
+        """Feed the queues with the keys that `queue_keys` chose."""
         for name, values in chosen.items():
             kind, level = name.split("/")
             (self.image_queues if kind == "image" else self.patch_queues)[level].push(values)
 
 
 def method_class(recipe: PretrainRecipe) -> type[Dupr]:
-    """The class behind method.name, its options checked.
+    """The class that method.name stands for, with its options checked.
 
-    Raises UsageError when it cannot be loaded, is no subclass of `Dupr`, or its options are wrong.
+    Raises UsageError when it cannot be loaded, does not subclass `Dupr`, or has wrong options.
     """
     name = recipe.method.name
     found = load_plugin(METHODS, name)
     if not (isinstance(found, type) and issubclass(found, Dupr)):
         raise UsageError(
-            f"method.name: {name} is provided as {found!r}, which is no subclass of "
+            f"method.name: {name} is provided as {found!r}, which is not a subclass of "
             f"dupr_cli.pretrain.method.Dupr."
         )
     _options(found, recipe)

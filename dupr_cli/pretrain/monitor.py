@@ -1,7 +1,7 @@
-"""Watching a run: metrics.jsonl, TensorBoard, the status line, and signs of trouble.
+"""Monitor a run: metrics.jsonl, TensorBoard, the status line, and signs of trouble.
 
-All processes of a run collect; at a log step the numbers are averaged over them, and rank 0 writes.
-Between log steps nothing is read back from the device but whether a step was finite.
+All processes collect values; at a log step the values are averaged over the processes, and rank 0
+writes them. Between log steps the device is only asked whether a step was finite.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.runtime.parallel import World
 from dupr_cli.views.pairs import ViewPairBatch
 
-# Relative to the spread of random unit vectors, 1 / sqrt(D). Collapsed embeddings are near 0.
+# Spread relative to that of random unit vectors, 1 / sqrt(D). Collapsed embeddings are near 0.
 _COLLAPSED = 0.02
-# Retrieval after a quarter of the run that counts as learning, relative to an untrained network's.
+# Retrieval, relative to an untrained network's, that counts as learning after a quarter of the run.
 _LEARNING = 1.2
-# Steps before which no run is expected to have learned anything.
+# Before this many steps, no run is expected to have learned anything.
 _SOON = 300
 # Embeddings whose pairwise distances are averaged for uniformity.
 _PAIRED = 512
@@ -43,10 +43,10 @@ _PAIRED = 512
 def diagnostics(
     model: Dupr, queries: Embeddings, keys: Embeddings, queue: str
 ) -> dict[str, Tensor]:
-    """What the embeddings of one kind and level look like, without labels. queue: kind/level.
+    """Label-free measures of the embeddings of one kind and level. queue: kind/level.
 
     positive, negative: mean similarity of queries with their keys and with the queue. spread: mean
-    standard deviation per dimension, relative to random unit vectors: 1 is health, 0 collapse.
+    standard deviation per dimension, relative to random unit vectors: 1 is healthy, 0 is collapse.
     alignment: mean squared distance of positives; uniformity: log of the mean Gaussian potential of
     query pairs, about -4 at best (Wang and Isola, arXiv 2005.10242, section 4).
     """
@@ -127,10 +127,10 @@ class Monitor:
         waited: float,
         facts: dict[str, float],
     ) -> None:
-        """Take note of a finished step (counted from 1).
+        """Record a finished step (counted from 1).
 
         values: sums over the steps of a line, averaged. embeddings: queries and keys of the step's
-        last part. facts: written as they are.
+        last part. facts: written unchanged.
         """
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
@@ -152,7 +152,7 @@ class Monitor:
             for level in queues:
                 queue = queues[level]
                 facts[f"queue_fill/{kind}/{level}"] = queue.fill()
-                # The loss of a network that cannot tell the positive from any key in the queue.
+                # The loss of a network that cannot tell the positive from the keys in the queue.
                 facts[f"reference/{kind}/{level}"] = math.log(1 + len(queue.keys))
         return facts
 
@@ -193,7 +193,7 @@ class Monitor:
     def _record(self, line: dict[str, float]) -> None:
         if self._board is None:
             return
-        # JSON has no word for what is not a number.
+        # JSON cannot express infinities or NaN.
         line = {name: value for name, value in line.items() if math.isfinite(value)}
         step = int(line["step"])
         self._log.append(line)
@@ -203,8 +203,8 @@ class Monitor:
         self.latest |= line
 
     def probe(self, step: int, retrieval: dict[str, float]) -> None:
-        """Take note of a measurement of held-out patch retrieval."""
-        self._restart_clock()  # the time that the probe took is not training time
+        """Record a measurement of held-out patch retrieval."""
+        self._restart_clock()  # the retrieval check is not training time
         if not retrieval:
             return
         self._record({"step": step, **retrieval})
@@ -220,14 +220,14 @@ class Monitor:
                 "stall",
                 f"step {step}: patch retrieval is no better than the untrained network's. Look at "
                 f"the loss parts in metrics.jsonl; try another optimizer.lr, a shorter "
-                f"method.queue_length, or a method.momentum that follows faster in so few steps.",
+                f"method.queue_length, or a lower method.momentum for such a short run.",
             )
 
     def bad_step(self, step: int, batch: ViewPairBatch, shards: ShardSet) -> None:
-        """Take note of a step that was skipped because its loss or gradient was not finite.
+        """Record a step that was skipped because its loss or gradient was not finite.
 
-        Raises RunError after train.max_bad_steps of them in a row, the keys of the last batch's
-        samples written beside the run.
+        Raises RunError after train.max_bad_steps of them in a row, and writes the keys of the last
+        batch's samples beside the run.
         """
         self._bad += 1
         self._bad_in_a_row += 1
@@ -251,11 +251,11 @@ class Monitor:
             f"the loss or its gradient was not finite in {self._bad_in_a_row} steps in a row, up "
             f"to step {step}. Lower optimizer.lr, lengthen optimizer.warmup_steps, or use "
             f"train.precision: float32. The samples of the last batch are listed in {file}; "
-            f"checkpoints written before are kept."
+            f"earlier checkpoints are kept."
         )
 
     def good_step(self) -> None:
-        """Take note of a step that was made."""
+        """Record a step that succeeded."""
         self._bad_in_a_row = 0
 
     def _warn(self, what: str, message: str) -> None:
@@ -269,19 +269,19 @@ class Monitor:
             self._warn(
                 "collapse",
                 f"step {line['step']:.0f}: the embeddings collapse ({flat[0]} is "
-                f"{line[flat[0]]:.3f}, healthy is near 1): nothing is learned any more. Try a "
+                f"{line[flat[0]]:.3f}, healthy is near 1): the run has stopped learning. Try a "
                 f"smaller optimizer.lr or a method.momentum nearer to 1.",
             )
         if line["unreadable"]:
             self._warn(
                 "images",
                 f"step {line['step']:.0f}: images that cannot be decoded are replaced by others "
-                f"(metrics.jsonl counts them as `unreadable`); `dupr prepare` leaves them out.",
+                f"(metrics.jsonl counts them as `unreadable`); `dupr prepare` skips such images.",
             )
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process in GiB: resident, and on its GPU."""
+    """Peak memory of this process in GiB, in main memory and on its GPU."""
     facts = {"memory/process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if device.type == "cuda":
         facts["memory/gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -1,6 +1,6 @@
-"""Advice about a recipe that is valid but may not learn: each warning with what to do about it.
+"""Warnings about a recipe that is valid but may not learn, each with advice.
 
-These are rules of thumb of the field, not errors: a run starts all the same.
+They follow rules of thumb of the field and are not errors: a run starts all the same.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.views.geometry import as_crop, overlap_fraction, random_crop_pair
 
-# MoCo v2's 0.03 at 256 images. Below a third of the scaled rate somebody forgot to scale it; short
-# runs on a CPU take several times more, ten times is too much for any.
+# MoCo v2 uses 0.03 at 256 images. Below a third of the scaled rate, someone forgot to scale it;
+# short runs on a CPU use several times more, but ten times is too much for any run.
 _RATE_PER_IMAGE, _LOWEST_RATE, _HIGHEST_RATE = 0.03 / 256, 1 / 3, 10
-# A key encoder has forgotten its random start after so many times 1 / (1 - momentum) steps.
+# A key encoder has forgotten its random start after this many times 1 / (1 - momentum) steps.
 _MEMORIES = 3
 # Bins smaller than this share of a feature cell mostly repeat their neighbours.
 _SMALLEST_BIN = 0.5
 
 
 def science_warnings(recipe: PretrainRecipe, images: int | None, steps: int | None) -> list[str]:
-    """What is questionable about a recipe, on a data set of `images` images for `steps` steps.
+    """List what is questionable about a recipe, for `images` images and `steps` steps.
 
-    None: not known yet, and what depends on it is not judged.
+    None means not known yet; checks that depend on it are skipped.
     """
     return [
         *_queue(recipe, images),
@@ -42,12 +42,12 @@ def _queue(recipe: PretrainRecipe, images: int | None) -> list[str]:
         nearest = max(per_step, method.queue_length // per_step * per_step)
         found.append(
             f"method.queue_length is {method.queue_length}, not a multiple of the {per_step} keys "
-            f"that enter in a step: keys leave at uneven ages. Use {nearest}."
+            f"that enter in a step, so keys leave at uneven ages. Use {nearest}."
         )
     if images is not None and method.queue_length > images:
         found.append(
             f"method.queue_length is {method.queue_length}, more than the {images} images: the "
-            f"queue holds older keys of every image, its own among the negatives. Use at most "
+            f"negatives of an image include older keys of itself. Use at most "
             f"{max(per_step, images // 2 // per_step * per_step)}."
         )
     return found
@@ -60,7 +60,7 @@ def _learning_rate(recipe: PretrainRecipe) -> list[str]:
         return []
     return [
         f"optimizer.lr is {lr:g} for a batch of {batch}; the linear rule from 0.03 at 256 gives "
-        f"{scaled:.2g}. Set that, and look at the retrieval before you go far from it."
+        f"{scaled:.2g}. Use that, and watch the retrieval if you go far from it."
     ]
 
 
@@ -91,8 +91,8 @@ def _bins(recipe: PretrainRecipe) -> list[str]:
         if weight and cells / bins < _SMALLEST_BIN:
             found.append(
                 f"method.patch.bins.{level} is {bins}, but the shared region of a typical pair is "
-                f"{cells:.1f} cells wide at {level}: neighbouring patches see the same cells. Use "
-                f"{max(1, round(cells))} to {max(1, int(cells / _SMALLEST_BIN))}, or raise "
+                f"{cells:.1f} cells wide at {level}, so neighbouring patches see the same cells. "
+                f"Use {max(1, round(cells))} to {max(1, int(cells / _SMALLEST_BIN))}, or raise "
                 f"method.views.size or method.views.min_overlap."
             )
     return found
@@ -102,17 +102,17 @@ def _batch_norm(recipe: PretrainRecipe) -> list[str]:
     norm, found = recipe.method.batch_norm, []
     if norm.groups == 1 and not norm.permute_keys:
         found.append(
-            "method.batch_norm.groups is 1 and keys are not permuted: a key shares its batch "
+            "method.batch_norm.groups is 1 and keys are not permuted, so a key shares its batch "
             "statistics with its query, which gives the answer away. Use 8 groups."
         )
     elif norm.groups == 1:
         found.append(
-            "method.batch_norm makes one group of the whole batch: permuting keys within it hides "
+            "method.batch_norm makes the whole batch one group: permuting keys within it hides "
             "nothing, and queries may find their keys by the statistics. Use 8 groups."
         )
     if norm.sync and recipe.train.accumulate > 1:
         found.append(
             f"train.accumulate is {recipe.train.accumulate} with method.batch_norm.sync: the "
-            f"statistics are those of a part of the batch, not of the whole."
+            f"statistics cover one part of the batch, not the whole batch."
         )
     return found

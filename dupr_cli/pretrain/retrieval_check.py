@@ -1,6 +1,6 @@
-"""Held-out patch retrieval while a run goes on, see `views.retrieval`.
+"""Held-out patch retrieval during a run, see `views.retrieval`.
 
-For every held-out image two fixed views are cut, with all augmentation. Batch-norm statistics are
+Two fixed views of every held-out image are cut, with all augmentation. Batch-norm statistics are
 measured on the same views first: otherwise a random network, whose statistics are untouched, would
 be a straw man.
 """
@@ -22,7 +22,7 @@ from dupr_cli.views.retrieval import own_ranks, paired_bins, recoloured, share_w
 
 
 def retrieval_levels(method: MethodSection) -> list[Level]:
-    """Levels that are probed: those with a patch loss, or res4 and res5 where there is none."""
+    """Levels that are probed: those with a patch loss, or res4 and res5 if none has one."""
     return [v for v in LEVELS if method.patch.weights.get(v)] or ["res4", "res5"]
 
 
@@ -33,14 +33,14 @@ def patch_retrieval(
     method: MethodSection,
     device: torch.device,
 ) -> dict[str, float]:
-    """Top-1 retrieval per level, as retrieval/<level>, and the pool's size. Empty without batches.
+    """Top-1 retrieval per level, as retrieval/<level>, and the pool size; empty without batches.
 
-    The backbone is copied: neither its statistics nor its mode change.
+    The backbone is copied, so neither its statistics nor its mode change.
     """
     if not batches:
         return {}
     network = copy.deepcopy(backbone)
-    ungroup_batch_norms(network)  # whole batches: statistics to evaluate with
+    ungroup_batch_norms(network)  # evaluate with the statistics of whole batches
     max_sigma, levels = method.augmentation.blur.sigma[1], retrieval_levels(method)
     cells = {level: max(1, method.views.size // LEVEL_STRIDES[level]) for level in levels}
     bins = {level: method.patch.bins.get(level, cells[level]) for level in levels}

@@ -1,11 +1,11 @@
-"""The training loop, from top to bottom as docs/method.md tells it.
+"""The training loop, in the order of docs/method.md.
 
 `train` prepares everything, then repeats: take a batch of view pairs and find their shared regions,
 update the key encoder by momentum and embed the keys, embed the queries and contrast image and
 patch embeddings with their queues at every level, step, push the keys. Everything random in step n
 follows from the seed and n, so a run continued from a checkpoint repeats the steps that an
-uninterrupted run would have made. The batch may be spread over processes and cut into parts: its
-losses, queues and batch-norm groups stay those of the whole.
+uninterrupted run would have made. The batch may be spread over processes and cut into parts; its
+losses, queues and batch-norm groups stay those of the whole batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from dupr_cli.views.pairs import ViewPairBatch
 
 
 def make_model(recipe: PretrainRecipe, world: World) -> Dupr:
-    """The method's model on its device, its batch norms in this process's share of the groups."""
+    """The method's model on its device, its batch norms with this process's share of the groups."""
     train, norm = recipe.train, recipe.method.batch_norm
     torch.manual_seed(recipe.seed)
     model = method_class(recipe)(recipe)
@@ -58,7 +58,7 @@ def make_model(recipe: PretrainRecipe, world: World) -> Dupr:
 
 
 def start_from_weights(model: Dupr, recipe: PretrainRecipe) -> None:
-    """Both backbones as `model.init` says. Raises UsageError for weights that do not fit."""
+    """Load `model.init` into both backbones. Raises UsageError for weights that do not fit."""
     if recipe.model.init is not None:
         weights = read_weights(recipe.model.init)
         for encoder in (model.query, model.key):
@@ -78,7 +78,7 @@ def embed_keys(
     """Key embeddings of this process's images, in the order of the queries.
 
     Keys go through the encoder in a random order of the global batch, so that the group whose batch
-    statistics a key shares says nothing about its query; then vectors and patches come back.
+    statistics a key shares reveals nothing about its query; embeddings then return to their place.
     Source: docs/method.md, "Batch norm"; MoCo (arXiv 1911.05722), section 3.3.
     """
     rows = len(view.pixels)
@@ -117,8 +117,8 @@ def forward_backward(
     """Embed the query views, contrast them with their keys and queues, and add up gradients.
 
     views: of the queries, one for each direction; keys: the embeddings that answer them. valid:
-    (N,) bool, whether an image's views share enough for patches; valid_images: how many do, on
-    average over the processes. The batch is cut into `train.accumulate` parts.
+    (N,) bool, whether an image's views share enough for patches; valid_images: the mean number of
+    valid images per process. The batch is cut into `train.accumulate` parts.
     """
     losses: dict[str, Tensor] = {}
     total = torch.zeros((), device=world.device)
@@ -175,7 +175,7 @@ def learning_rate(optimizer: OptimizerSection, step: int, steps: int) -> float:
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random stream of one step, the same in all processes: key order and patch choice."""
+    """The random stream of one step, the same in all processes; orders keys and selects patches."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
@@ -188,7 +188,7 @@ def timed(batches: Iterator[ViewPairBatch]) -> Iterator[tuple[ViewPairBatch, flo
 
 
 def count_steps(recipe: PretrainRecipe, images: int) -> int:
-    """Length of the run in steps. images: of one epoch, without those held out."""
+    """Length of the run in steps. images: in one epoch, without those held out."""
     if recipe.train.steps is not None:
         return recipe.train.steps
     assert recipe.train.epochs is not None
@@ -196,7 +196,7 @@ def count_steps(recipe: PretrainRecipe, images: int) -> int:
 
 
 def checkpoint_facts(recipe: PretrainRecipe, step: int) -> CheckpointState:
-    """What a checkpoint says besides its tensors."""
+    """What a checkpoint records besides its tensors."""
     return CheckpointState(
         step=step,
         architecture=recipe.model.backbone,
@@ -218,8 +218,8 @@ def train(
 ) -> dict[str, float]:
     """Run or continue a run in `out`; returns the last metrics.
 
-    Raises RunError when too many steps in a row are not finite, StoppedRunError when it is told to
-    stop before the end; the same call continues.
+    Raises RunError when too many steps in a row are not finite, and StoppedRunError when it is
+    asked to stop before the end; the same call continues.
     """
     method, limits, device = recipe.method, limits or Limits(), world.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.train.tf32
@@ -238,7 +238,7 @@ def train(
     done = saved.step if saved else 0
     steps = count_steps(recipe, BatchOrder(shards, recipe).images)
     if done >= steps:
-        reporter.info(f"{out} is complete: {done} steps")
+        reporter.info(f"{out} is already complete: {done} steps")
         return MetricsLog(out).latest()
     loader, order = training_batches(shards, recipe, done, world)
     held_out = probe_batches(shards, recipe) if world.is_main else []
@@ -250,7 +250,7 @@ def train(
 
     with (
         Stop(limits, launched=world.size > 1) as stop,
-        closing(loader),  # ends its processes, also where an error keeps this frame alive
+        closing(loader),  # ends its processes even if an error keeps this frame alive
         monitor,
         reporter.task("pretrain", steps, "steps", done) as progress,
     ):
@@ -279,7 +279,7 @@ def train(
             gradients = [p.grad for p in parameters if p.grad is not None]
             gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
-            # float16 gradients may overflow: the scaler skips such a step by itself.
+            # float16 gradients may overflow; the scaler then skips the step by itself.
             finite = torch.isfinite(found.total) & (half | torch.isfinite(gradient_norm))
             flags = world.max(torch.tensor([float(not finite), float(stop.code)])).tolist()
             if flags[0]:

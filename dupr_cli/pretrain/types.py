@@ -1,4 +1,4 @@
-"""What a pre-training plans and returns."""
+"""The plan and the result of a pre-training run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PretrainPlan:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a finished run left behind. metrics: the last values of metrics.jsonl."""
+    """The output of a finished run. metrics: the last values of metrics.jsonl."""
 
     run: str
     checkpoint: str

@@ -16,7 +16,7 @@ from dupr_cli.views.pairs import ViewPairBatch
 
 @dataclass(frozen=True)
 class View:
-    """One view of each image of a batch, not yet augmented.
+    """One view of each image of a batch, before augmentation.
 
     pixels: (N, 3, S, S) uint8 on the training device. parameters: (N, PARAMETERS) of the
     augmentation. boxes: (N, 4) shared region in view pixels. flips: (N,) bool. All but the pixels
@@ -34,7 +34,7 @@ class View:
     def exchange(self, order: Tensor, world: World) -> View:
         """This process's part of all processes' views in another order, see `World.exchange`.
 
-        Pixels travel before they become floats: a quarter of the bytes.
+        Pixels travel before they become floats, which takes a quarter of the bytes.
         """
         return View(
             *(
@@ -46,7 +46,7 @@ class View:
     def for_encoder(
         self, method: MethodSection, memory_format: torch.memory_format
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What an encoder takes: images (N, 3, S, S) augmented and normalised, boxes, flips."""
+        """The encoder's input: images (N, 3, S, S) augmented and normalised, boxes, flips."""
         images = augment(self.pixels, self.parameters, method.augmentation)
         device = self.pixels.device
         return (
@@ -59,7 +59,7 @@ class View:
 def make_views(
     batch: ViewPairBatch, method: MethodSection, device: torch.device
 ) -> tuple[tuple[View, View], Tensor]:
-    """Both views of a batch, and valid (N,) bool, CPU: enough is shared for patches.
+    """Both views of a batch, and valid (N,) bool: which share enough for patches (CPU).
 
     Source: docs/method.md, "Views" and "Shared region".
     """

@@ -1,7 +1,7 @@
-"""Frozen-feature probes: what a backbone's features tell without training any of its weights.
+"""Frozen-feature probes: measure a backbone's features without training any of its weights.
 
-Nearest neighbours, linear classifiers, VOC07 image classification, and retrieval of patches and
-objects. comparison.py carries a probe out; protocols.py says what each measures.
+The probes are nearest neighbours, linear classifiers, VOC07 image classification, and retrieval of
+patches and objects. comparison.py runs a probe; protocols.py defines what each probe measures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def plan(
     device: str = "auto",
     overwrite: bool = False,
 ) -> ProbePlan:
-    """Check everything that `run` needs and say what it would do. Nothing is changed.
+    """Check everything that `run` needs and return its plan. Nothing is changed.
 
     Raises as `run` does.
     """
@@ -67,13 +67,13 @@ def run(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Results:
-    """Measure each of the weights by the recipe's protocol, and write what came of it into `out`.
+    """Measure each of the weights by the recipe's protocol, and write the results into `out`.
 
     recipe, overrides: see `dupr_cli.recipe.given`.
     weights: what `dupr_cli.models.compared` opens; `none` is a random backbone. data: labelled
     shards, class folders, a VOC tree; for patch-retrieval any images. test_data: another set to
     test on. device: auto, cpu, cuda or cuda:N.
-    `out` gets results.json, table.txt and a folder per weights with its result. Weights that were
+    `out` gets results.json, table.txt and a folder per weights with its result. Weights that
     finished there before, under the same recipe, data and device, are not measured again.
     Raises UsageError for inputs that cannot be used or an `out` that holds another probe
     (`overwrite` replaces it), RunError for damaged images.

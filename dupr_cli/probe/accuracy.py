@@ -1,4 +1,4 @@
-"""Accuracy of class predictions, in percent, and what guessing would score."""
+"""Accuracy of class predictions, in percent, and of the majority-class baseline."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def class_accuracies(ranked: Tensor, labels: Tensor, classes: Sequence[str]) -> 
 
 
 def commonest_first(train_labels: Tensor, test_labels: Tensor, classes: int) -> Tensor:
-    """The guess of who knows no image: for every test image the commonest training classes.
+    """Majority-class baseline: the most common training classes, for every test image.
 
-    (N, <= 5) class numbers, as `ranking` gives them.
+    The class numbers are (N, <= 5), as `ranking` returns them.
     """
     counts = torch.bincount(train_labels, minlength=classes).double()
     return ranking(counts[None], 5).expand(len(test_labels), -1)

@@ -1,10 +1,10 @@
-"""A probe from what was asked for to results.json: open, check, measure each of the weights.
+"""A probe from its arguments to results.json: open, check, and measure each of the weights.
 
-    OUT/probe.json             what all results in OUT have in common: recipe, data, device
+    OUT/probe.json             what all results in OUT share: recipe, data, device
     OUT/01-NAME/result.json    one of the weights, with its fingerprint
     OUT/results.json  table.txt
 
-Results are recorded as they finish, so that the same command continues after an interruption.
+Each result is recorded when it is done, so the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ProbeComparison:
     """Everything that was checked before the first image is decoded."""
 
     task: ProbeTask
-    candidates: list[ComparedWeights]
+    weights: list[ComparedWeights]
     out: Path
 
     def plan(self) -> ProbePlan:
@@ -62,8 +62,8 @@ class ProbeComparison:
         return ProbePlan(
             protocol=task.recipe.protocol,
             metric=PROTOCOLS[task.recipe.protocol].metric(task.recipe),
-            weights=[candidate.address for candidate in self.candidates],
-            architectures=[candidate.architecture for candidate in self.candidates],
+            weights=[compared.address for compared in self.weights],
+            architectures=[compared.architecture for compared in self.weights],
             levels=list(task.recipe.levels),
             train_images=0 if task.train is task.test else len(task.train),
             test_images=len(task.test),
@@ -73,13 +73,13 @@ class ProbeComparison:
         )
 
     def fingerprint(self) -> dict[str, object]:
-        """What must be the same for results to stand side by side, by recipe key or name."""
+        """What must be equal for results to be compared, by recipe key or name."""
         task = self.task
         values = task.recipe.model_dump(mode="json")
         section = PROTOCOLS[task.recipe.protocol].section
         measured = ("protocol", "levels", "images", "data", section, "seed")
         keys = recipe_keys({key: values[key] for key in measured})
-        del keys["images.workers"]  # changes nothing that is measured
+        del keys["images.workers"]  # does not affect what is measured
         return {
             **keys,
             "images.precision": str(precision(task.recipe.images, task.device)),
@@ -89,7 +89,7 @@ class ProbeComparison:
         }
 
     def claim(self) -> Claim:
-        folders = [weights.folder for weights in self.candidates]
+        folders = [weights.folder for weights in self.weights]
         defaults = recipe_keys(ProbeRecipe().model_dump(mode="json"))
         return Claim(CLAIM_FILE, "probe", self.fingerprint(), folders, defaults)
 
@@ -104,12 +104,12 @@ def prepare_comparison(
 ) -> ProbeComparison:
     """Open and check weights, data and device; nothing is written.
 
-    Raises UsageError for what cannot be used, RunError for damaged data.
+    Raises UsageError for unusable input, RunError for damaged data.
     """
     chosen = choose_device(device)
     if recipe.protocol == "voc07-cls":
         require_scikit_learn()
-    candidates = _candidates(recipe, weights)
+    compared = _open_weights(recipe, weights)
     train, test = _open(recipe, data, reporter)
     limit, seed = recipe.data.limit, recipe.seed
     same = train is test
@@ -122,26 +122,26 @@ def prepare_comparison(
         classes = check_classes(train, test, reporter)
     if recipe.protocol == "knn" and max(recipe.knn.neighbours) > len(train):
         reporter.warning(
-            f"{data.address}: {len(train)} training images, fewer than the "
-            f"{max(recipe.knn.neighbours)} neighbours asked for: all of them vote."
+            f"{data.address}: {len(train)} training images are fewer than the "
+            f"{max(recipe.knn.neighbours)} neighbours in the recipe, so all images vote."
         )
-    return ProbeComparison(ProbeTask(recipe, train, test, classes, chosen), candidates, out)
+    return ProbeComparison(ProbeTask(recipe, train, test, classes, chosen), compared, out)
 
 
-def _candidates(recipe: ProbeRecipe, weights: Sequence[str]) -> list[ComparedWeights]:
+def _open_weights(recipe: ProbeRecipe, weights: Sequence[str]) -> list[ComparedWeights]:
     only_random = all(address == RANDOM_WEIGHTS for address in weights)
-    candidates = open_compared(weights, recipe.backbone if only_random else "auto")
-    for candidate in candidates:
-        if recipe.backbone not in ("auto", candidate.architecture):
+    compared = open_compared(weights, recipe.backbone if only_random else "auto")
+    for one in compared:
+        if recipe.backbone not in ("auto", one.architecture):
             raise UsageError(
-                f"{candidate.address}: the weights are of a {candidate.architecture}, but the "
+                f"{one.address}: the weights are of a {one.architecture}, but the "
                 f"recipe asks for {recipe.backbone}. Set backbone to auto. (recipe key: backbone)"
             )
-    return candidates
+    return compared
 
 
 def _open(recipe: ProbeRecipe, data: ProbeData, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
-    """Training and test images, the same object where there is nothing to train."""
+    """Training and test images; the same object if the protocol trains nothing."""
     if recipe.protocol == "patch-retrieval":
         images = open_pictured(data.address, data.test_split, reporter)
         return images, images
@@ -163,7 +163,7 @@ def _open(recipe: ProbeRecipe, data: ProbeData, reporter: Reporter) -> tuple[Ima
 def _voc_classes(train: ImageSet, test: ImageSet, reporter: Reporter) -> list[str]:
     """Names of all classes, sorted; warns of those that cannot be learnt or measured.
 
-    Raises UsageError when there is nothing to measure.
+    Raises UsageError when no class can be measured.
     """
     classes = sorted({*train.classes, *test.classes})
 
@@ -174,25 +174,26 @@ def _voc_classes(train: ImageSet, test: ImageSet, reporter: Reporter) -> list[st
     if not tested:
         raise UsageError(
             f"{test.address}: the {len(test)} images of the split {test.split!r} have no class to "
-            f"find (difficult objects are not counted)."
+            f"find (difficult objects do not count)."
         )
     left_out = sorted(set(classes) - set(tested))
     if left_out:
         reporter.warning(
-            f"{test.address}: {', '.join(left_out)}: in no test image of {test.split}, so left "
-            f"out of the mean."
+            f"{test.address}: {', '.join(left_out)}: no test image of {test.split} has these "
+            f"classes, so the mean leaves them out."
         )
     unlearnt = [name for name in tested if not 2 <= present(train, name) <= len(train) - 2]
     if unlearnt:
         reporter.warning(
-            f"{train.address}: {', '.join(unlearnt)}: fewer than two training images with it, or "
-            f"without it, so it cannot be learnt; its AP of 0 counts in the mean."
+            f"{train.address}: {', '.join(unlearnt)}: too few training images to learn these "
+            f"classes (each needs two with it and two without it); their AP of 0 counts in the "
+            f"mean."
         )
     shared = set(train.ids) & set(test.ids)
     if shared and train.address == test.address:
         reporter.warning(
             f"{train.address}: {len(shared)} images, the first is {min(shared)}, are in both "
-            f"{train.split} and {test.split}: what is measured was learnt by heart."
+            f"{train.split} and {test.split}: the result includes images that were trained on."
         )
     return classes
 
@@ -202,18 +203,18 @@ def measure_all(comparison: ProbeComparison, overwrite: bool, reporter: Reporter
     out, claim = comparison.out, comparison.claim()
     claim.take(out, overwrite, _files_of)
     entries = []
-    for weights in comparison.candidates:
-        folder = out / weights.folder
+    for compared in comparison.weights:
+        folder = out / compared.folder
         fingerprint = {
             **claim.fingerprint,
-            "architecture": weights.architecture,
-            "weights": weights.sha256 or RANDOM_WEIGHTS,
+            "architecture": compared.architecture,
+            "weights": compared.sha256 or RANDOM_WEIGHTS,
         }
-        entry = _finished(folder, fingerprint, weights.address)
+        entry = _finished(folder, fingerprint, compared.address)
         if entry is not None:
-            reporter.info(f"{weights.address}: finished before, its result is used again.")
+            reporter.info(f"{compared.address}: finished before; its result is reused.")
         else:
-            entry = _measure(comparison, weights, reporter)
+            entry = _measure(comparison, compared, reporter)
             folder.mkdir(exist_ok=True)
             remove_leftovers(folder)
             write_result(folder, fingerprint, {"result": asdict(entry)})
@@ -241,9 +242,9 @@ def _files_of(out: Path) -> Iterator[Path]:
     """The files of a probe by its own record, which comes last."""
     try:
         _, folders = read_claim(out / CLAIM_FILE)
-    except UsageError:  # damaged: what it listed is found by what results look like
+    except UsageError:  # damaged: results are recognised by their folder names
         folders = []
-    # An older dupr listed no folders.
+    # Older versions of dupr recorded no folders.
     folders = folders or [path.parent.name for path in out.glob(f"[0-9][0-9]-*/{RESULT_FILE}")]
     yield from (out / name / RESULT_FILE for name in folders)
     yield from (out / name for name in (RESULTS, TABLE_FILE, CLAIM_FILE))
@@ -261,25 +262,25 @@ def _finished(folder: Path, fingerprint: dict[str, object], address: str) -> Wei
 
 
 def _measure(
-    comparison: ProbeComparison, candidate: ComparedWeights, reporter: Reporter
+    comparison: ProbeComparison, compared: ComparedWeights, reporter: Reporter
 ) -> WeightsResult:
     recipe = comparison.task.recipe
     protocol = PROTOCOLS[recipe.protocol]
-    measured = protocol.measure(comparison.task, candidate, reporter)
+    measured = protocol.measure(comparison.task, compared, reporter)
     level = recipe.levels[0]
     columns = [c for c in protocol.columns(recipe) if f"{level}/{c}" in measured.metrics]
     return WeightsResult(
-        weights=candidate.address,
-        weights_sha256=candidate.sha256,
-        architecture=candidate.architecture,
+        weights=compared.address,
+        weights_sha256=compared.sha256,
+        architecture=compared.architecture,
         metrics=measured.metrics,
         per_class=measured.per_class,
         seconds=measured.seconds,
         extra={
-            "folder": candidate.folder,
+            "folder": compared.folder,
             "columns": columns,
             "chance": measured.chance,
             "chosen": measured.chosen,
-            "batch_norm": "measured on these images" if candidate.sha256 is None else "as given",
+            "batch_norm": "measured on these images" if compared.sha256 is None else "as given",
         },
     )

@@ -1,9 +1,9 @@
-"""What is probed: images, with a class each, with objects, or with neither.
+"""The probed images: each with a class, with objects, or with neither.
 
-Labelled shards, foreign shards with `.cls`, class folders, plain folders and VOC trees are all seen
-as an `ImageSet`. Opening one reads labels only; pixels are decoded later, upright, one image at a
-time. Where a set knows boxes and no classes of whole images, each object is cut out and is an image
-of its own.
+Labelled shards, foreign shards with `.cls`, class folders, plain folders and VOC trees all become
+an `ImageSet`. Opening one reads only labels; pixels are decoded later, upright, one image at a
+time. If a set has boxes but no classes of whole images, each object is cut out and becomes an
+image.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from dupr_cli.errors import UsageError
 from dupr_cli.probe.image_readers import Files, ImageReader, ObjectCrops, Samples, Whole
 from dupr_cli.progress import Reporter
 
-LIMIT_TRAIN, LIMIT_TEST = range(2)  # streams of random numbers, told apart by the seed's last word
+LIMIT_TRAIN, LIMIT_TEST = range(2)  # streams of random numbers; the seed's last word separates them
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to be probed, all that a split has or some of them.
+    """Images to probe: all images of a split, or some of them.
 
-    labels: class of each, empty where the set has none. verdicts: for each image and class in it,
-    1, or 0 where all its objects of the class are difficult; empty where the set has no objects.
-    boxed: the same images with their boxes, where they have some.
+    labels: class of each, empty if the set has none. verdicts: for each image and class in it, 1,
+    or 0 if all its objects of the class are difficult; empty if the set has no objects. boxed: the
+    same images with their boxes, if they have any.
     """
 
     address: str
@@ -71,7 +71,7 @@ class ImageSet:
 
     @property
     def digest(self) -> str:
-        """sha256 over ids, file sizes, labels and boxes: what the features and figures hang on."""
+        """sha256 over ids, file sizes, labels and boxes, which determine the figures."""
         digest = hashlib.sha256(self.boxed.digest.encode() if self.boxed else b"")
         for position, image_id in enumerate(self.ids):
             label = self.labels[position] if self.labels else ""
@@ -81,7 +81,7 @@ class ImageSet:
         return digest.hexdigest()
 
     def image(self, position: int) -> Image.Image:
-        """Upright RGB image. Raises RunError naming it when it cannot be decoded."""
+        """Upright RGB image. Raises RunError naming it if it cannot be decoded."""
         return self.reader.image(self.numbers[position])
 
     def subset(self, positions: Sequence[int]) -> ImageSet:
@@ -96,7 +96,7 @@ class ImageSet:
         )
 
     def drawn(self, limit: int | None, seed: int, stream: int) -> ImageSet:
-        """The first `limit` images of a seeded shuffle, all of them in order without a limit."""
+        """The first `limit` images of a seeded shuffle; without a limit, all in order."""
         if limit is None or limit >= len(self):
             return self
         order = np.random.default_rng([seed, stream]).permutation(len(self))
@@ -104,7 +104,7 @@ class ImageSet:
 
 
 def splits_of(address: str) -> list[str] | None:
-    """Names of the splits of a set, None where it has none: foreign shards, one tree of folders."""
+    """The split names of a set; None if it has no splits: foreign shards, one tree of folders."""
     path = Path(address)
     trees = find_voc_trees(path)
     if trees:
@@ -112,7 +112,7 @@ def splits_of(address: str) -> list[str] | None:
     if (path / MANIFEST).is_file():
         return list(Manifest.read(path).splits)
     if is_remote(address) and not address.endswith(".tar"):
-        return []  # of a manifest that is read when it is opened, which names them
+        return []  # opening the set reads its manifest, which names the splits
     if path.is_dir() and not holds_shards(path):
         folders = [folder.name for folder in _folders(path)]
         if "train" in folders and _folders(path / "train"):
@@ -125,9 +125,9 @@ def open_classified(
 ) -> ImageSet:
     """Images with a class each: class folders, shards with classes, or the objects of boxes.
 
-    split: None takes all of a set without splits. min_object: longer side of the smallest object
-    that is taken, pixels; difficult ones are not. Raises UsageError when there is no such set, or
-    it has no labels.
+    split: None takes all of a set without splits. min_object: pixels along the longer side of the
+    smallest object taken; difficult objects are not taken. Raises UsageError when the set does not
+    exist or has no labels.
     """
     path = Path(address)
     if find_voc_trees(path):
@@ -140,14 +140,14 @@ def open_classified(
             return _objects(open_labelled(address, [split], reporter), min_object)
         return _classified_shards(address, split, shards)
     if not path.is_dir():
-        raise UsageError(f"{address}: there is no such folder or shard.")
+        raise UsageError(f"{address}: this folder or shard does not exist.")
     root = _split_folder(address, split)
     classes = _folders(root)
     paths = [(file, folder.name) for folder in classes for file in _images_under(folder)]
     if not paths:
         raise UsageError(
-            f"{root}: no labels: class folders with images are needed (<class>/<image>), labelled "
-            f"shards, or a VOC tree."
+            f"{root}: no labels were found. Give class folders with images (<class>/<image>), "
+            f"labelled shards, or a VOC tree."
         )
     return ImageSet(
         address,
@@ -160,9 +160,9 @@ def open_classified(
 
 
 def open_pictured(address: str, split: str | None, reporter: Reporter) -> ImageSet:
-    """Images with or without labels; with boxes where a VOC tree or labelled shards have them.
+    """Images with or without labels; VOC trees and labelled shards add their boxes.
 
-    split: None takes all that the set has. Raises UsageError when there are no images.
+    split: None takes the whole set. Raises UsageError when it has no images.
     """
     path = Path(address)
     if find_voc_trees(path):
@@ -174,11 +174,11 @@ def open_pictured(address: str, split: str | None, reporter: Reporter) -> ImageS
         ids = tuple(shards.keys())
         return ImageSet(address, split or "all", ids, (), Samples(shards), tuple(range(len(ids))))
     if not path.is_dir():
-        raise UsageError(f"{address}: there is no such folder or shard.")
+        raise UsageError(f"{address}: this folder or shard does not exist.")
     root = _split_folder(address, split) if split else path
     paths = tuple(_images_under(root))
     if not paths:
-        raise UsageError(f"{root}: there are no images in the folder.")
+        raise UsageError(f"{root}: the folder contains no images.")
     ids = tuple(str(file.relative_to(path)) for file in paths)
     return ImageSet(address, split or "all", ids, (), Files(paths), tuple(range(len(ids))))
 
@@ -186,8 +186,8 @@ def open_pictured(address: str, split: str | None, reporter: Reporter) -> ImageS
 def open_voc(address: str, split: str, reporter: Reporter) -> ImageSet:
     """Whole images with the classes in them: a VOC tree, or labelled shards of one.
 
-    ImageSets/Main/<class>_<split>.txt decides where it is there (1, 0 for difficult objects only,
-    -1), else the boxes do, in the same way. Source: VOC development kit, classification task.
+    If ImageSets/Main/<class>_<split>.txt exists, it decides (1, 0 for difficult objects only, -1);
+    otherwise the boxes decide, in the same way. Source: VOC development kit, classification task.
     """
     images = open_labelled(address, [split], reporter)
     listed = _class_files(address, split, images.classes)
@@ -207,7 +207,7 @@ def open_voc(address: str, split: str, reporter: Reporter) -> ImageSet:
 
 
 def _class_files(address: str, split: str, classes: Sequence[str]) -> dict[str, dict[str, int]]:
-    """By class and image, what ImageSets/Main/<class>_<split>.txt says: 1, 0 or -1."""
+    """By class and image, the value in ImageSets/Main/<class>_<split>.txt: 1, 0 or -1."""
     trees = find_voc_trees(Path(address))
     listed: dict[str, dict[str, int]] = {}
     for tree in trees:
@@ -222,8 +222,8 @@ def _class_files(address: str, split: str, classes: Sequence[str]) -> dict[str, 
                     continue
                 if len(words) != 2 or words[1] not in ("1", "0", "-1"):
                     raise UsageError(
-                        f"{file}, line {number}: {line.strip()!r}, but an image id and 1, 0 or -1 "
-                        f"are needed."
+                        f"{file}, line {number}: the line is {line.strip()!r}; expected an image "
+                        f"id and 1, 0 or -1."
                     )
                 listed.setdefault(name, {})[prefix + words[0]] = int(words[1])
     return listed
@@ -232,8 +232,8 @@ def _class_files(address: str, split: str, classes: Sequence[str]) -> dict[str, 
 def divide(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
     """Training and test images: about `fraction` of them for testing, by a hash of their ids.
 
-    An image stays on its side whatever else is added to the set; objects of one image stay
-    together. Raises UsageError when a side is empty.
+    An image keeps its side when others are added to the set; objects of one image stay together.
+    Raises UsageError when a side is empty.
     """
     held = [_hashed(image_id.partition("#")[0]) < fraction for image_id in images.ids]
     train = images.subset([i for i, out in enumerate(held) if not out])
@@ -241,7 +241,7 @@ def divide(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
     if not len(train) or not len(test):
         raise UsageError(
             f"{images.address}: {len(images)} images do not divide into a test share of "
-            f"{fraction} and the rest; change it. (recipe key: data.test_fraction)"
+            f"{fraction} and the rest; change the share. (recipe key: data.test_fraction)"
         )
     share = f"{100 * fraction:g}%"
     return (
@@ -262,8 +262,8 @@ def open_train_and_test(
     """Training and test images with a class each.
 
     test_data: another set to test on. fraction: share of the training split (or of a set without
-    splits) that is held out for testing, instead of a split or set of its own.
-    Raises UsageError when there is nothing to test on.
+    splits) to hold out for testing, instead of a separate split or set.
+    Raises UsageError when no test images are given.
     """
 
     def opened(address: str, split: str) -> ImageSet:
@@ -275,20 +275,20 @@ def open_train_and_test(
     if fraction is not None:
         return divide(opened(data, train_split), fraction)
     if not is_remote(data) and not Path(data).exists() and "{" not in data:
-        raise UsageError(f"{data}: there is no such folder or shard.")
+        raise UsageError(f"{data}: this folder or shard does not exist.")
     if splits_of(data) is None:
-        opened(data, train_split)  # what is wrong with the labels is said first
+        opened(data, train_split)  # report label errors first
         raise UsageError(
-            f"{data}: there is no test split. Give another set with --test-data, or the share of "
-            f"the images to hold out: --set data.test_fraction=0.2."
+            f"{data}: it has no test split. Give another set with --test-data, or the share of "
+            f"images to hold out: --set data.test_fraction=0.2."
         )
     return opened(data, train_split), opened(data, test_split)
 
 
 def check_classes(train: ImageSet, test: ImageSet, reporter: Reporter) -> list[str]:
-    """Names of all classes, sorted. Warns of those that training lacks and of shared images.
+    """Names of all classes, sorted; warns about classes that training lacks and shared images.
 
-    Raises UsageError when training knows fewer than two.
+    Raises UsageError when training has fewer than two classes.
     """
     known = train.classes
     if len(known) < 2:
@@ -300,20 +300,20 @@ def check_classes(train: ImageSet, test: ImageSet, reporter: Reporter) -> list[s
     unseen = sorted(set(test.classes) - set(known))
     if unseen:
         reporter.warning(
-            f"{test.address}: {', '.join(unseen[:5])}{', ...' * (len(unseen) > 5)}: in the test "
-            f"images only, so they are never found; they count all the same."
+            f"{test.address}: {', '.join(unseen[:5])}{', ...' * (len(unseen) > 5)}: only test "
+            f"images have these classes, so they are never predicted; they count as errors."
         )
     shared = set(train.ids) & set(test.ids)
     if shared and train.address == test.address:
         reporter.warning(
             f"{train.address}: {len(shared)} images, the first is {min(shared)}, are in both "
-            f"{train.split} and {test.split}: what is measured was learnt by heart."
+            f"{train.split} and {test.split}: the result includes images that were trained on."
         )
     return sorted({*known, *test.classes})
 
 
 def _hashed(text: str) -> float:
-    """A number in [0, 1) that hangs on the text alone."""
+    """A number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
@@ -362,9 +362,9 @@ def _classified_shards(address: str, split: str | None, shards: ShardSet) -> Ima
         label = _label(sample)
         if not label:
             raise UsageError(
-                f"{shards.name}: no labels: sample {sample.key} has no class, neither in its .json "
-                f"nor as .cls. Make shards of class folders with `dupr prepare`, or give class "
-                f"folders or a VOC tree."
+                f"{shards.name}: sample {sample.key} has no class, neither in its .json nor as "
+                f".cls. Make shards of class folders with `dupr prepare`, or give class folders or "
+                f"a VOC tree."
             )
         ids.append(sample.key)
         labels.append(label)
@@ -390,7 +390,7 @@ def _one_split(address: str, split: str | None) -> str:
         return splits[0]
     if split is None:
         raise UsageError(
-            f"{address}: which split? It has {', '.join(splits)}; give one with --test-split."
+            f"{address}: choose a split. It has {', '.join(splits)}; give one with --test-split."
         )
     return split
 
@@ -401,7 +401,7 @@ def _split_folder(address: str, split: str | None) -> Path:
         return root
     if not (root / split).is_dir():
         folders = ", ".join(folder.name for folder in _folders(root)) or "no folders"
-        raise UsageError(f"{address}: there is no split {split!r}; it has {folders}.")
+        raise UsageError(f"{address}: it has no split {split!r}; it has {folders}.")
     return root / split
 
 

@@ -1,7 +1,7 @@
-"""The frozen backbone: images in, features of its levels out; nothing in it is trained.
+"""The frozen backbone: it maps images to features of its levels; nothing in it is trained.
 
-Input statistics are those of the weights. A random network's batch norms know nothing of images
-yet: their statistics are measured on training images first, or it would be a straw man.
+Input statistics are those of the weights. A random network's batch norms have not seen any images:
+their statistics are measured on training images first, or it would be a straw man.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dupr_cli.runtime.loader import in_batches, load
 
 @dataclass(frozen=True)
 class FrozenBackbone:
-    """A backbone in eval mode on its device, and how its input is normalised.
+    """A backbone in eval mode on its device, with the normalisation of its input.
 
     mean, std: (1, 3, 1, 1), of pixels in [0, 1]. precision: of the convolutions.
     """
@@ -45,7 +45,7 @@ class FrozenBackbone:
 
         images: uint8, or float32 in [0, 1].
 
-        They are inference tensors: autograd takes copies of them only.
+        They are inference tensors, so autograd accepts only copies of them.
         """
         with torch.inference_mode(), self._autocast():
             features = self.network(self._normalised(images), levels, last=max(levels))
@@ -74,16 +74,16 @@ class FrozenBackbone:
 
 
 def freeze_backbone(
-    candidate: ComparedWeights, recipe: ProbeRecipe, device: torch.device
+    compared: ComparedWeights, recipe: ProbeRecipe, device: torch.device
 ) -> FrozenBackbone:
-    """The candidate's backbone; a random one follows from the recipe's seed."""
+    """The backbone with the given weights; a random one follows from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    network = ResNetBackbone(candidate.architecture)
+    network = ResNetBackbone(compared.architecture)
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
-    if candidate.weights is not None:
-        load_backbone(network, candidate.weights)
-        mean, std = candidate.weights.metadata.input_mean, candidate.weights.metadata.input_std
+    if compared.weights is not None:
+        load_backbone(network, compared.weights)
+        mean, std = compared.weights.metadata.input_mean, compared.weights.metadata.input_std
     network.requires_grad_(False).eval()
     network.to(device).to(memory_format=torch.channels_last)
     return FrozenBackbone(
@@ -96,7 +96,7 @@ def freeze_backbone(
 
 
 def precision(images: ProbeImageSection, device: torch.device) -> torch.dtype:
-    """What images.precision stands for on this device."""
+    """The dtype that images.precision means on this device."""
     if images.precision == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bfloat16 else torch.float32
@@ -105,20 +105,20 @@ def precision(images: ProbeImageSection, device: torch.device) -> torch.dtype:
 
 def measure_random(
     frozen: FrozenBackbone,
-    candidate: ComparedWeights,
+    compared: ComparedWeights,
     train: ImageSet,
     recipe: ProbeRecipe,
     reporter: Reporter,
 ) -> None:
-    """Measure batch-norm statistics on training images, for random weights and no others."""
-    if candidate.weights is not None:
+    """Measure batch-norm statistics on training images, for random weights only."""
+    if compared.weights is not None:
         return
     images, used = recipe.images, train.drawn(recipe.images.bn_images, recipe.seed, LIMIT_TRAIN)
     reporter.info(
-        f"{candidate.address}: batch-norm statistics are measured on {len(used)} training images; "
+        f"{compared.address}: batch-norm statistics are measured on {len(used)} training images; "
         f"random weights have none of their own."
     )
-    # A last batch of one image would count as much as a full one, and has no spread at res5.
+    # A last batch of one image would count as much as a full batch, and has no spread at res5.
     requests = [batch for batch in in_batches(len(used), images.batch_size) if len(batch) > 1]
     read = CentreCrops(used, images.resize, images.crop)
     batches = load(read, torch.stack, requests, images.workers, frozen.device)
@@ -130,7 +130,7 @@ def extract(
 ) -> dict[Level, Tensor]:
     """Pooled features of the centre crop of every image, (N, C) float32 on the CPU, by level.
 
-    name: what is said beside the progress.
+    name: the label of the progress bar.
     """
     section, levels = recipe.images, recipe.levels
     read = CentreCrops(images, section.resize, section.crop)
@@ -154,7 +154,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Everything since the last lap was `part`."""
+        """Add the time since the last lap to `part`."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
         self._since = now

@@ -1,4 +1,4 @@
-"""Where the pixels of probed images lie: files, shards, labelled sets, and objects cut out of them.
+"""Sources of the probed images' pixels: files, shards, labelled sets, and objects cut out of them.
 
 Everything is decoded upright, one image at a time.
 """
@@ -20,10 +20,10 @@ from dupr_cli.errors import RunError
 
 
 class ImageReader(Protocol):
-    """Where images lie, by number."""
+    """A source of images, by number."""
 
     def image(self, number: int) -> Image.Image:
-        """Upright RGB image. Raises RunError naming it when it cannot be decoded."""
+        """Upright RGB image. Raises RunError naming it if it cannot be decoded."""
         ...
 
     def size(self, number: int) -> int:
@@ -75,7 +75,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class ObjectCrops:
-    """Objects of a labelled set. places: image and object in it, of each."""
+    """Objects of a labelled set. places: for each, its image and its number in the image."""
 
     images: LabelledSet
     places: tuple[tuple[int, int], ...]
@@ -91,7 +91,7 @@ class ObjectCrops:
 
 
 def square_around(corners: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 of the square on a box's longer side, moved and, where it must, cut to fit.
+    """x0, y0, x1, y1 of the square on a box's longer side, moved and, if necessary, cut to fit.
 
     corners: of the box, inside an image of width x height pixels.
     """
@@ -107,6 +107,6 @@ def _decode(file: Path | io.BytesIO, place: str) -> Image.Image:
         return open_picture(file).rgb()
     except IMAGE_ERRORS as error:
         raise RunError(
-            f"{place}: the image cannot be decoded ({error}). Replace it, or take it out of the "
+            f"{place}: the image cannot be decoded ({error}). Replace it, or remove it from the "
             f"set."
         ) from error

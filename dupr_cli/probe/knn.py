@@ -1,4 +1,4 @@
-"""Nearest neighbours: training images vote on the class of a test image, nothing is trained.
+"""Nearest neighbours: training images vote on the class of a test image; nothing is trained.
 
 A test image's k nearest training images by cosine similarity s vote with weight exp(s / T).
 Source: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
@@ -24,9 +24,9 @@ def nearest(
     """Cosine similarity and row of the `count` most similar rows of `bank`, most similar first.
 
     queries: (N, C). bank: (M, C), M >= count. Both results are (N, count). The N x M similarities
-    are computed in blocks and never kept, on `device` where one is given.
+    are computed in blocks and never stored, on `device` if one is given.
     """
-    # Normalised before they move: a GPU holds the bank once.
+    # Normalise before the transfer, so that a GPU holds the bank only once.
     queries, bank = (F.normalize(rows, dim=1).to(device) for rows in (queries, bank))
     similarities, rows = [], []
     for start in range(0, len(queries), _QUERIES):
@@ -49,7 +49,7 @@ def vote(similarities: Tensor, labels: Tensor, classes: int, temperature: float)
 
     similarities: (N, k) of the neighbours. labels: (N, k) their classes.
     """
-    # Relative to the nearest: the ranking is the same, and a small temperature does not overflow.
+    # Relative to the nearest: this keeps the ranking, and a small temperature does not overflow.
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     scores = similarities.new_zeros(len(similarities), classes)
     return scores.scatter_add_(1, labels, weights)

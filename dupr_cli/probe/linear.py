@@ -1,8 +1,7 @@
-"""Linear classifiers on frozen features: by SGD on augmented images, and fast, on features once.
+"""Linear classifiers on frozen features: by SGD on augmented images, or fast, on fixed features.
 
 The first is MoCo's protocol, for numbers that compare with published tables. The second answers the
-same question in minutes: logistic regression with a penalty that is chosen on training images held
-apart.
+same question in minutes: logistic regression with a penalty chosen on held-out training images.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from dupr_cli.recipe.probe import LinearSgdSection, LogisticSection
 from dupr_cli.runtime.loader import load
 from dupr_cli.views.geometry import random_crop
 
-# Streams of random numbers, told apart by the last word of their seed.
+# Streams of random numbers; the last word of the seed separates them.
 _ORDER, _CROP, _HELD_OUT = range(3)
 _ROWS = 65536  # of features whose scores are in memory at a time
 
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Reads a random resized crop of an image, flipped or not; a function of seed, epoch, image."""
+    """Reads a random resized crop of an image, flipped or not; from seed, epoch and image alone."""
 
     images: ImageSet
     size: int
@@ -65,9 +64,9 @@ def train_linear(
 ) -> dict[Level, nn.Linear]:
     """One linear classifier per level, each trained by SGD on the frozen features of random crops.
 
-    labels: (N,) class numbers of the images. All levels see the same crops; their classifiers share
-    nothing. Source: docs/method.md, "Linear probe".
-    Raises RunError when a loss is not finite, or when the backbone changed after all.
+    labels: (N,) class numbers of the images. All levels see the same crops, but their classifiers
+    are separate. Source: docs/method.md, "Linear probe".
+    Raises RunError when a loss is not finite, or when the backbone changed.
     """
     section, device = recipe.sgd, frozen.device
     before = backbone_digest(frozen.network)
@@ -96,7 +95,7 @@ def train_linear(
                 features = {level: values.clone() for level, values in pooled.items()}
                 wanted = labels[positions.to(device)]
                 losses = [F.cross_entropy(heads[v](features[v]), wanted) for v in recipe.levels]
-                # A sum over levels: each classifier gets the gradient of its own loss alone.
+                # For a sum over levels, each classifier gets only the gradient of its own loss.
                 loss = torch.stack(losses).sum()
                 value = float(loss.detach()) / len(losses)
                 if not math.isfinite(value):
@@ -114,7 +113,7 @@ def train_linear(
 
 
 def _epoch(count: int, epoch: int, batch_size: int, seed: int) -> list[list[tuple[int, int]]]:
-    """The requests of one epoch: every image once, in an order of its own."""
+    """The requests of one epoch: every image once, in a new order."""
     order = np.random.default_rng([seed, epoch, _ORDER]).permutation(count).tolist()
     return [
         [(epoch, position) for position in order[first : first + batch_size]]
@@ -130,7 +129,7 @@ def _head(channels: int, classes: int) -> nn.Linear:
 
 
 def backbone_digest(network: nn.Module) -> str:
-    """sha256 over every tensor of a network, statistics too."""
+    """sha256 over every tensor of a network, including statistics."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -170,7 +169,7 @@ def fit_logistic(
     is 1 / (penalty * N).
     """
     mean, deviation = features.mean(0).to(device), features.std(0, correction=0).to(device)
-    # Not a small number instead: a unit that is constant in training would blow up in testing.
+    # A small number instead of 1 would make a unit that is constant in training blow up in testing.
     deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))
     weights = torch.zeros(classes, features.shape[1], device=mean.device, requires_grad=True)
     bias = torch.zeros(classes, device=mean.device, requires_grad=True)
@@ -209,20 +208,22 @@ def choose_penalty(
     seed: int,
     device: torch.device | None = None,
 ) -> float:
-    """The penalty whose classifier is right most often on training images held apart.
+    """The penalty whose classifier is most accurate on held-out training images.
 
-    Of equally good ones the largest is taken. The rest as in `fit_logistic`.
+    Among equally good penalties the largest is chosen. Other arguments are as in `fit_logistic`.
     """
     if len(section.penalties) == 1:
         return section.penalties[0]
     order = torch.from_numpy(np.random.default_rng([seed, _HELD_OUT]).permutation(len(labels)))
-    held = max(1, min(len(labels) - 1, round(section.held_out * len(labels))))
-    apart, rest = order[:held], order[held:]
+    count = max(1, min(len(labels) - 1, round(section.held_out * len(labels))))
+    held_out, rest = order[:count], order[count:]
     best, best_right = section.penalties[0], -1
-    kept, kept_labels = features[rest], labels[rest]
+    train_features, train_labels = features[rest], labels[rest]
     for penalty in sorted(section.penalties, reverse=True):
-        fitted = fit_logistic(kept, kept_labels, classes, penalty, section.iterations, device)
-        right = int((_predict(fitted, features[apart]) == labels[apart]).sum())
+        fitted = fit_logistic(
+            train_features, train_labels, classes, penalty, section.iterations, device
+        )
+        right = int((_predict(fitted, features[held_out]) == labels[held_out]).sum())
         if right > best_right:
             best, best_right = penalty, right
     return best

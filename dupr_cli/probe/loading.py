@@ -1,4 +1,4 @@
-"""Images on their way to the frozen backbone: cut to a square, as tensors."""
+"""Prepare images for the frozen backbone: square crops, as tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dupr_cli.views.geometry import Crop
 
 def pixels(image: Image.Image) -> Tensor:
     """(3, H, W) uint8."""
-    # A copy: torch does not take the read-only memory of Pillow.
+    # torch rejects Pillow's read-only memory, so this is a copy.
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -32,7 +32,7 @@ def centre_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
 
 
 def cut_view(image: Image.Image, crop: Crop, size: int, flip: bool) -> Image.Image:
-    """One crop resized to size x size, antialiased, and then mirrored left to right if asked for.
+    """One crop resized to size x size, antialiased, then mirrored left to right if `flip` is set.
 
     crop: x0, y0, x1, y1 in pixels of the image.
     """

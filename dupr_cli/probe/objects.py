@@ -1,8 +1,8 @@
-"""Objects across images: does an object find others of its class?
+"""Objects across images: test whether an object finds others of its class.
 
-Each object is pooled by RoIAlign from the feature map of its whole image, context and all, as a
-detector would see it, and looks for the most similar objects of other images by the cosine.
-Nothing is trained. Source: our choice; precision at k is the usual figure of retrieval.
+Each object is pooled by RoIAlign from the feature map of its whole image, including context, as a
+detector would see it. It then looks for the objects of other images with the highest cosine
+similarity. Nothing is trained. Source: our choice; precision at k is a usual retrieval metric.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dupr_cli.recipe import Level
 from dupr_cli.recipe.base import LEVEL_STRIDES
 
 _CHUNK = 2048  # objects compared with all others at a time
-_BINS = 4  # an object is pooled into so many bins a side before their mean is taken
-_PAD = (124, 116, 104)  # ImageNet's mean, beside images that are no squares
+_BINS = 4  # an object is pooled into this many bins a side, and then averaged
+_PAD = (124, 116, 104)  # ImageNet's mean, to pad images to squares
 
 Maps = Callable[[Tensor, Sequence[Level]], dict[Level, Tensor]]
 
@@ -48,8 +48,8 @@ class ObjectBatch:
 
 @dataclass(frozen=True)
 class ObjectImages:
-    """Reads an image resized to a long side of `side` pixels, in the corner of a square, and those
-    of its boxes that are asked for."""
+    """Reads an image resized to a long side of `side` pixels, in the corner of a square, and the
+    requested boxes."""
 
     images: LabelledSet
     wanted: dict[int, NDArray[np.float32]]
@@ -87,16 +87,16 @@ def searched_objects(
 ) -> tuple[dict[int, NDArray[np.float32]], list[str], list[int]]:
     """Objects that take part: not difficult, and of `min_object` pixels along their longer side.
 
-    Returns their boxes by image, and of all of them in that order the class and the image.
+    Returns their boxes by image and, in the same order, the class and the image of each object.
     """
     wanted, names, places = {}, [], []
     for position, annotation in enumerate(images.annotations):
         sides = annotation.boxes[:, 2:] - annotation.boxes[:, :2]
-        kept = ~annotation.difficult & (sides.max(1, initial=0) >= min_object)
-        if kept.any():
-            wanted[position] = annotation.boxes[kept]
-            names += [annotation.names[i] for i in np.flatnonzero(kept)]
-            places += [position] * int(kept.sum())
+        chosen = ~annotation.difficult & (sides.max(1, initial=0) >= min_object)
+        if chosen.any():
+            wanted[position] = annotation.boxes[chosen]
+            names += [annotation.names[i] for i in np.flatnonzero(chosen)]
+            places += [position] * int(chosen.sum())
     return wanted, names, places
 
 
@@ -104,10 +104,10 @@ def precision_at(
     features: Tensor, labels: Tensor, images: Tensor, neighbours: Sequence[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
     """For each k, per object, the share of its k most similar objects of other images that have its
-    class; and what drawing them at random would give.
+    class; and the expected share for random objects.
 
-    features: (n, C). labels, images: (n,) class and image of each object. Objects without k others
-    are measured on those there are; NaN for those without any.
+    features: (n, C). labels, images: (n,) class and image of each object. Objects with fewer than k
+    others are measured on those; objects without others get NaN.
     """
     features = F.normalize(features, dim=1)
     most = max(neighbours)

@@ -1,4 +1,4 @@
-"""Views of the images that patches are looked for in, see `views.retrieval`. Nothing is trained."""
+"""Image views for patch retrieval, see `views.retrieval`. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dupr_cli.views.pairs import ViewPairBatch, cut_pair
 
 @dataclass(frozen=True)
 class ViewPairs:
-    """Reads both views of an image: a function of the seed and the image's id, so that every
-    backbone is asked the same."""
+    """Reads both views of an image, a function of the seed and the image's id: every backbone gets
+    the same views."""
 
     images: ImageSet
     section: RetrievalSection

@@ -1,7 +1,7 @@
-"""The protocols: what one of the weights comes to under each of them.
+"""The protocols: measure one of the weights under each of them.
 
-A protocol turns a task (recipe, images, device) and a candidate into figures, all in percent, named
-<level>/<column>; `chance` has, by column, what knowing nothing of the images scores.
+A protocol turns a task (recipe, images, device) and weights into figures, all in percent, named
+<level>/<column>; `chance` holds, by column, the score of the majority-class or random baseline.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dupr_cli.views.retrieval import own_ranks, paired_bins, recoloured, share_w
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """What every candidate is measured on. For retrieval, `train` is `test`."""
+    """The task that all weights share. For retrieval, `train` is `test`."""
 
     recipe: ProbeRecipe
     train: ImageSet
@@ -56,7 +56,7 @@ class ProbeTask:
 
 @dataclass
 class Measured:
-    """What came of one candidate. metrics, chance: by <level>/<column> and by column, percent."""
+    """Figures of one of the weights, percent, by <level>/<column>; chance: by column."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Measured:
             self.per_class.setdefault(name, {})[key] = value
 
     def add_accuracies(self, level: Level, ranked: Tensor, labels: Tensor, task: ProbeTask) -> None:
-        """top1, top5 and balanced of a level, from its ranking of the classes (N, <= 5)."""
+        """top1, top5 and balanced of a level, from its class ranking (N, <= 5)."""
         by_class = class_accuracies(ranked, labels, task.classes)
         self.metrics[f"{level}/top1"] = top(ranked, labels, 1)
         self.metrics[f"{level}/top5"] = top(ranked, labels, 5)
@@ -88,22 +88,22 @@ Measure = Callable[[ProbeTask, ComparedWeights, Reporter], Measured]
 
 
 def _features(
-    task: ProbeTask, candidate: ComparedWeights, reporter: Reporter, watch: Stopwatch
+    task: ProbeTask, compared: ComparedWeights, reporter: Reporter, watch: Stopwatch
 ) -> tuple[dict[Level, Tensor], dict[Level, Tensor]]:
     """Pooled features of the training and of the test images."""
-    frozen = freeze_backbone(candidate, task.recipe, task.device)
-    measure_random(frozen, candidate, task.train, task.recipe, reporter)
-    name = candidate.folder
+    frozen = freeze_backbone(compared, task.recipe, task.device)
+    measure_random(frozen, compared, task.train, task.recipe, reporter)
+    name = compared.folder
     train = extract(frozen, task.train, task.recipe, f"{name} train", reporter)
     test = extract(frozen, task.test, task.recipe, f"{name} test", reporter)
     watch.lap("features")
     return train, test
 
 
-def measure_knn(task: ProbeTask, candidate: ComparedWeights, reporter: Reporter) -> Measured:
+def measure_knn(task: ProbeTask, compared: ComparedWeights, reporter: Reporter) -> Measured:
     """Accuracy of the neighbours' vote for every number of neighbours."""
     section, watch, measured = task.recipe.knn, Stopwatch(), Measured()
-    train, test = _features(task, candidate, reporter, watch)
+    train, test = _features(task, compared, reporter, watch)
     train_labels, test_labels = task.labels(task.train), task.labels(task.test)
     for level in task.recipe.levels:
         ranked = knn_rankings(
@@ -125,15 +125,13 @@ def measure_knn(task: ProbeTask, candidate: ComparedWeights, reporter: Reporter)
     return measured
 
 
-def measure_linear_fast(
-    task: ProbeTask, candidate: ComparedWeights, reporter: Reporter
-) -> Measured:
+def measure_linear_fast(task: ProbeTask, compared: ComparedWeights, reporter: Reporter) -> Measured:
     """Logistic regression on features computed once."""
     section, watch, measured = task.recipe.logistic, Stopwatch(), Measured()
-    train, test = _features(task, candidate, reporter, watch)
+    train, test = _features(task, compared, reporter, watch)
     labels, test_labels = task.labels(task.train), task.labels(task.test)
     classes, device = len(task.classes), task.device
-    with reporter.task(f"classifiers {candidate.folder}", len(train), "levels") as progress:
+    with reporter.task(f"classifiers {compared.folder}", len(train), "levels") as progress:
         for level, values in train.items():
             penalty = choose_penalty(values, labels, classes, section, task.recipe.seed, device)
             fitted = fit_logistic(values, labels, classes, penalty, section.iterations, device)
@@ -147,17 +145,17 @@ def measure_linear_fast(
     return measured
 
 
-def measure_linear(task: ProbeTask, candidate: ComparedWeights, reporter: Reporter) -> Measured:
+def measure_linear(task: ProbeTask, compared: ComparedWeights, reporter: Reporter) -> Measured:
     """SGD on random crops, tested on centre crops."""
     recipe, watch, measured = task.recipe, Stopwatch(), Measured()
-    frozen = freeze_backbone(candidate, recipe, task.device)
-    measure_random(frozen, candidate, task.train, recipe, reporter)
+    frozen = freeze_backbone(compared, recipe, task.device)
+    measure_random(frozen, compared, task.train, recipe, reporter)
     labels, test_labels = task.labels(task.train), task.labels(task.test)
     heads = train_linear(
-        frozen, task.train, labels, len(task.classes), recipe, candidate.folder, reporter
+        frozen, task.train, labels, len(task.classes), recipe, compared.folder, reporter
     )
     watch.lap("train")
-    test = extract(frozen, task.test, recipe, f"{candidate.folder} test", reporter)
+    test = extract(frozen, task.test, recipe, f"{compared.folder} test", reporter)
     for level, head in heads.items():
         with torch.no_grad():
             scores = head(test[level].to(task.device)).cpu()
@@ -168,15 +166,15 @@ def measure_linear(task: ProbeTask, candidate: ComparedWeights, reporter: Report
     return measured
 
 
-def measure_voc07(task: ProbeTask, candidate: ComparedWeights, reporter: Reporter) -> Measured:
-    """mAP of one SVM per class. Classes without a test image have no AP and are left out."""
+def measure_voc07(task: ProbeTask, compared: ComparedWeights, reporter: Reporter) -> Measured:
+    """mAP of one SVM per class. Classes without a test image are left out."""
     recipe, watch, measured = task.recipe, Stopwatch(), Measured()
-    train, test = _features(task, candidate, reporter, watch)
+    train, test = _features(task, compared, reporter, watch)
     train_wanted = targets(task.train.verdicts, task.classes)
     test_wanted = targets(task.test.verdicts, task.classes)
     tested = [n for n in range(len(task.classes)) if (test_wanted[:, n] == 1).any()]
     total = len(recipe.levels) * len(tested)
-    with reporter.task(f"SVMs {candidate.folder}", total, "classes") as progress:
+    with reporter.task(f"SVMs {compared.folder}", total, "classes") as progress:
         for level in recipe.levels:
             features = [F.normalize(v[level].double(), dim=1).numpy() for v in (train, test)]
             points, areas = {}, {}
@@ -204,14 +202,14 @@ def measure_voc07(task: ProbeTask, candidate: ComparedWeights, reporter: Reporte
     return measured
 
 
-def measure_retrieval(task: ProbeTask, candidate: ComparedWeights, reporter: Reporter) -> Measured:
-    """Patches across two views, and where there are boxes objects across images."""
+def measure_retrieval(task: ProbeTask, compared: ComparedWeights, reporter: Reporter) -> Measured:
+    """Patches across two views and, if the images have boxes, objects across images."""
     recipe, watch, measured = task.recipe, Stopwatch(), Measured()
-    frozen = freeze_backbone(candidate, recipe, task.device)
-    _retrieve_patches(task, frozen, candidate, reporter, measured)
+    frozen = freeze_backbone(compared, recipe, task.device)
+    _retrieve_patches(task, frozen, compared, reporter, measured)
     watch.lap("patches")
     if task.test.boxed is not None:
-        _retrieve_objects(task, frozen, candidate, reporter, measured)
+        _retrieve_objects(task, frozen, compared, reporter, measured)
         watch.lap("objects")
     measured.seconds = watch.seconds
     return measured
@@ -220,7 +218,7 @@ def measure_retrieval(task: ProbeTask, candidate: ComparedWeights, reporter: Rep
 def _retrieve_patches(
     task: ProbeTask,
     frozen: FrozenBackbone,
-    candidate: ComparedWeights,
+    compared: ComparedWeights,
     reporter: Reporter,
     measured: Measured,
 ) -> None:
@@ -234,9 +232,9 @@ def _retrieve_patches(
         requests = in_batches(len(images), recipe.images.batch_size)
         return load(read, ViewPairBatch.stack, requests, recipe.images.workers, task.device)
 
-    if candidate.weights is None:
+    if compared.weights is None:
         reporter.info(
-            f"{candidate.address}: batch-norm statistics are measured on the views of "
+            f"{compared.address}: batch-norm statistics are measured on the views of "
             f"{len(images)} images; random weights have none of their own."
         )
         frozen.measure_batch_norm(
@@ -245,7 +243,7 @@ def _retrieve_patches(
             for view in range(2)
         )
     found: dict[Level, list[tuple[Tensor, Tensor]]] = {level: [] for level in levels}
-    with reporter.task(f"views {candidate.folder}", len(images), "images") as progress:
+    with reporter.task(f"views {compared.folder}", len(images), "images") as progress:
         for batch in pairs():
             for level, pair in paired_bins(
                 lambda views: frozen.maps(views, levels),
@@ -257,7 +255,7 @@ def _retrieve_patches(
         queries, pool = (torch.cat([part[view] for part in parts]) for view in range(2))
         if len(pool) < 2:
             raise UsageError(
-                f"{task.test.address}: the views of no two images share enough; use more images or "
+                f"{task.test.address}: the views share fewer than two patches; use more images, or "
                 f"lower retrieval.views.min_overlap."
             )
         ranks = own_ranks(queries, pool)
@@ -270,7 +268,7 @@ def _retrieve_patches(
 def _retrieve_objects(
     task: ProbeTask,
     frozen: FrozenBackbone,
-    candidate: ComparedWeights,
+    compared: ComparedWeights,
     reporter: Reporter,
     measured: Measured,
 ) -> None:
@@ -279,18 +277,18 @@ def _retrieve_objects(
     wanted, names, images = objects.searched_objects(boxed, recipe.data.min_object)
     if len(set(images)) < 2 or len(set(names)) < 2:
         reporter.warning(
-            f"{task.test.address}: objects of two classes in two images are needed to look for "
-            f"them; only patches are measured."
+            f"{task.test.address}: object retrieval needs objects of two classes in two images; "
+            f"only patches are measured."
         )
         return
     read = objects.ObjectImages(boxed, wanted, recipe.retrieval.object_side)
-    # Larger than views by this much, so that a batch takes the same memory.
+    # Object images are this much larger than views; smaller batches keep the memory the same.
     larger = (recipe.retrieval.object_side / recipe.retrieval.views.size) ** 2
     size = max(1, int(recipe.images.batch_size / max(1.0, larger)))
     positions = list(wanted)
     requests = [[positions[i] for i in batch] for batch in in_batches(len(positions), size)]
     features: dict[Level, list[Tensor]] = {level: [] for level in recipe.levels}
-    with reporter.task(f"objects {candidate.folder}", len(positions), "images") as progress:
+    with reporter.task(f"objects {compared.folder}", len(positions), "images") as progress:
         for batch in load(
             read, objects.ObjectBatch.stack, requests, recipe.images.workers, task.device
         ):
@@ -317,7 +315,7 @@ def _retrieve_objects(
 
 @dataclass(frozen=True)
 class Protocol:
-    """section: of the recipe, that it reads. columns: of its figures, in the order of a table."""
+    """section: the recipe section that it reads. columns: its figures, in the order of a table."""
 
     measure: Measure
     section: str

@@ -1,4 +1,4 @@
-"""What people read of a probe: table.txt in 80 columns."""
+"""The readable output of a probe: table.txt in 80 columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME_WIDTH = 18
 
 
 def table(results: Results) -> str:
-    """Plain text: for each of the weights one row per level, and what chance scores."""
+    """Plain text: for each of the weights one row per level, and the chance level."""
     lines = textwrap.wrap(results.metric, _WIDTH)
     if results.train != results.test:
         lines += _described("Trained", results.train)

@@ -1,4 +1,4 @@
-"""What a probe reads and plans; it returns `artifacts.results.Results`."""
+"""The input and the plan of a probe, whose result is `artifacts.results.Results`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Where the images are. test_data: another set to test on. A split that is None is the only
-    one there is."""
+    """The image sets. test_data: another set to test on. A split of None stands for the set's only
+    split."""
 
     address: str
     train_split: str = "train"

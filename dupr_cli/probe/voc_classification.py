@@ -1,8 +1,8 @@
-"""Which classes are in an image: a linear SVM per class on frozen features, ranked by VOC's AP.
+"""VOC classification: a linear SVM per class on frozen features, ranked by VOC's AP.
 
 Features are scaled to unit length; the cost of each class's SVM is chosen by cross-validation on
-the training images. Images in which every object of a class is difficult take no part for that
-class, in training and in testing.
+the training images. Images whose objects of a class are all difficult are ignored for that class,
+in training and in testing.
 Source: Goyal et al. 2019, "Scaling and Benchmarking Self-Supervised Visual Representation Learning"
 (arXiv 1905.01235), linear SVMs on VOC07; AP: VOC 2007 development kit, VOCevalcls.
 """
@@ -27,7 +27,7 @@ Signs = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ClassScore:
-    """What one class came to, AP in percent; cost is that of its SVM, None where there is none."""
+    """The score of one class, AP in percent; cost is that of its SVM, None without one."""
 
     points: float
     area: float
@@ -35,13 +35,13 @@ class ClassScore:
 
 
 def require_scikit_learn() -> None:
-    """Raises UsageError where scikit-learn is not installed."""
+    """Raises UsageError if scikit-learn is not installed."""
     if find_spec("sklearn") is None:
         raise UsageError("voc07-cls needs scikit-learn; `pip install 'dupr-cli[probes]'`.")
 
 
 def targets(verdicts: Sequence[Mapping[str, int]], classes: Sequence[str]) -> Signs:
-    """(N, classes): 1 with the class, -1 without, 0 where only difficult objects have it."""
+    """(N, classes): 1 with the class, -1 without, 0 if only difficult objects have it."""
     rows = [[verdict.get(name, -1) for name in classes] for verdict in verdicts]
     return np.array(rows, dtype=np.int64).reshape(len(verdicts), len(classes))
 
@@ -49,8 +49,8 @@ def targets(verdicts: Sequence[Mapping[str, int]], classes: Sequence[str]) -> Si
 def ranking_precision(scores: Floats, wanted: Signs) -> tuple[float, float]:
     """AP of a ranking, as fractions: at 11 recall points, and as area under the curve.
 
-    scores: (N,). wanted: (N,) 1, -1, or 0 for images that do not count. Ties keep their order. The
-    area sums precision over the steps of recall, not made monotonous.
+    scores: (N,). wanted: (N,) 1, -1, or 0 for ignored images. Ties keep their order. The area sums
+    precision over the steps of recall, without making it monotonic.
     Source: VOC 2007 development kit, VOCevalcls; scikit-learn's average_precision_score.
     """
     counted = wanted != 0
@@ -89,7 +89,7 @@ def classify(
 
     best, best_score = svm.costs[0], -1.0
     with warnings.catch_warnings():
-        # The largest costs may need more iterations; cross-validation judges what came of them.
+        # The largest costs may need more iterations; cross-validation judges the result anyway.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for cost in svm.costs if len(svm.costs) > 1 else []:
             score = cross_val_score(

@@ -22,12 +22,12 @@ from dupr_cli.recipe.pretrain import AugmentationSection, BlurSection, ColorJitt
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, BLUR, FLIP = range(8)
 PARAMETERS = 8
 
-_ORDERS = torch.tensor(list(permutations(range(4))))  # (24, 4): which operation comes when
+_ORDERS = torch.tensor(list(permutations(range(4))))  # (24, 4): orders of the operations
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision's rgb_to_grayscale
 
 
 class Photometric(Protocol):
-    """The sections of a recipe that decide what is done to a view after it is cut."""
+    """The recipe sections that control the changes to a view after it is cut."""
 
     @property
     def color_jitter(self) -> ColorJitterSection: ...
@@ -50,7 +50,7 @@ def draw_parameters(recipe: Photometric, random: np.random.Generator) -> NDArray
     in pixels, 0 for none.
     """
     jitter, row = recipe.color_jitter, np.zeros(PARAMETERS, dtype=np.float32)
-    # Every number is drawn whether used or not: one stream position per parameter.
+    # Every number is drawn, used or not, so each parameter has one position in the stream.
     uniform = random.random(10)
     for column, strength in (
         (BRIGHTNESS, jitter.brightness),
@@ -78,7 +78,7 @@ def augment(views: Tensor, parameters: Tensor, recipe: AugmentationSection) -> T
 
 
 def normalise(images: Tensor, recipe: AugmentationSection) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] as the network takes them."""
+    """Normalise images (N, 3, H, W) in [0, 1] for the network."""
     mean = torch.tensor(recipe.mean, device=images.device)[:, None, None]
     std = torch.tensor(recipe.std, device=images.device)[:, None, None]
     return (images - mean) / std
@@ -87,8 +87,8 @@ def normalise(images: Tensor, recipe: AugmentationSection) -> Tensor:
 def recolour(views: Tensor, parameters: Tensor, max_sigma: float) -> Tensor:
     """Apply each view's own parameters, the flip last.
 
-    views: (N, 3, H, W) uint8. parameters: (N, PARAMETERS) on the CPU, so that choosing who gets
-    what does not wait for the device. max_sigma: largest blur that the recipe allows, pixels.
+    views: (N, 3, H, W) uint8. parameters: (N, PARAMETERS) on the CPU, so that selecting views for
+    an operation does not wait for the device. max_sigma: the recipe's largest blur, pixels.
     Returns (N, 3, H, W) float32 in [0, 1].
     """
     images = views.float() / 255
@@ -134,8 +134,8 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 def _hue(images: Tensor, turns: Tensor) -> Tensor:
     """Shift hue by `turns` of the colour circle, saturation and value kept.
 
-    The way back to RGB is direct: how far each channel lies between the pixel's largest and
-    smallest is a trapezoid over the colour circle (the hexcone model of HSV).
+    The way back to RGB is direct: each channel's position between the pixel's smallest and largest
+    value is a trapezoid over the colour circle (the hexcone model of HSV).
     """
     high, which = images.max(1, keepdim=True)
     low = images.amin(1, keepdim=True)
@@ -155,7 +155,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
     """Blur each image with its own standard deviation, separably, edges reflected.
 
     images: (N, C, H, W). sigma: (N,) pixels. The kernel reaches three of the largest allowed
-    standard deviations, as far as the image is that large.
+    standard deviations, or as far as the image allows.
     """
     radius = min(max(1, int(np.ceil(3 * max_sigma))), *(side - 1 for side in images.shape[2:]))
     taps = torch.arange(-radius, radius + 1, device=images.device)

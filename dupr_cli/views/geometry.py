@@ -1,8 +1,8 @@
-"""Where two views of an image show the same thing, and pooling patches there.
+"""The region that two views of an image share, and the pooling of its patches.
 
 Coordinates are pixel edges: a view of side `size` spans 0 to `size`, the centre of its first pixel
 is at 0.5. Crops are resized and only then mirrored, and RoIAlign reads feature maps with half-pixel
-alignment, so that a point of the source image keeps one meaning all the way to the patches.
+alignment, so that a point of the source image has the same meaning all the way to the patches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SAMPLING_RATIO = 2
 
 
 class CropRange(Protocol):
-    """From what random crops are drawn: share of the image's area, and width over height."""
+    """The range of random crops: share of the image's area, and width over height."""
 
     @property
     def scale(self) -> tuple[float, float]: ...
@@ -65,7 +65,7 @@ def overlap_fraction(first: Crop, second: Crop) -> float:
 
 
 def as_crop(edges: NDArray[np.floating]) -> Crop:
-    """(4,) whole pixels, as `random_crop_pair` has them."""
+    """A crop from (4,) whole pixels, as `random_crop_pair` returns them."""
     left, top, right, bottom = edges.tolist()
     return int(left), int(top), int(right), int(bottom)
 
@@ -73,9 +73,9 @@ def as_crop(edges: NDArray[np.floating]) -> Crop:
 def random_crop_pair(
     width: int, height: int, views: ViewsSection, random: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Two crops (2, 4) of one image, drawn again until they overlap enough or attempts run out.
+    """Two crops (2, 4) of one image, redrawn until they overlap enough or attempts run out.
 
-    Source: docs/method.md, "Views". A pair that never overlapped enough is returned all the same;
+    Source: docs/method.md, "Views". A pair with too little overlap is still returned;
     `shared_region_boxes` marks it invalid.
     """
     for _ in range(views.overlap_attempts):
@@ -93,9 +93,9 @@ def shared_region_boxes(
     crops: (N, 2, 4) x0, y0, x1, y1 of both crops in the source image, pixels.
     flips: (N, 2) bool, view mirrored left to right after cropping.
     size: side of the square views, pixels.
-    min_overlap: smallest share of a view's side that the region must cover to be of use.
-    Returns boxes (N, 2, 4) in view pixels and valid (N,) bool. Where the crops share too little,
-    the boxes are the whole views: their patches can serve as negatives, not as pairs.
+    min_overlap: smallest share of a view's side that a usable region must cover.
+    Returns boxes (N, 2, 4) in view pixels and valid (N,) bool. If the crops share too little, the
+    boxes are the whole views: their patches can serve as negatives, not as pairs.
     Source: docs/method.md, "Shared region".
     """
     region = torch.cat([crops[..., :2].amax(1), crops[..., 2:].amin(1)], dim=1)  # (N, 4)
@@ -106,7 +106,7 @@ def shared_region_boxes(
     mirrored = torch.stack([size - x1, y0, size - x0, y1], dim=-1)
     boxes = torch.where(flips[..., None], mirrored, boxes)
     shares = (boxes[..., 2:] - boxes[..., :2]) / size  # (N, 2, 2)
-    # Rounding must not leave out a pair that was drawn to overlap by exactly the minimum.
+    # Rounding must not exclude a pair that was drawn to overlap by exactly the minimum.
     valid = (shares > 0).all(-1).all(-1) & (shares >= min_overlap - 1e-4).all(-1).all(-1)
     whole = torch.tensor([0.0, 0.0, size, size], device=boxes.device)
     return torch.where(valid[:, None, None], boxes, whole), valid

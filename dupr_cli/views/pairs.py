@@ -1,4 +1,4 @@
-"""Two views of an image, cut, with the parameters of what is done to their colours."""
+"""Two views of an image: their crops, and the parameters of their colour changes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class ViewPairBatch:
         return self.parameters[..., FLIP].bool()
 
     def pin_memory(self) -> ViewPairBatch:
-        """Called by the loader for a CUDA device."""
+        """The loader calls this for a CUDA device."""
         return replace(self, views=self.views.pin_memory())
 
     @staticmethod
     def stack(pairs: Sequence[ViewPairBatch]) -> ViewPairBatch:
-        """A batch of what `cut_pair` returns."""
+        """Stack the results of `cut_pair` into a batch."""
         return ViewPairBatch(
             torch.stack([pair.views for pair in pairs]),
             torch.stack([pair.crops for pair in pairs]),
@@ -52,7 +52,7 @@ class ViewPairBatch:
 
 
 def crop_and_resize(image: Image.Image, crop: Crop, size: int) -> Image.Image:
-    """Resize one crop to size x size, antialiased; the source's pixels stay where they are.
+    """Resize one crop to size x size, antialiased, without shifting the source's pixels.
 
     crop: x0, y0, x1, y1 in pixels of the image.
     """
@@ -67,7 +67,7 @@ def cut_pair(
     number: int = 0,
     unreadable: int = 0,
 ) -> ViewPairBatch:
-    """The two views of one image, without the batch axis; all that is random comes from `random`.
+    """The two views of one image, without the batch axis; `random` supplies all randomness.
 
     Source: docs/method.md, "Views".
     """

@@ -1,9 +1,9 @@
-"""Patch retrieval: does a patch find itself again in the other view of its image?
+"""Patch retrieval: test whether a patch finds itself in the other view of its image.
 
-Feature maps of both views are pooled over the region that they share; a patch of the first view
-counts when its own, among all patches of all images' second views, is the most similar by the
-cosine. Chance is one over the pool's size. Pre-training checks itself by it while it runs, and the
-probe measures finished weights by it.
+Feature maps of both views are pooled over their shared region. A patch of the first view is found
+when, among all patches of all images' second views, its own has the highest cosine similarity.
+Chance is one over the pool's size. Pre-training checks itself with this measure while it runs, and
+the probe measures finished weights with it.
 Source: docs/method.md, "Is it learning?".
 """
 
@@ -44,8 +44,8 @@ def paired_bins(
     """Bins of the region that both views share, (M, C) of the first and of the second view.
 
     bins: S of each level; its region is pooled into S x S. max_sigma: largest blur of the recipe,
-    pixels. Row i of both shows one place of one image. Images whose views share too little have
-    none.
+    pixels. Row i of both shows one place of one image. Images whose views share too little
+    contribute no rows.
     """
     boxes, valid = shared_region_boxes(batch.crops, batch.flips, views.size, views.min_overlap)
     found: dict[Level, list[Tensor]] = {level: [] for level in bins}
@@ -64,10 +64,10 @@ def paired_bins(
 
 
 def own_ranks(queries: Tensor, pool: Tensor) -> Tensor:
-    """(M,) how many other rows of `pool` (M, C) are at least as similar to a query as its own row.
+    """(M,) number of other rows of `pool` (M, C) at least as similar to a query as its own row.
 
-    queries: (M, C); 0 where the most similar is its own. Equal similarities count against it, so
-    that features which are all the same find nothing.
+    queries: (M, C). The rank is 0 if the most similar row is the query's own. Equal similarities
+    count against it, so that constant features find nothing.
     """
     queries, pool = F.normalize(queries, dim=1), F.normalize(pool, dim=1)
     ranks = []
@@ -78,7 +78,7 @@ def own_ranks(queries: Tensor, pool: Tensor) -> Tensor:
         count = torch.zeros(len(query), dtype=torch.int64, device=query.device)
         for start in range(0, len(pool), _POOL):
             block = query @ pool[start : start + _POOL].T
-            # The same product may be rounded differently in a sum and in a matrix product.
+            # A sum and a matrix product may round the same product differently.
             rivals = block >= own - 1e-6
             inside = (places >= start) & (places < start + block.shape[1])
             rivals[inside.nonzero()[:, 0], (places - start)[inside]] = False

@@ -181,8 +181,8 @@ def test_runs_of_one_name_are_told_apart_by_their_folders() -> None:
 def test_wrong_use_is_one_message_with_exit_code_2(tiny_shards: Path, tmp_path: Path) -> None:
     run, out = write_run(tmp_path / "run"), tmp_path / "new" / "p.png"
     for arguments, message in (
-        (("curves", tmp_path / "nowhere", "--out", out), "no metrics.jsonl with a line in it"),
-        (("curves", run, tiny_shards, "--out", out), "no metrics.jsonl with a line in it"),
+        (("curves", tmp_path / "nowhere", "--out", out), "metrics.jsonl is missing or empty"),
+        (("curves", run, tiny_shards, "--out", out), "metrics.jsonl is missing or empty"),
         (("curves", run, "--out", run / "metrics.jsonl"), "give a name that ends in .png"),
         (("views", "no-recipe", "--data", tiny_shards, "--out", out), "nor a shipped recipe"),
         (

@@ -291,7 +291,7 @@ def test_small_batches_are_named(tree: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_split_is_refused(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"batch_size is 2, but 4 processes.*Give a multiple"):
+    with pytest.raises(UsageError, match=r"batch_size is 2, .*among 4 processes. Give a multiple"):
         evaluate.plan(small(), ["none"], str(tree), tmp_path / "eval", processes=4)
 
 

@@ -188,7 +188,7 @@ def test_table_names_metric_and_what_is_missing(tmp_path: Path) -> None:
     red = next(file for file in kit_files(tree) if "red" in file.name)
     printed = dupr("evaluate", "detections", red, "--data", tree, "--out", tmp_path / "out").stdout
     assert "VOC07 11-point AP" in printed
-    assert "nothing was detected of blue, green" in " ".join(printed.split())
+    assert "no detections for blue, green" in " ".join(printed.split())
     assert (tmp_path / "out" / "table.txt").read_text().strip() == printed.strip()
     for name in ("results.json", "analysis.json", "precision_recall.png", "confusion.png"):
         assert (tmp_path / "out" / name).is_file()
@@ -216,11 +216,14 @@ def test_longest_class_of_the_file_name_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("img008 0.5 1 1 20", r"line 2: 'img008 0\.5 1 1 20', but .image score xmin"),
+        (
+            "img008 0.5 1 1 20",
+            r"line 2: the line is 'img008 0\.5 1 1 20'; expected .image score xmin",
+        ),
         ("img008 high 1 1 20 20", r"line 2: .*high"),
         ("img008 nan 1 1 20 20", r"line 2: .*nan"),
         ("img008 0.5 1 1 inf 20", r"line 2: .*inf"),
-        ("img000 0.5 1 1 20 20", r"line 2: there is no image 'img000'"),
+        ("img000 0.5 1 1 20 20", r"line 2: .* has no image 'img000'"),
     ],
 )
 def test_line_that_is_none_is_named(tmp_path: Path, line: str, problem: str) -> None:
@@ -245,13 +248,13 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     red.write_text("img008 0.5 1 1 20 20\n")
     again = tree / "comp3_det_val_red.txt"
     again.write_text("")
-    refused(r"comp3_det_val_red\.txt and .*comp4_det_val_red\.txt are both of red", red, again,
+    refused(r"comp3_det_val_red\.txt and .*comp4_det_val_red\.txt both hold class red", red, again,
             "--data", tree)  # fmt: skip
     other = tree / "comp4_det_val_lion.txt"
     other.write_text("")
-    refused(r"lion\.txt: not named .*classes of .* are blue, green, red", other, "--data", tree)
+    refused(r"lion\.txt: name the file .*classes of .* are blue, green, red", other, "--data", tree)
     refused(r"no split 'tset'", red, "--data", tree, "--split", "tset")
-    refused(r"nowhere: there is no such file or folder", red, "--data", tree / "nowhere")
+    refused(r"nowhere: this file or folder does not exist", red, "--data", tree / "nowhere")
     refused(r"neither a VOC tree nor COCO's JSON", red, "--data", tree / "JPEGImages")
 
 
@@ -289,20 +292,20 @@ MASK = rle(np.ones((72, 96), dtype=np.uint8))
         ([{**ROW, "score": float("nan")}], r"detection 1: its score is nan"),
         ([{**ROW, "score": 10**400}], r"detection 1: its score is 1000"),
         ([{**ROW, "segmentation": 3}], r"detection 1: its segmentation"),
-        ([{**ROW, "segmentation": [[0, 0, 9, 0, 9, 9]]}], r"detection 1: .* no mask as COCO's"),
+        ([{**ROW, "segmentation": [[0, 0, 9, 0, 9, 9]]}], r"detection 1: .* not a mask in COCO's"),
         (
             [{**ROW, "segmentation": {"size": [72, 96], "counts": [0, 6912]}}],
-            r"detection 1: .* no mask as COCO's results",
+            r"detection 1: .* not a mask in COCO's result format",
         ),
         (
             [{**ROW, "segmentation": {"size": [36, 48], "counts": "0d0"}}],
-            r"detection 1: its mask is of an image of \[36, 48\] .* the image is of \[72, 96\]",
+            r"detection 1: its mask is for an image of \[36, 48\] .* the image is \[72, 96\]",
         ),
         (
             [ROW, {k: v for k, v in ROW.items() if k != "bbox"} | {"segmentation": MASK}],
-            r"some detections have a bbox and others none",
+            r"some detections have a bbox and some do not",
         ),
-        ({"images": []}, r"a list of detections is needed"),
+        ({"images": []}, r"expected a list of detections"),
     ],
 )
 def test_results_that_are_none_are_named(tmp_path: Path, content: object, problem: str) -> None:
@@ -393,7 +396,7 @@ def test_annotations_may_lack_what_follows_from_the_others(tmp_path: Path, key: 
     assert content["per_class"]["red"]["AP"] == pytest.approx(100)
     assert content["metrics"]["APs"] == pytest.approx(100)  # 20 x 20 is small
     assert content["metrics"]["APm"] == 0  # the green one is not, and it is missed
-    assert content["notes"][1:] == ["nothing was detected of green, blue"]
+    assert content["notes"][1:] == ["no detections for green, blue"]
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (5, 5)])
@@ -409,7 +412,7 @@ def test_objects_of_any_id_can_be_found(tmp_path: Path, ids: tuple[int, int]) ->
         tmp_path, truth, ROW, {**ROW, "image_id": 2, "category_id": 20, "bbox": [30, 5, 30, 55]}
     )
     assert content["metrics"]["AP"] == pytest.approx(100)
-    assert "numbered anew" in content["notes"][-1]
+    assert "renumbered" in content["notes"][-1]
 
 
 def test_file_without_annotations_has_nothing_to_find(tmp_path: Path) -> None:
@@ -422,11 +425,11 @@ def test_file_without_annotations_has_nothing_to_find(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "rows", "note"),
     [
-        (lambda c: c, [{**ROW, "segmentation": MASK}, ROW], "detection 2 has none"),
+        (lambda c: c, [{**ROW, "segmentation": MASK}, ROW], "detection 2 has no mask"),
         (
             lambda c: c["annotations"][1].pop("segmentation"),
             [{**ROW, "segmentation": MASK}],
-            r"annotation 200 has none",
+            r"annotation 200 has no mask",
         ),
         (
             lambda c: [image.pop("height") for image in c["images"]],
@@ -475,7 +478,9 @@ def test_boxes_without_area_are_wrong_and_pointed_out(tmp_path: Path) -> None:
 def test_results_against_a_tree_are_refused(tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps([ROW]))
-    refused(r"ids of COCO's JSON; give that as --data", tmp_path / "results.json", "--data", tree)
+    refused(
+        r"ids in COCO's JSON; give that JSON as --data", tmp_path / "results.json", "--data", tree
+    )
 
 
 @pytest.mark.parametrize("kind", ["voc", "coco"])

@@ -44,5 +44,5 @@ def test_a_limit_cuts_iterations_and_test_images(voc: EvaluateRecipe) -> None:
     assert cut.test.precise_bn_batches == 50
     assert (cut.train.iterations, cut.train.warmup, cut.train.milestones) == (50, 50, [])
     assert cut.data.test_images == 50
-    assert "is no result" in note
+    assert "is not a result" in note
     EvaluateRecipe.model_validate(cut.model_dump())

@@ -39,9 +39,9 @@ def test_file_in_the_way_is_kept_without_overwrite(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "resnet18")
     out = tmp_path / "b.safetensors"
     out.write_text("precious")
-    with pytest.raises(UsageError, match="a file has this name"):
+    with pytest.raises(UsageError, match="this file exists"):
         export.run(RECIPE, str(tmp_path / "run"), out)
-    with pytest.raises(UsageError, match="--overwrite leaves it alone"):
+    with pytest.raises(UsageError, match="--overwrite keeps it"):
         export.run(RECIPE, str(tmp_path / "run"), out, overwrite=True)
     assert out.read_text() == "precious"
     out.unlink()
@@ -118,7 +118,7 @@ def test_several_formats_lie_apart(tmp_path: Path) -> None:
         "torchvision/backbone.safetensors",
     ]  # fmt: skip
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(UsageError, match="a file has this name"):
+    with pytest.raises(UsageError, match="this file exists"):
         export.run(several, str(tmp_path / "run"), tmp_path / "out")
     export.run(several, str(tmp_path / "run"), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
@@ -162,5 +162,5 @@ class Text:
     make_run(tmp_path / "run", "resnet18")
     chosen = load_recipe(ExportRecipe, "default", ["formats=[text]"])
     (of,) = export.run(chosen, str(tmp_path / "run"), tmp_path / "out").formats
-    assert of.verified_by == "names, shapes and values only, as theirs is not installed"
+    assert of.verified_by == "names, shapes and values only, because theirs is not installed"
     assert files_in(tmp_path / "out") == ["export.json", "weights.npz"]

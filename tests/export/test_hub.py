@@ -301,7 +301,7 @@ print(model.num_features, model.pretrained_cfg["mean"])"""
 
 
 @pytest.mark.parametrize(
-    ("status", "hint"), [(401, "hf auth login"), (403, "may write"), (500, "")]
+    ("status", "hint"), [(401, "hf auth login"), (403, "write access"), (500, "")]
 )
 def test_refused_push_says_so_and_keeps_the_files(
     hub: Hub, tmp_path: Path, status: int, hint: str
@@ -435,5 +435,5 @@ def test_repository_names(name: str) -> None:
 
 def test_token_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_TOKEN", raising=False)
-    with pytest.raises(UsageError, match="NO_TOKEN: there is no such environment variable"):
+    with pytest.raises(UsageError, match="NO_TOKEN: this environment variable is not set"):
         check_options(PushOptions("me/model", token_from="NO_TOKEN"))

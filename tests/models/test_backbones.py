@@ -83,7 +83,7 @@ def test_what_timm_cannot_give_is_said(name: str, message: str) -> None:
 
 
 def test_export_says_what_it_cannot_take() -> None:
-    with pytest.raises(UsageError, match="timm:resnet18d is no ResNet of torchvision's"):
+    with pytest.raises(UsageError, match="timm:resnet18d is not a torchvision ResNet"):
         ResNetBackbone("timm:resnet18d")
 
 

@@ -167,10 +167,13 @@ def test_another_number_of_processes_goes_on_and_says_what_is_not_exact(
 def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, grainy_shards: Path) -> None:
     out = tmp_path / "run"
     done = command_line.pretrain(grainy_shards, out, "--nproc", 3, code=2)
-    assert "data.batch_size is 8, which 3 processes cannot share equally. Use 6" in done.stderr
+    assert (
+        "data.batch_size is 8, which does not divide equally among 3 processes. Use 6"
+        in done.stderr
+    )
     groups = ("--set", "method.batch_norm.groups=1")
     done = command_line.pretrain(grainy_shards, out, "--nproc", 2, *groups, code=2)
-    assert "groups of the global batch cannot be shared" in done.stderr
+    assert "groups of the global batch do not divide" in done.stderr
     assert not out.exists()
 
 

@@ -42,10 +42,10 @@ def test_shipped_recipes_need_no_advice() -> None:
             None, None, "bins.res4 is 4, but the shared region of a typical pair",
         ),
         (["method.batch_norm={groups: 1, permute_keys: false}"], None, None, "gives the answer"),
-        (["method.batch_norm={groups: 1}"], None, None, "one group of the whole batch"),
+        (["method.batch_norm={groups: 1}"], None, None, "the whole batch one group"),
         (
             ["method.batch_norm={groups: 1, sync: true}", "train.accumulate=2"], None, None,
-            "those of a part of the batch",
+            "cover one part of the batch",
         ),
     ],
 )  # fmt: skip

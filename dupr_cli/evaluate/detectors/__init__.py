@@ -1,6 +1,6 @@
 """The detectors of the transfer protocols, on a ResNet: R-CNN in its C4 and FPN forms, RetinaNet.
 
-Built from torchvision's detection parts where those do what the protocols do.
+They are built from torchvision's detection parts wherever those follow the protocols.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ def build_detector(
     seed: int,
     world: World,
 ) -> tuple[Detector, int]:
-    """A detector ready to train, on the device, and how many tensors came from the weights.
+    """A detector ready to train, on the device, and how many tensors it took from the weights.
 
-    Everything random in it follows from the seed, whatever the weights: compared weights start from
-    the same heads; without weights the backbone stays random.
+    All its randomness follows from the seed, not from the weights: compared weights start from
+    the same heads. Without weights the backbone stays random.
     Raises UsageError when a tensor of the weights is missing, unknown or of another shape.
     """
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Anchors: the boxes that proposals and RetinaNet's detections are offsets of.
+"""Anchors: the reference boxes for the offsets of proposals and RetinaNet's detections.
 
-Unlike torchvision's they are not rounded to whole pixels, and lie exactly one stride of their level
-apart, as the protocols' are. Source: Ren et al. 2015; Lin et al. 2017 (three octaves of RetinaNet).
+Unlike torchvision's, they are not rounded to whole pixels and lie exactly one stride of their level
+apart, as in the protocols. Source: Ren et al. 2015; Lin et al. 2017 (three octaves of RetinaNet).
 """
 
 from __future__ import annotations

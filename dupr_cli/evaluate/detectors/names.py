@@ -1,4 +1,4 @@
-"""The C4 detectors' tensors under detectron2's names, which show that the networks are the same."""
+"""detectron2's names for the C4 detectors' tensors, used to show that the networks are the same."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PLAIN = {
 
 
 def detectron2_names(detector: Detector) -> dict[str, str]:
-    """Own name to detectron2's, for every parameter and buffer of a C4 detector, each once.
+    """dupr's name to detectron2's, for every parameter and buffer of a C4 detector, each once.
 
     Source: detectron2, modeling/ (rpn.py, roi_heads.py with Res5ROIHeads, mask_head.py), and the
     extra norm of MoCo's detection/train_net.py.
     """
-    kept = detector.state_dict().keys()
+    state = detector.state_dict().keys()
     own = [name for name, _ in (*detector.named_parameters(), *detector.named_buffers())]
-    return {name: _name(name.removeprefix("network.")) for name in own if name in kept}
+    return {name: _name(name.removeprefix("network.")) for name in own if name in state}
 
 
 def _name(name: str) -> str:

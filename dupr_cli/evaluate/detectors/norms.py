@@ -1,7 +1,7 @@
 """Norms of a detector: batch norm over one device or all of them, group norm, frozen batch norm.
 
-The batches of detection are small (2 images a device in the protocols), and so are the samples that
-batch statistics are made of: the protocols synchronise them over devices.
+Detection batches are small (2 images per device in the protocols), and so are the samples behind
+the batch statistics; the protocols therefore synchronise them over devices.
 Source: docs/method.md, "R50-C4, shared"; Wu and He 2018 (group norm).
 """
 
@@ -21,8 +21,8 @@ _GROUPS = 32
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the inputs of all processes, on any device.
 
-    torch's SyncBatchNorm is for GPUs only; this one serves processes on CPUs. Inputs of the
-    processes may differ in size: every value counts the same.
+    torch's SyncBatchNorm works on GPUs only; this one also serves processes on CPUs. Inputs of the
+    processes may differ in size: every value has the same weight.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 def make_norm(kind: str) -> Callable[[int], nn.Module]:
-    """A layer by number of channels: sync, batch, group or none, as `detector.new_norm` says."""
+    """A function from channels to a layer: sync, batch, group or none (`detector.new_norm`)."""
     if kind == "group":
         return lambda channels: nn.GroupNorm(_GROUPS, channels)
     if kind == "none":
@@ -67,9 +67,9 @@ def _synchronised(channels: int) -> nn.Module:
 
 
 def replace_batch_norms(module: nn.Module, kind: str) -> None:
-    """Put every BatchNorm2d of `module`, its state kept, into the form of `detector.norm`.
+    """Convert every BatchNorm2d of `module` to the form of `detector.norm`, keeping its state.
 
-    frozen: a constant scale and shift made of its statistics.
+    frozen: a constant scale and shift made from its statistics.
     """
     for name, child in module.named_children():
         if not isinstance(child, nn.BatchNorm2d):
@@ -86,6 +86,6 @@ def replace_batch_norms(module: nn.Module, kind: str) -> None:
 
 
 def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The norms of a network whose statistics are of batches."""
+    """The norms of a network that use batch statistics."""
     kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
     return [child for child in module.modules() if isinstance(child, kinds)]

@@ -25,7 +25,7 @@ class Proposals(RegionProposalNetwork):  # type: ignore[misc]  # torchvision has
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Over the sampled anchors of all images. labels: 1 object, 0 background, -1 neither."""
+        """Losses over all sampled anchors. labels: 1 object, 0 background, -1 neither."""
         positive, negative = self.fg_bg_sampler(labels)
         positives = torch.where(torch.cat(positive))[0]
         sampled = torch.cat([positives, torch.where(torch.cat(negative))[0]])

@@ -1,4 +1,4 @@
-"""RoIAlign of proposals from one feature map (C4) or from the level of a pyramid that fits (FPN).
+"""RoIAlign of proposals from one feature map (C4) or from the matching pyramid level (FPN).
 
 torchvision's MultiScaleRoIAlign has aligned=False, which shifts regions by half a cell; the
 protocols' ROIAlignV2 does not. Source: He et al. 2017; Lin et al. 2017, equation 1.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-# A box of 224 x 224 pixels, ImageNet's size, takes the pyramid's level of stride 16.
+# A box of 224 x 224 pixels, ImageNet's size, uses the pyramid's level of stride 16.
 _CANONICAL_SIDE, _CANONICAL_STRIDE = 224, 16
 
 
@@ -20,7 +20,7 @@ class RegionPooling(nn.Module):
     """Boxes of a batch of images to cells of features."""
 
     def __init__(self, size: int, strides: Sequence[int]) -> None:
-        """size: side of the output, in cells. strides: of the maps that forward gets."""
+        """size: side of the output, in cells. strides: of the maps that forward receives."""
         super().__init__()
         self.size, self.strides = size, tuple(strides)
 
@@ -44,7 +44,7 @@ class RegionPooling(nn.Module):
         return pooled.contiguous(memory_format=torch.channels_last)
 
     def _levels(self, boxes: Tensor) -> Tensor:
-        """Which of the maps each box is pooled from, (n,)."""
+        """The number of the map that each box is pooled from, (n,)."""
         sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1).sqrt()
         canonical = self.strides.index(_CANONICAL_STRIDE)
         level = canonical + torch.log2(sides / _CANONICAL_SIDE + 1e-8).floor()

@@ -1,4 +1,4 @@
-"""RetinaNet: one stage, dense anchors on a pyramid of res3 to res5 and two levels more.
+"""RetinaNet: one stage, dense anchors on a pyramid of res3 to res5 and two more levels.
 
 Source: Lin et al. 2017, "Focal loss for dense object detection"; detectron2's defaults (a running
 mean of the number of positives divides the losses; smooth L1 with beta 0.1).
@@ -27,9 +27,9 @@ from dupr_cli.runtime.parallel import World
 
 _LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
 _STRIDES = (8, 16, 32, 64, 128)
-_PRIOR = 0.01  # of an object at an anchor, at the start
+_PRIOR = 0.01  # initial probability of an object at an anchor
 _SMOOTH_L1_BETA = 0.1
-_START_POSITIVES = 100.0  # of the running mean
+_START_POSITIVES = 100.0  # initial value of the running mean
 
 
 class RetinaNet(nn.Module):
@@ -102,7 +102,7 @@ class RetinaNet(nn.Module):
                 )
             )
             counts.append(positive.sum())
-        # The same on every device, so that a continued run has it too.
+        # The value is the same on every device, so that a continued run restores it too.
         mean = self._world.sum(torch.stack(counts).sum().float()) / self._world.size
         with torch.no_grad():
             self.positives.mul_(0.9).add_(0.1 * mean.clamp(min=1))
@@ -112,7 +112,7 @@ class RetinaNet(nn.Module):
         }
 
     def _match(self, anchors: Tensor, target: Target) -> Tensor:
-        """(A,) number of the object of each anchor; below 0 where there is none."""
+        """(A,) number of the object of each anchor; below 0 if it has none."""
         if not len(target.boxes):
             return torch.full((len(anchors),), -1, dtype=torch.long, device=anchors.device)
         matched: Tensor = self._matcher(box_iou(target.boxes, anchors))
@@ -129,7 +129,7 @@ class RetinaNet(nn.Module):
                 best = probabilities.flatten().topk(min(self._candidates, probabilities.numel()))
                 place, label = best.indices // self._num_classes, best.indices % self._num_classes
                 decoded = self._coder.decode_single(offsets[i][place], anchors[place])
-                # One class each: others get a score of 0, which no threshold lets through.
+                # One class each: all others get a score of 0, which is below every threshold.
                 one = torch.zeros(len(place), self._num_classes, device=decoded.device)
                 scores.append(one.scatter(1, label[:, None], best.values[:, None]))
                 boxes.append(decoded[:, None].expand(-1, self._num_classes, -1))

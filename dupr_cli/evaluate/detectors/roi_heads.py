@@ -1,7 +1,7 @@
-"""The second stage: regions sampled and classified, their boxes refined, their masks drawn.
+"""The second stage: sample and classify regions, refine their boxes, and predict their masks.
 
-What turns regions into vectors and masks differs between C4 and FPN and is a `RegionHead`; the rest
-is here. Class numbers are 0 to K - 1, the background is K; box offsets are of each class.
+A `RegionHead` turns regions into vectors and masks, which differs between C4 and FPN; this module
+holds the rest. Classes are 0 to K - 1, the background is K; each class has its own box offsets.
 Source: Ren et al. 2015, He et al. 2017; detectron2's defaults.
 """
 
@@ -40,14 +40,14 @@ class HeadOutput:
 
 
 class RegionHead(Protocol):
-    """How an architecture looks at regions. It is an nn.Module besides."""
+    """How an architecture processes regions. Implementations are nn.Modules."""
 
     def __call__(self, features: Sequence[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Vectors (n, D) for the box predictor, and what `masks` wants to see again."""
+        """Vectors (n, D) for the box predictor, and what `masks` can reuse."""
         ...
 
     def masks(self, features: Sequence[Tensor], boxes: list[Tensor], seen: Tensor | None) -> Tensor:
-        """Mask logits (n, K, M, M). seen: of these boxes, if `__call__` has been there."""
+        """Mask logits (n, K, M, M). seen: what `__call__` returned for these boxes, if it ran."""
         ...
 
 
@@ -106,7 +106,7 @@ class RoIHeads(nn.Module):
         positive = torch.where(labels < self._num_classes)[0]
         wanted = self._coder.encode([of_image.objects for of_image in sampled], boxes)
         of_class = offsets[positive, labels[positive]]
-        # Over all sampled regions, so that an image with many objects counts no more.
+        # The mean is over all sampled regions, so an image with many objects counts no more.
         box_loss = F.l1_loss(of_class, torch.cat(wanted)[positive], reduction="sum")
         losses = {
             "loss_classifier": F.cross_entropy(scores, labels),
@@ -166,7 +166,7 @@ class RoIHeads(nn.Module):
         scores, offsets = self.box_predictor(vectors)
         counts = [len(of_image) for of_image in proposals]
         boxes = self._coder.decode(offsets.flatten(1), proposals)
-        # Without any proposal the coder leaves out an axis.
+        # Without any proposal, the coder omits an axis.
         boxes = boxes.view(len(offsets), -1, 4) if len(offsets) else offsets
         found = [
             select_detections(b, s.softmax(1)[:, :-1], size, self._test)
@@ -207,7 +207,7 @@ def select_detections(
 ) -> HeadOutput:
     """Boxes (n, K, 4) and scores (n, K) of one image to detections: threshold, NMS, the best ones.
 
-    Non-maximum suppression is among the boxes of a class. Values that are not finite are dropped.
+    Non-maximum suppression runs within each class. Values that are not finite are dropped.
     """
     boxes = clip_boxes_to_image(boxes, size)
     usable = scores.isfinite() & boxes.isfinite().all(-1) & (scores > test.score_threshold)

@@ -1,8 +1,8 @@
-"""Faster and Mask R-CNN: what their C4 and FPN forms look at, and the network as a whole.
+"""Faster and Mask R-CNN: the heads of their C4 and FPN forms, and the whole network.
 
-C4: res2 to res4 see the image; the backbone's own res5, followed by an extra norm, sees the
-regions, because pre-trained res5 features come in no particular scale. FPN: heads of their own on a
-pyramid over res2 to res5.
+C4: res2 to res4 process the image. The backbone's own res5, followed by an extra norm, processes
+the regions; the norm is needed because pre-trained res5 features have no particular scale. FPN:
+separate heads on a pyramid over res2 to res5.
 Source: docs/method.md, "R50-C4, shared" and "COCO"; Lin et al. 2017; He et al. 2017.
 """
 
@@ -30,13 +30,13 @@ _FPN_BOX_WIDTH = 1024
 
 
 class C4Head(nn.Module):
-    """Regions of res4 through res5 and a norm: vectors by averaging, masks on the map."""
+    """Passes regions of res4 through res5 and a norm: vectors by averaging, masks on the map."""
 
     def __init__(self, backbone: ResNetBackbone, num_classes: int, recipe: EvaluateRecipe) -> None:
         super().__init__()
         detector, channels = recipe.detector, backbone.channels["res5"]
         self.pool = RegionPooling(detector.roi_size, [LEVEL_STRIDES["res4"]])
-        # res5 is in the network twice, as a stage and as the head: one module, one set of weights.
+        # res5 is both a stage and the head: one module, so one set of weights.
         self.res5 = backbone.stage("res5")
         self.norm = make_norm(detector.new_norm)(channels)
         self.mask_head = MaskHead(channels, 0, num_classes) if recipe.has_masks else None
@@ -53,7 +53,7 @@ class C4Head(nn.Module):
 
 
 class FPNHead(nn.Module):
-    """Regions of the pyramid: two linear layers for boxes, four convolutions for masks."""
+    """Processes pyramid regions: two linear layers for boxes, four convolutions for masks."""
 
     def __init__(self, num_classes: int, recipe: EvaluateRecipe) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Export formats: one module per framework, each found by its name.
 
-A format writes files into a folder and reads back what it wrote; verification.py does the rest.
+A format writes files into a folder and reads them back; verification.py does the rest.
 Other packages add theirs through the entry point group `dupr.export_formats`.
 """
 
@@ -36,7 +36,7 @@ class LibraryMissingError(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the framework makes of the files: feature maps of the levels that it gives.
+    """The framework's result for the files: feature maps of the levels that it supports.
 
     by: library and version.
     """
@@ -48,33 +48,33 @@ class Loaded:
 class ExportFormat(Protocol):
     """A layout of weights.
 
-    Instances are made without arguments, before anything is written; that may raise UsageError when
-    something is missing without which the layout cannot be written.
-    top: its loader looks at the top of a Hub repository only, not in a folder of it.
+    Instances are made without arguments, before anything is written; the constructor may raise
+    UsageError when a requirement of the layout is missing.
+    top: its loader looks only at the top of a Hub repository, not in a folder.
     """
 
     name: str
     top: bool
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
-        """Write the files into an empty folder, no folders in it.
+        """Write the files into an empty folder, without subfolders.
 
-        license_name: of the weights, for layouts that say it. Raises UsageError for networks that
+        license_name: of the weights, for layouts that state it. Raises UsageError for networks that
         the layout cannot hold.
         """
         ...
 
     def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
-        """Load the files as their users would, strictly, and compute features in evaluation mode.
+        """Load the files strictly, as users would, and compute features in evaluation mode.
 
-        images: (N, 3, H, W), normalised. Raises LibraryMissingError, or RunError when it refuses.
+        images: (N, 3, H, W), normalised. Raises LibraryMissingError, or RunError on refusal.
         """
         ...
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
-        """What is in the files, under torchvision's names, where the framework is not installed.
+        """The files' tensors under torchvision's names, for when the framework is not installed.
 
-        Raises RunError when names or shapes are not those of the framework's network.
+        Raises RunError when names or shapes differ from those of the framework's network.
         """
         ...
 
@@ -84,15 +84,15 @@ class ExportFormat(Protocol):
 
 
 def make_format(name: str) -> ExportFormat:
-    """Raises UsageError for a name that nothing provides, or a library that it needs."""
+    """Raises UsageError for an unknown name, or a missing library."""
     if name not in plugin_names(EXPORT_FORMATS):
         raise UsageError(
-            f"--to {name}: there is no such format; there are "
+            f"--to {name}: this format does not exist; the formats are "
             f"{', '.join(plugin_names(EXPORT_FORMATS))}. (recipe key: formats)"
         )
     return cast("type[ExportFormat]", load_plugin(EXPORT_FORMATS, name))()
 
 
 def folders_of(formats: Sequence[ExportFormat]) -> dict[str, str]:
-    """Where each lies, by name: a single one at the top, of several those that have to."""
+    """The folder of each format by name; a single one, or one that requires it, is at the top."""
     return {f.name: "" if f.top or len(formats) == 1 else f"{f.name}/" for f in formats}

@@ -1,7 +1,7 @@
-"""detectron2: a .pkl of plain arrays that its DetectionCheckpointer takes for R50-C4 and R50-FPN.
+"""detectron2: a .pkl of plain arrays that its DetectionCheckpointer loads for R50-C4 and R50-FPN.
 
-A pickle is the only thing that detectron2 reads natively besides torch's own. This one is written
-from numpy arrays and strings, and holds nothing else; dupr never reads one. Names are those of the
+Besides torch's own files, detectron2 reads only pickles natively. This one is written from numpy
+arrays and strings, and holds nothing else; dupr never reads one. Names are those of the
 bare ResNet: detectron2 matches them with `backbone.` and `backbone.bottom_up.` by itself
 (matching_heuristics), and with `roi_heads.res5` in C4.
 Source: detectron2, modeling/backbone/resnet.py and checkpoint/detection_checkpoint.py.
@@ -26,7 +26,7 @@ from dupr_cli.models.naming import detectron2_backbone_name
 
 FILE = "backbone.pkl"
 _DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
-# All that a pickle of arrays asks for; by either name of numpy's module.
+# All imports that a pickle of arrays needs; numpy's module has either of two names.
 _ALLOWED = {
     "numpy._core.numeric _frombuffer", "numpy.core.numeric _frombuffer", "numpy ndarray",
     "numpy dtype", "numpy._core.multiarray _reconstruct", "numpy.core.multiarray _reconstruct",
@@ -41,7 +41,7 @@ class Detectron2Format:
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
         if weights.metadata.architecture not in _DEPTHS:
             raise UsageError(
-                f"--to detectron2: written for {', '.join(_DEPTHS)}, but the weights are of a "
+                f"--to detectron2: it supports {', '.join(_DEPTHS)}, but the weights are of a "
                 f"{weights.metadata.architecture}."
             )
         if weights.tensors["conv1.weight"].dtype == torch.bfloat16:
@@ -49,17 +49,17 @@ class Detectron2Format:
         write_bytes(folder / FILE, _pickled(weights))
 
     def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
-        # It is not loaded even where detectron2 is installed: that would read a pickle.
-        raise LibraryMissingError("no pickle is loaded, not even into detectron2")
+        # It is not loaded even if detectron2 is installed, because that would read a pickle.
+        raise LibraryMissingError("dupr never loads a pickle")
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
-        """The bytes must be those of the arrays, and name nothing but numpy's arrays."""
+        """Check that the bytes are those of the arrays, and name nothing but numpy's arrays."""
         data = (folder / FILE).read_bytes()
         if data != _pickled(weights):
-            raise RunError(f"{weights.address}: {FILE} is not what was to be written")
+            raise RunError(f"{weights.address}: {FILE} differs from the intended content")
         unknown = _asked_for(data) - _ALLOWED
         if unknown:
-            raise RunError(f"{weights.address}: {FILE} asks for {', '.join(sorted(unknown))}")
+            raise RunError(f"{weights.address}: {FILE} imports {', '.join(sorted(unknown))}")
         return dict(weights.tensors)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
@@ -87,7 +87,7 @@ INPUT:
 
 
 def detectron2_arrays(weights: Weights) -> dict[str, np.ndarray]:
-    """Arrays by detectron2's names; it has no counters of batches."""
+    """Arrays by detectron2's names, which have no batch counters."""
     return {
         detectron2_backbone_name(name): tensor.numpy()
         for name, tensor in weights.tensors.items()
@@ -101,7 +101,7 @@ def _pickled(weights: Weights) -> bytes:
         "__author__": "dupr",
         "matching_heuristics": True,
     }
-    # The first protocol with bytes, which every Python 3 reads; its imports are plain to see.
+    # This is the first protocol with bytes, which every Python 3 reads; its imports are visible.
     return pickle.dumps(content, protocol=3)
 
 

@@ -1,7 +1,7 @@
 """MMDetection: a checkpoint for `init_cfg=dict(type="Pretrained", prefix="backbone.")`.
 
-MMDetection's ResNets (style="pytorch") have torchvision's names; they lie under `backbone.` here,
-as in a detector's checkpoint. mmengine reads what torch.save writes, and nothing else.
+MMDetection's ResNets (style="pytorch") have torchvision's names; here they are prefixed with
+`backbone.`, as in a detector's checkpoint. mmengine reads only files of torch.save.
 Source: mmdet/models/backbones/resnet.py; mmengine/runner/checkpoint.py.
 """
 
@@ -30,7 +30,7 @@ def _depth(weights: Weights) -> int:
     architecture = weights.metadata.architecture
     if architecture not in _DEPTHS:
         raise UsageError(
-            f"--to mmdetection: written for {', '.join(_DEPTHS)}, but the weights are of a "
+            f"--to mmdetection: it supports {', '.join(_DEPTHS)}, but the weights are of a "
             f"{architecture}."
         )
     return _DEPTHS[architecture]
@@ -62,7 +62,7 @@ class MMDetectionFormat:
         content = torch.load(folder / FILE, map_location="cpu", weights_only=True)
         found = content["state_dict"]
         if not all(name.startswith(_PREFIX) for name in found):
-            raise RunError(f"{weights.address}: not all tensors of {FILE} are under {_PREFIX}")
+            raise RunError(f"{weights.address}: some tensors of {FILE} lack the prefix {_PREFIX}")
         return renamed_back(weights, found, lambda name: _PREFIX + name)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:

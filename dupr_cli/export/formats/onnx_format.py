@@ -1,4 +1,4 @@
-"""ONNX: a network of four outputs, res2 to res5, for batches and images of any size."""
+"""ONNX: a network with four outputs, res2 to res5, for batches and images of any size."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class OnnxFormat:
     top = False
 
     def __init__(self) -> None:
-        """Raises UsageError where what writes or checks a graph is not installed."""
+        """Raises UsageError if a library that writes or checks the graph is not installed."""
         missing = [name for name in _NEEDED if find_spec(name) is None]
         if missing:
             raise UsageError(f"--to onnx needs {', '.join(missing)}: pip install 'dupr-cli[onnx]'.")
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
         if weights.tensors["conv1.weight"].dtype == torch.bfloat16:
-            raise UsageError("--to onnx: onnxruntime computes no bfloat16; give another --dtype.")
+            raise UsageError("--to onnx: onnxruntime lacks bfloat16; give another --dtype.")
         backbone = ResNetBackbone(weights.metadata.architecture)
         load_backbone(backbone, weights)
         model = _Levels(backbone.to(weights.tensors["conv1.weight"].dtype)).eval()
@@ -81,7 +81,7 @@ class OnnxFormat:
         return Loaded(features, f"onnxruntime {onnxruntime.__version__}")
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
-        """There are none to name: norms are folded into convolutions. `load` is what checks."""
+        """Always raises: norms are folded into convolutions. `load` does the checking."""
         raise RunError(f"{weights.address}: {FILE} holds no tensors by torchvision's names")
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What formats made of a safetensors file have in common: writing it, and reading it back."""
+"""Shared code of the safetensors formats: write the file, and read it back."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MODEL_FILE = "model.safetensors"
 def write_model(
     weights: Weights, folder: Path, rename: Callable[[str], str], header: Mapping[str, str]
 ) -> None:
-    """model.safetensors in another framework's names. header: beside what libraries look for."""
+    """Write model.safetensors in another framework's names. header: added to the usual metadata."""
     plain = {rename(name): tensor.contiguous() for name, tensor in weights.tensors.items()}
     write_bytes(folder / MODEL_FILE, reproducible(save(plain, metadata={**header, "format": "pt"})))
 
 
 def read_model(weights: Weights, folder: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """Its tensors under torchvision's names. Raises RunError when they are not all there."""
+    """Its tensors under torchvision's names. Raises RunError when any is missing."""
     found, _ = read_safetensors(folder / MODEL_FILE)
     return renamed_back(weights, found, rename)
 
@@ -48,7 +48,7 @@ def renamed_back(
 
 
 def load_strictly(model: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises RunError, saying why, when the model does not take exactly these tensors."""
+    """Raises RunError, with the reason, when the model rejects these exact tensors."""
     try:
         model.load_state_dict(dict(tensors), strict=True)
     except RuntimeError as error:

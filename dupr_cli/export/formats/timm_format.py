@@ -31,7 +31,7 @@ class TimmFormat:
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
         metadata = weights.metadata
-        # The names are torchvision's: with its header it is a weights file of dupr's, too.
+        # The names are torchvision's, so with its header this is also a weights file of dupr.
         write_model(weights, folder, _same, metadata.to_header())
         size = max(224, metadata.input_size)
         write_json(
@@ -68,7 +68,7 @@ class TimmFormat:
         by = f"timm {timm.__version__}"
         address = f"local-dir:{folder}"
         try:
-            # Both forms, as a backbone of features is what a detector takes.
+            # Load both forms, because a detector uses a backbone of features.
             whole: Any = timm.create_model(address, pretrained=True).eval()
             levels = timm.create_model(
                 address, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)
@@ -76,7 +76,7 @@ class TimmFormat:
         except RuntimeError as error:
             raise RunError(f"{by} refuses the weights: {error}") from error
         features = dict(zip(LEVELS, levels(images), strict=True))
-        # The last level comes from the whole model: its weights are loaded apart.
+        # The last level comes from the whole model, whose weights are loaded separately.
         return Loaded({**features, "res5": whole.forward_features(images)}, by)
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:

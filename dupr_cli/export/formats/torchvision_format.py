@@ -1,6 +1,6 @@
 """torchvision: a safetensors file with the state dict of torchvision.models.resnetXX without fc.
 
-It is dupr's own weights file too. The backbone of torchvision's detectors has the same names.
+It is also dupr's own weights file. The backbones of torchvision's detectors have the same names.
 """
 
 from __future__ import annotations

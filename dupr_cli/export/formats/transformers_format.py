@@ -89,7 +89,7 @@ class TransformersFormat:
         model, report = loaded
         problems = {kind: names for kind, names in report.items() if names}
         if problems:
-            raise RunError(f"{by} does not take the weights as they are: {problems}")
+            raise RunError(f"{by} does not load the weights unchanged: {problems}")
         maps = model.eval()(images).feature_maps
         return Loaded(dict(zip(LEVELS, maps, strict=True)), by)
 
