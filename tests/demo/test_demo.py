@@ -25,7 +25,7 @@ def test_demo_of_another_seed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d" / "images").mkdir()
     (tmp_path / "d" / "images" / "scene-000000.jpg").touch()
     demo._claim(tmp_path / "d", 0, overwrite=False)
-    with pytest.raises(UsageError, match="a demo with seed 0 is there"):
+    with pytest.raises(UsageError, match="it holds a demo with seed 0"):
         demo._claim(tmp_path / "d", 1, overwrite=False)
     assert (tmp_path / "d" / "images").is_dir()
     (tmp_path / "d" / "notes").write_text("kept")

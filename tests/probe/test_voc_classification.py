@@ -101,5 +101,5 @@ def test_class_files_decide_where_they_are_there(tmp_path: Path) -> None:
     images = open_voc(str(tmp_path), "train", SilentReporter())
     assert targets(images.verdicts, ["red"])[:, 0].tolist() == [1, 0, -1]
     (lists / "red_train.txt").write_text("a  1\nb  perhaps\n")
-    with pytest.raises(UsageError, match=r"red_train\.txt, line 2: 'b  perhaps'"):
+    with pytest.raises(UsageError, match=r"red_train\.txt, line 2: the line is 'b  perhaps'"):
         open_voc(str(tmp_path), "train", SilentReporter())
