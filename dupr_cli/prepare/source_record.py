@@ -59,9 +59,12 @@ def stamp_of_content(source: ImageSource, entry: Entry) -> str:
         raw = source.read(entry)
     except (OSError, DuprError):
         return "unreadable"
-    labels = [box.to_json() for box in raw.boxes] if raw.boxes is not None else raw.label
+    boxes = None if raw.boxes is None else [box.to_json() for box in raw.boxes]
+    known = [boxes, raw.label, raw.size, dict(raw.info)]
     digest = hashlib.sha256(raw.data)
-    digest.update(json.dumps(labels, sort_keys=True).encode())
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for suffix, data in sorted(raw.extras.items()):
+        digest.update(suffix.encode() + data)
     return f"sha256:{digest.hexdigest()}"
 
 
