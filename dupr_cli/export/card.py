@@ -228,7 +228,7 @@ def _tables(evaluations: Sequence[tuple[WeightsResult, Results]]) -> list[str]:
             rows.append(f"| {title} | {' | '.join(figures)} |")
         parts.append(
             f"{results.protocol}: {results.metric}. Fine-tuned on {results.train.images} images, "
-            f"tested on {results.test.images}, {len(results.seeds)} seeds.\n\n" + "\n".join(rows)
+            f"tested on {results.test.images}, {_seeds(len(results.seeds))}.\n\n" + "\n".join(rows)
         )
         changes = (f"{key} is {now}, not {was}" for key, (was, now) in results.changes.items())
         notes = [*results.notes, *changes]
@@ -236,6 +236,10 @@ def _tables(evaluations: Sequence[tuple[WeightsResult, Results]]) -> list[str]:
             parts.append("\n".join(f"- {note}" for note in notes))
     parts.append(f"Measured with dupr {__version__}.")
     return parts
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _figure(entry: WeightsResult, name: str) -> str:

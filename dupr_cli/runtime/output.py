@@ -61,7 +61,7 @@ def writing(out: Path, command: str, *, shared: bool = False) -> Iterator[None]:
         if not shared:
             (out / LOCK).unlink(missing_ok=True)
         os.close(descriptor)  # releases the lock
-        if made and not holds_anything(out):
+        if made and not shared and not holds_anything(out):
             with suppress(OSError):
                 (out / LOCK).unlink(missing_ok=True)
                 out.rmdir()

@@ -223,11 +223,6 @@ evaluate.run(recipe, ["none"], {str(tree)!r}, Path({str(tmp_path / "eval")!r}), 
     assert "training has diverged" in done.stderr
 
 
-def test_importing_the_stage_does_not_import_torch() -> None:
-    check = "import sys, dupr_cli.evaluate; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
-
-
 def small(**overrides: object) -> EvaluateRecipe:
     detector = {**recipe().detector.model_dump(), "backbone": "resnet18"}
     return recipe(1, detector=detector, **overrides)

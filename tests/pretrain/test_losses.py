@@ -96,7 +96,9 @@ def test_fused_info_nce_equals_the_plain_form(
         found, slope = value_and_gradient(info_nce, q, k, queue, temperature)
     # Beside the whole loss, an entry of it may be near 0 (a positive alone among few negatives).
     assert relative(found, value) < 1e-5
-    assert relative(slope, gradient) < 1e-5 or float((slope - gradient).abs().max()) < 1e-6
+    # The gradient is a difference of unit vectors over the temperature, rounded at that scale.
+    rounding = 1e-6 * max(1.0, 1 / temperature)
+    assert relative(slope, gradient) < 1e-5 or float((slope - gradient).abs().max()) < rounding
 
 
 @pytest.mark.parametrize("device", DEVICES)
