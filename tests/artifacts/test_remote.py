@@ -169,7 +169,7 @@ def test_what_is_not_there_is_said_at_once(shards: Path) -> None:
             open_shards(f"{served.url}/nowhere")
         with pytest.raises(UsageError, match=r"train-000009.tar: 404.*The shard does not exist"):
             open_shards(f"{served.url}/train-000009.tar")
-        with pytest.raises(UsageError, match="no split 'test'; it has train"):
+        with pytest.raises(UsageError, match="no split 'test'; its splits are train"):
             open_shards(served.url, "test")
         opened = open_shards(served.url, "train")
         (shards / "train-000002.tar").unlink()
@@ -356,5 +356,5 @@ def test_a_local_shard_that_vanishes_or_is_cut_is_named(shards: Path) -> None:
     with (shards / "train-000002.tar").open("r+b") as file:
         file.truncate(index["images"][10][0] + 5)
     assert opened[49].key == "s0049"
-    with pytest.raises(RunError, match=r"cut off at sample s0050: 5 of \d+ bytes"):
+    with pytest.raises(RunError, match=r"cut off at sample s0050: it has 5 of \d+ bytes"):
         opened[50]

@@ -155,7 +155,7 @@ class Commands(RuleBasedStateMachine):
 
 
 Commands.TestCase.settings = settings(
-    max_examples=int(os.environ.get("DUPR_EXAMPLES", "5")),
+    max_examples=int(os.environ.get("DUPR_EXAMPLES", "3")),
     stateful_step_count=14,
     deadline=None,
     suppress_health_check=list(HealthCheck),

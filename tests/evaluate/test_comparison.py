@@ -124,7 +124,7 @@ def test_other_weights_in_the_same_place_are_refused(
     other = tmp_path / "backbone.safetensors"
     metadata = WeightsMetadata("torchvision", "resnet18", (0.5,) * 3, (0.25,) * 3, 64)
     write_weights(other, ResNetBackbone("resnet18").state_dict(), metadata)
-    with pytest.raises(UsageError, match=r"01-backbone.*of other weights.*--overwrite"):
+    with pytest.raises(UsageError, match=r"01-backbone.*belongs to other weights.*--overwrite"):
         evaluate.run(recipe(), [str(other)], str(tree), out, device="cpu")
 
 

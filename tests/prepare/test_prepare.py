@@ -259,7 +259,10 @@ def test_overwriting_keeps_the_old_set_until_the_new_one_is_whole(
     assert len(open_shards(str(out))) == 24
     with pytest.raises(UsageError, match="unfinished shards of another"):
         prepare.run(load_recipe(PrepareRecipe, None, ["seed=1"]), image_folder, out, workers=1)
-    prepare.run(other, image_folder, out, workers=1)
+    with pytest.raises(UsageError, match="Give --overwrite again"):
+        prepare.run(other, image_folder, out, workers=1)
+    assert digests(out) == before
+    prepare.run(other, image_folder, out, workers=1, overwrite=True)
     prepare.run(other, image_folder, tmp_path / "alone", workers=1)
     assert digests(out) == digests(tmp_path / "alone")
 

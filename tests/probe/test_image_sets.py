@@ -192,7 +192,7 @@ def test_what_cannot_be_probed_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no labels were found\. Give class folders"):
         opened(flat)
     shards = class_shards(tmp_path / "shards", 2, 1)
-    with pytest.raises(UsageError, match=r"no split 'test'; it has train, val"):
+    with pytest.raises(UsageError, match=r"no split 'test'; its splits are train, val"):
         opened(shards, test_split="test")
     voc = make_tree(tmp_path / "voc")
     with pytest.raises(UsageError, match=r"no split 'test'; ImageSets/Main of voc has train, val"):

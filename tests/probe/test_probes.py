@@ -253,7 +253,7 @@ def test_other_weights_in_the_same_place_are_refused(
     result.write_text(json.dumps(values))
     recipe = recipe_file(tmp_path, "knn")
     options = ["--data", folders, "--recipe", recipe, "--out", out, "--device", "cpu"]
-    assert "of other weights" in dupr("evaluate", "knn", "none", *options, code=2).stderr
+    assert "belongs to other weights" in dupr("evaluate", "knn", "none", *options, code=2).stderr
     result.write_text(result.read_text()[:50])
     assert "is damaged" in dupr("evaluate", "knn", "none", *options, code=2).stderr
 
