@@ -193,9 +193,11 @@ class Stop:
         """0 to continue, otherwise the reason to stop, as a number that processes can agree on."""
         hours = (time.monotonic() - self._started) / 3600
         limit = self._limits.max_hours
-        if not self._number and limit is not None and hours >= limit:
+        # A signal from before the loop, whose exception was swallowed, still asks to stop.
+        number = self._number or (_seen[0] if _seen else 0)
+        if not number and limit is not None and hours >= limit:
             return _TIME_IS_UP
-        return self._number
+        return number
 
     def steps_are_done(self, steps: int) -> bool:
         """Whether `steps`, counted from the start of the call, reach the limit."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,9 +73,11 @@ class Commands(RuleBasedStateMachine):
                 assert step >= self.steps[run], (run, flags, done.output)
             self.steps[run] = step
 
-    def run(self, command: object, flags: tuple[str, ...], *options: object) -> Outcome:
+    def run(
+        self, command: Callable[..., Outcome], flags: tuple[str, ...], *options: object
+    ) -> Outcome:
         before = tree_bytes(self.space.root) if "--dry-run" in flags else None
-        done: Outcome = command(*options, *flags)  # type: ignore[operator]
+        done = command(*options, *flags)
         if before is not None:
             assert tree_bytes(self.space.root) == before, done.output
         return done

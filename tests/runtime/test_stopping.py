@@ -12,7 +12,7 @@ import pytest
 
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from dupr_cli.errors import StoppedRunError
-from dupr_cli.runtime.stopping import StopSignal, raise_if_stopped, stoppable
+from dupr_cli.runtime.stopping import Limits, Stop, StopSignal, raise_if_stopped, stoppable
 from tests.support.processes import Forked
 from tests.support.recipes import TINY
 from tests.support.workspace import signalled
@@ -107,6 +107,22 @@ def test_a_signal_that_python_drops_is_raised_again() -> None:
         del slow
         raise_if_stopped()
         pytest.fail("the signal was lost")
+
+    with signalled(0.2), pytest.raises(StoppedRunError), stoppable("Kept."):
+        work()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_dropped_before_a_training_loop_stops_its_first_step() -> None:
+    class Slow:
+        def __del__(self) -> None:
+            time.sleep(0.6)
+
+    def work() -> None:
+        slow = Slow()
+        del slow
+        with Stop(Limits(), launched=False) as stop:
+            assert stop.code == signal.SIGTERM
 
     with signalled(0.2), pytest.raises(StoppedRunError), stoppable("Kept."):
         work()
