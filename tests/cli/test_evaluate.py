@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +15,10 @@ import yaml
 
 from tests.support.command_line import dupr
 from tests.support.labelled_scenes import make_tree
-from tests.support.processes import Forked, members_of_group
+from tests.support.processes import Forked, finished, members_of_group, ranks
 from tests.support.recipes import detection_recipe as recipe
 
 pytestmark = pytest.mark.slow
-
-# Two threads each would wait for one another where tests run side by side.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +38,8 @@ def command(folder: Path, tree: Path, out: Path, *more: object) -> list[str]:
     return [sys.executable, "-m", "dupr_cli", *map(str, [*words, "--device", "cpu", *more])]
 
 
-def finished(words: list[str]) -> str:
-    """The same command in this process, to its end; what it says."""
+def in_this_process(words: list[str]) -> str:
+    """Run the command to its end; what it says."""
     return dupr(*words[3:]).stderr
 
 
@@ -64,40 +57,15 @@ def facts(out: Path) -> dict[str, Any]:
 def whole(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of an evaluation that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    finished(command(folder, tree, folder / "out"))
+    in_this_process(command(folder, tree, folder / "out"))
     return facts(folder / "out")
 
 
-def killed(words: list[str], when: Callable[[], bool]) -> None:
-    """Start a command afresh and kill it with all its processes when something has come true."""
-    process = subprocess.Popen(
-        words,
-        env=ENVIRONMENT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not when():
-        assert process.poll() is None, "it ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def no_process_is_left(process: Forked) -> None:
     deadline = time.monotonic() + 20
-    while processes_with(words[words.index("--out") + 1]):
+    while members_of_group(process.pid):
         assert time.monotonic() < deadline, "processes are left"
-        time.sleep(0.1)
-
-
-def processes_with(word: str) -> list[str]:
-    """Processes whose command line has the word."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if word.encode() in place.read_bytes().split(b"\0"):
-                found.append(place.parent.name)
-    return found
+        time.sleep(0.05)
 
 
 def test_killed_and_continued(tree: Path, whole: dict[str, Any], tmp_path: Path) -> None:
@@ -107,11 +75,8 @@ def test_killed_and_continued(tree: Path, whole: dict[str, Any], tmp_path: Path)
         process = Forked(words)
         time.sleep(chance.uniform(0.5, 3))
         process.kill_group()
-        deadline = time.monotonic() + 20
-        while members_of_group(process.pid):
-            assert time.monotonic() < deadline, "processes are left"
-            time.sleep(0.05)
-    finished(words)
+        no_process_is_left(process)
+    in_this_process(words)
     assert facts(tmp_path / "out") == whole
     assert not list(tmp_path.rglob("checkpoints"))
 
@@ -130,7 +95,7 @@ def test_stopped_by_each_signal(tree: Path, whole: dict[str, Any], tmp_path: Pat
         assert process.returncode == code, errors
         assert "Traceback" not in errors
         assert "is saved in" in errors
-    said = finished(words)
+    said = in_this_process(words)
     assert "continues from step" in said
     assert facts(out) == whole
 
@@ -145,19 +110,25 @@ def test_a_damaged_checkpoint_is_passed_over(
     data = bytearray(model.read_bytes())
     data[-1] ^= 1
     model.write_bytes(data)
-    assert "sha256 has changed" in finished(words)
+    assert "sha256 has changed" in in_this_process(words)
     assert facts(out) == whole
 
 
 def test_two_processes_continue_exactly(tree: Path, tmp_path: Path) -> None:
-    def results(name: str, kill: bool) -> dict[str, Any]:
+    """Without interruption, and killed and then continued by the launcher."""
+    of_two = {}
+    for name in ("whole", "killed"):
         out = tmp_path / name
-        words = command(tmp_path, tree, out, "--nproc", 2, "--seeds", 1)
-        if kill:
-            killed(words, lambda: bool(list(out.glob("*/seed-0/checkpoints/step-*"))))
-        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        return facts(out)
-
-    assert results("whole", kill=False) == results("killed", kill=True)
+        words = command(tmp_path, tree, out, "--seeds", 1)
+        processes = ranks(words, 2)
+        if name == "killed":
+            while not list(out.glob("*/seed-0/checkpoints/step-*")):
+                assert processes[0].poll() is None, "it ended by itself"
+                time.sleep(0.02)
+            for process in processes:
+                process.kill_group()
+                no_process_is_left(process)
+            processes = [Forked([*words, "--nproc", "2"], {"OMP_NUM_THREADS": "1"})]
+        assert "Traceback" not in finished(processes)
+        of_two[name] = facts(out)
+    assert of_two["killed"] == of_two["whole"]

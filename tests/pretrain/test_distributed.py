@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,26 +21,19 @@ from dupr_cli.artifacts.shard_files import Sample, write_shard
 from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from tests.support import command_line
 from tests.support.images import encode
+from tests.support.processes import Forked, finished, forked, ranks
+from tests.support.ranks import check_all
 from tests.support.recipes import TINY
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 # One thread each: the number of threads changes the order of sums, and so the rounding.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_what_travels_between_processes(processes: int) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), "-m", "tests.support.ranks"),
-        ],
-        env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("is right") == processes
+    finished(ranks(check_all, processes))
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +62,6 @@ def pretrain(shards: Path, out: Path, *options: object, launcher: str = "") -> l
     for override in TINY:
         words += ["--set", override]
     return [str(word) for word in (*words, *options)]
-
-
-def run(command: list[str], code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def final(out: Path) -> dict[str, torch.Tensor]:
@@ -108,9 +95,10 @@ def test_two_processes_and_one_give_the_same_run(
     command_line.pretrain(grainy_shards, one, *options, "--checkpoint-every", 5)
     # The processes compare their parameters and queues bit for bit at each checkpoint.
     if "sync" in str(method):
-        run(pretrain(grainy_shards, two, *options, launcher="--nproc-per-node 2"))
+        command = pretrain(grainy_shards, two, *options, launcher="--nproc-per-node 2")
+        subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=True)
     else:
-        run(pretrain(grainy_shards, two, *options, "--nproc", 2))
+        finished(ranks(pretrain(grainy_shards, two, *options), 2))
     losses = [
         [line["loss"] for line in MetricsLog(out).read() if "loss" in line] for out in (one, two)
     ]
@@ -126,29 +114,30 @@ def test_two_processes_and_one_give_the_same_run(
 
 
 def test_two_processes_continue_exactly(tmp_path: Path, grainy_shards: Path) -> None:
-    options = ("--nproc", 2, "--steps", 9, "--set", "data.workers=1")
-    run(pretrain(grainy_shards, tmp_path / "whole", *options))
+    """Killed, stopped through the launcher, and continued."""
+    options = ("--steps", 9, "--set", "data.workers=1")
+    finished(ranks(pretrain(grainy_shards, tmp_path / "whole", *options), 2))
     cut = tmp_path / "cut"
-    for number in (signal.SIGKILL, signal.SIGTERM):
+
+    def wait_for_checkpoint(has_ended: Callable[[], int | None]) -> None:
         before = len(list_checkpoints(cut)) and max(list_checkpoints(cut)).name
-        process = subprocess.Popen(
-            pretrain(grainy_shards, cut, *options), env=ENVIRONMENT, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
         deadline = time.monotonic() + 120
         while not list_checkpoints(cut) or max(list_checkpoints(cut)).name == before:
             assert time.monotonic() < deadline, "no checkpoint"
-            assert process.poll() is None, "it ended by itself"
-            time.sleep(0.05)
-        if number == signal.SIGKILL:
-            os.killpg(process.pid, number)
-            process.wait()
-        else:
-            process.send_signal(number)
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 75, errors
-            assert "The same command continues" in errors
-    run(pretrain(grainy_shards, cut, *options))
+            assert has_ended() is None, "it ended by itself"
+            time.sleep(0.02)
+
+    processes = ranks(pretrain(grainy_shards, cut, *options), 2)
+    wait_for_checkpoint(processes[0].poll)
+    for process in processes:
+        process.kill_group()
+    launched = Forked(pretrain(grainy_shards, cut, *options, "--nproc", 2), ENVIRONMENT)
+    wait_for_checkpoint(launched.poll)
+    launched.terminate()
+    _, errors = launched.communicate(timeout=120)
+    assert launched.returncode == 75, errors
+    assert "The same command continues" in errors
+    finished(ranks(pretrain(grainy_shards, cut, *options), 2))
     whole, continued = final(tmp_path / "whole"), final(cut)
     for name, values in whole.items():
         assert torch.equal(values, continued[name]), name
@@ -159,8 +148,8 @@ def test_another_number_of_processes_goes_on_and_says_what_is_not_exact(
 ) -> None:
     out = tmp_path / "run"
     command_line.pretrain(grainy_shards, out, "--stop-after", 3, code=75)
-    done = run(pretrain(grainy_shards, out, "--nproc", 2))
-    assert "had 1 processes and now has 2" in done.stderr
+    said = finished(ranks(pretrain(grainy_shards, out), 2))
+    assert "had 1 processes and now has 2" in said
     assert json.loads((out / "latest" / "state.json").read_text())["processes"] == 2
 
 
@@ -179,10 +168,9 @@ def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, grainy_shard
 
 def test_a_failure_in_a_process_is_one_message(tmp_path: Path, grainy_shards: Path) -> None:
     out = tmp_path / "run"
-    done = run(
-        pretrain(grainy_shards, out, "--nproc", 2, "--set", "optimizer.lr=1e30",
-                 "--set", "train.max_bad_steps=2"),
-        code=1,
-    )  # fmt: skip
+    options = ("--set", "optimizer.lr=1e30", "--set", "train.max_bad_steps=2")
+    command = pretrain(grainy_shards, out, "--nproc", 2, *options)
+    done = forked(command, environment=ENVIRONMENT)
+    assert done.returncode == 1, done.stderr
     assert done.stderr.count("error:") == 1
     assert "was not finite in 2 steps in a row" in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.base import Section
+from tests.support.processes import forked
 from tests.support.recipes import TINY
 
 Load = Callable[..., PretrainRecipe]
@@ -230,12 +230,10 @@ def test_another_package_provides_a_method(tmp_path: Path, tiny_shards: Path) ->
     command += ["--data", str(tiny_shards), "--out", str(tmp_path / "run")]
     for override in (*TINY, "method.name=theirs", "train.steps=2"):
         command += ["--set", override]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {"PYTHONPATH": str(tmp_path)}
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *options], env=environment, capture_output=True, text=True, check=False
-        )
+        return forked([*command, *options], environment=environment)
 
     wrong = run("--set", "method.options={factr: 2}")
     assert wrong.returncode == 2

@@ -10,12 +10,13 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,10 +26,21 @@ from dupr_cli.__main__ import main
 class Forked:
     """A running command; the part of `subprocess.Popen` that tests use, output as text."""
 
-    def __init__(self, words: Sequence[object]) -> None:
-        """words: `python -m dupr_cli` and what follows, as for a process that is started afresh."""
-        self.args = [str(word) for word in words]
-        assert self.args[:3] == [sys.executable, "-m", "dupr_cli"]
+    def __init__(
+        self,
+        command: Sequence[object] | Callable[[], None],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """command: `python -m dupr_cli` and what follows, as for a process that is started afresh,
+        or a function to call. environment: variables that the process has beside this one's.
+        """
+        self._environment = environment or {}
+        self._main = main
+        if callable(command):
+            self.args, self._main = [command.__module__], command
+        else:
+            self.args = [str(word) for word in command]
+            assert self.args[:3] == [sys.executable, "-m", "dupr_cli"]
         self._folder = Path(tempfile.mkdtemp(prefix="dupr-forked-"))
         self.returncode: int | None = None
         sys.stdout.flush()
@@ -52,8 +64,9 @@ class Forked:
             sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             sys.argv = ["dupr", *self.args[3:]]
-            os.environ["NO_COLOR"] = "1"
-            main()
+            os.environ.update(self._environment, NO_COLOR="1")
+            sys.path[:0] = filter(None, self._environment.get("PYTHONPATH", "").split(os.pathsep))
+            self._main()
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -102,12 +115,29 @@ class Forked:
         self.wait()
 
 
-def forked(words: Sequence[object], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def forked(
+    words: Sequence[object], timeout: float = 300, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, as `subprocess.run` does with captured text."""
-    process = Forked(words)
+    process = Forked(words, environment)
     out, err = process.communicate(timeout)
     assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def ranks(command: Sequence[object] | Callable[[], None], count: int) -> list[Forked]:
+    """A command (see `Forked`) in processes that form one run, as torchrun would start them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [Forked(command, common | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(count)]
+
+
+def finished(processes: Sequence[Forked], timeout: float = 300) -> str:
+    """Wait until all have ended, without a failure; what the first wrote on standard error."""
+    said = [process.communicate(timeout)[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(said)
+    return said[0]
 
 
 def members_of_group(group: int) -> list[int]:

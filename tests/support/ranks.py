@@ -1,11 +1,10 @@
-"""What each process of a distributed test does; test_distributed.py starts it with torchrun.
+"""What each process of a distributed test does; test_distributed.py starts the processes.
 
 Every check compares with the whole global batch computed in one piece, and fails its process.
 """
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import pytest
@@ -96,9 +95,8 @@ def difference(world: World) -> None:
         world.require_same({"queue": queue, "other": torch.zeros(3)}, "queues")
 
 
-if __name__ == "__main__":
+def check_all() -> None:
     with join("cpu") as world:
         for check in (exchange, batch_norm, gradients, difference):
             check(world)
             dist.barrier()
-        print(f"rank {world.rank} of {world.size} is right", file=sys.stderr)
