@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from dupr_cli.__main__ import main
 from dupr_cli.artifacts.run import list_checkpoints
 from tests.support.command_line import TINY_SET, dupr, pretrain
 from tests.support.images import noise_image
+from tests.support.processes import forked
+from tests.support.recipes import SMALL_NETWORK
 from tests.support.weights import METADATA
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
@@ -127,10 +130,7 @@ def test_the_four_stages_from_photographs_to_ap(tmp_path: Path, image_folder: Pa
     prepared = json.loads(dupr("prepare", image_folder, shards, "--json").stdout)
     assert prepared["samples"] == {"train": 60}
     # One of the stages as a process of its own.
-    done = subprocess.run(
-        pretrain_command(shards, run, "--json"),
-        capture_output=True, text=True, env=ENVIRONMENT, check=False,
-    )  # fmt: skip
+    done = forked(pretrain_command(shards, run, "--json"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 6
     assert {p.name for p in run.iterdir()} >= {
@@ -232,16 +232,18 @@ def test_output_that_does_not_fit_leaves_nothing_half_written(
     source.mkdir()
     for number in range(30):
         noise_image(number, 300, 200).save(source / f"{number:04d}.png")
-    arguments = (
-        command("prepare", source, out)
-        if stage == "prepare"
-        else pretrain_command(tiny_shards, out)
-    )
-    done = subprocess.run(
-        arguments,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
-        env=ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    commands = {
+        "prepare": command("prepare", source, out, "--workers", 1),
+        "pretrain": pretrain_command(tiny_shards, out, "--set", SMALL_NETWORK),
+    }
+    arguments = commands[stage]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        sys.argv = ["dupr", *arguments[3:]]
+        main()
+
+    done = forked(limited)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(rf"error: {out}/.*(File too large|cannot be written)", done.stderr)

@@ -6,7 +6,6 @@ Through the real command line, with real signals to real processes.
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import sys
@@ -21,13 +20,12 @@ from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from tests.support import command_line
 from tests.support.images import write_shards
 from tests.support.processes import Forked
-from tests.support.recipes import TINY
+from tests.support.recipes import SMALL_NETWORK, TINY
 
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 24
-# Each checkpoint is 140 MB to write and to flush; how often changes nothing of the weights.
+# Checkpoints take time to write and to flush; how often changes nothing of the weights.
 SELDOM = ("--set", "train.checkpoint_every=12")
 
 
@@ -47,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, t
 def pretrain(shards: Path, out: Path, *options: object) -> list[str]:
     words: list[object] = [sys.executable, "-m", "dupr_cli", "pretrain", "dupr-r18-cpu-smoke"]
     words += ["--data", shards, "--out", out, "--steps", STEPS]
-    for override in TINY:
+    for override in (*TINY, SMALL_NETWORK):
         words += ["--set", override]
     return [str(word) for word in (*words, *options)]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +14,8 @@ from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shard_files import Sample, write_shard
 from tests.support import command_line
 from tests.support.images import encode, noise_image, write_shards
+from tests.support.processes import Forked
+from tests.support.recipes import SMALL_NETWORK
 from tests.support.servers import serve
 
 
@@ -57,9 +57,8 @@ def test_a_shard_that_vanishes_and_comes_back(tmp_path: Path) -> None:
     options = ["--steps", "30", "--set", "data.shuffle_shards=1", "--set", "data.workers=1"]
     options += ["--set", "train.probe_every=1000"]
     command = [sys.executable, "-m", "dupr_cli", "pretrain", "dupr-r18-cpu-smoke"]
-    command += ["--data", str(shards), "--out", str(out), *command_line.TINY_SET, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    command += ["--data", str(shards), "--out", str(out), *command_line.TINY_SET]
+    process = Forked([*command, "--set", SMALL_NETWORK, *options])
     while not list(out.glob("checkpoints/step-*")):
         assert process.poll() is None
         time.sleep(0.02)

@@ -23,7 +23,7 @@ from tests.support import command_line
 from tests.support.images import encode
 from tests.support.processes import Forked, finished, forked, ranks
 from tests.support.ranks import check_all
-from tests.support.recipes import TINY
+from tests.support.recipes import SMALL_NETWORK, TINY
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def pretrain(shards: Path, out: Path, *options: object, launcher: str = "") -> l
     if launcher:
         words += ["-m", "torch.distributed.run", "--standalone", *launcher.split()]
     words += ["-m", "dupr_cli", "pretrain", "dupr-r18-cpu-smoke", "--data", shards, "--out", out]
-    for override in TINY:
+    for override in (*TINY, SMALL_NETWORK):
         words += ["--set", override]
     return [str(word) for word in (*words, *options)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typer.testing import CliRunner, Result
 
 from dupr_cli.cli.app import app
-from tests.support.recipes import TINY
+from tests.support.recipes import SMALL_NETWORK, TINY
 
 TINY_SET = [argument for override in TINY for argument in ("--set", override)]
 
@@ -25,8 +25,8 @@ def dupr(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -
 
 
 def pretrain(data: object, out: object, *more: object, code: int = 0, **env: str) -> Result:
-    """`dupr pretrain` with the smallest recipe."""
+    """`dupr pretrain` with the smallest recipe and network."""
     return dupr(
-        "pretrain", "dupr-r18-cpu-smoke", "--data", data, "--out", out, *TINY_SET, *more,
-        code=code, env=env,
+        "pretrain", "dupr-r18-cpu-smoke", "--data", data, "--out", out, *TINY_SET,
+        "--set", SMALL_NETWORK, *more, code=code, env=env,
     )  # fmt: skip

@@ -116,10 +116,12 @@ class Forked:
 
 
 def forked(
-    words: Sequence[object], timeout: float = 300, environment: Mapping[str, str] | None = None
+    command: Sequence[object] | Callable[[], None],
+    timeout: float = 300,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, as `subprocess.run` does with captured text."""
-    process = Forked(words, environment)
+    """Run a command (see `Forked`) to its end, as `subprocess.run` does with captured text."""
+    process = Forked(command, environment)
     out, err = process.communicate(timeout)
     assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
