@@ -18,6 +18,7 @@ from dupr_cli.artifacts.weights import WeightsMetadata, read_weights, write_weig
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.models.compared import open_compared
 from dupr_cli.models.resnet import ResNetBackbone
+from tests.support.hub_client import wait_briefly
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -121,6 +122,7 @@ def test_weights_of_the_hub(
 def test_what_was_fetched_is_read_again_without_the_hub(
     weights: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wait_briefly(monkeypatch)
     address = "hf://me/model/backbone.safetensors"
     with hub({"backbone.safetensors": weights}, tmp_path, monkeypatch):
         read_weights(address)

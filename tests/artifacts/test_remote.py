@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from dupr_cli.artifacts.shard_files import Sample, index_path
 from dupr_cli.artifacts.shards import MANIFEST, open_shards
 from dupr_cli.errors import RunError, UsageError
 from tests.support.images import write_shards
+from tests.support.processes import Forked
 from tests.support.servers import serve
 
 
@@ -82,14 +81,13 @@ def test_shards_are_fetched_when_they_are_read_and_only_once(shards: Path) -> No
 def test_processes_share_one_copy(shards: Path, place: str) -> None:
     for index in shards.glob("*.index.json"):
         index.unlink()  # so that indexes are made, too, while the others want them
-    program = (
-        "import sys; from dupr_cli.artifacts.shards import open_shards\n"
-        "opened = open_shards(sys.argv[1], 'train')\n"
-        "print(sum(len(opened[n].image) for n in range(len(opened))))"
-    )
     with serve(shards) as served:
-        command = [sys.executable, "-c", program, served.url + place]
-        running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
+
+        def read_all() -> None:
+            opened = open_shards(served.url + place, "train")
+            print(sum(len(opened[number].image) for number in range(len(opened))))
+
+        running = [Forked(read_all) for _ in range(3)]
         printed = {process.communicate(timeout=120)[0] for process in running}
         assert len(printed) == 1
         tars = [path for path in served.requests if path.endswith(".tar")]

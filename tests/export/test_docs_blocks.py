@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 
 from tests.support.command_line import dupr
+from tests.support.processes import as_main, forked
 from tests.support.weights import make_run
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
@@ -33,9 +32,7 @@ def test_blocks_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 assert program == "dupr"
                 dupr(*arguments)
     code = "\n".join(block for language, block in blocks if language == "python")
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    done = forked(as_main(code))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pushed" / "README.md").is_file()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +27,8 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.hub import check_options
 from dupr_cli.export.types import ExportResult, PushOptions
 from dupr_cli.recipe import ExportRecipe, load_recipe
+from tests.support.hub_client import wait_briefly
+from tests.support.processes import as_main, forked
 from tests.support.weights import make_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -263,16 +262,12 @@ def test_what_was_pushed_comes_back_as_weights(hub: Hub, tmp_path: Path) -> None
     assert result.architecture == "resnet18"
 
 
-def in_a_process_of_its_own(code: str, hub: Hub, tmp_path: Path) -> str:
-    """With the Hub where HF_ENDPOINT says, and a cache of its own."""
-    environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+def in_a_process_of_its_own(code: str) -> str:
+    """With the address and the empty cache that the hub's fixture gave to the client."""
+    done = forked(as_main(code))
     assert done.returncode == 0, done.stderr
+    cached = Path(huggingface_hub.constants.HF_HUB_CACHE, "models--me--model", "snapshots", COMMIT)
+    assert cached.is_dir()  # the files came from the server
     return done.stdout
 
 
@@ -286,7 +281,7 @@ def test_autobackbone_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     code = """from transformers import AutoBackbone
 model = AutoBackbone.from_pretrained("me/model")
 print(type(model).__name__, model.channels)"""
-    printed = in_a_process_of_its_own(code, hub, tmp_path)
+    printed = in_a_process_of_its_own(code)
     assert printed == "ResNetBackbone [64, 128, 256, 512]\n"
 
 
@@ -296,7 +291,7 @@ def test_timm_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     code = """import timm
 model = timm.create_model("hf-hub:me/model", pretrained=True)
 print(model.num_features, model.pretrained_cfg["mean"])"""
-    printed = in_a_process_of_its_own(code, hub, tmp_path)
+    printed = in_a_process_of_its_own(code)
     assert printed in ("512 [0.4, 0.4, 0.4]\n", "512 (0.4, 0.4, 0.4)\n")
 
 
@@ -316,7 +311,10 @@ def test_refused_push_says_so_and_keeps_the_files(
     assert not hub.commits
 
 
-def test_connection_cut_in_the_middle_leaves_the_repository_whole(hub: Hub, tmp_path: Path) -> None:
+def test_connection_cut_in_the_middle_leaves_the_repository_whole(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_briefly(monkeypatch)
     hub.cut = True
     with pytest.raises(RunError, match=r"the push to me/model failed|refused the push"):
         push(tmp_path)
@@ -406,7 +404,9 @@ def test_results_of_other_weights_are_refused_when_given(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_every_block_of_the_card_runs_as_pasted(tmp_path: Path) -> None:
+def test_every_block_of_the_card_runs_as_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     formats = "torchvision, timm, transformers, detectron2, mmdetection, onnx"
     folder = written(tmp_path, formats)
     moved = shutil.move(folder, tmp_path / "elsewhere")
@@ -414,10 +414,9 @@ def test_every_block_of_the_card_runs_as_pasted(tmp_path: Path) -> None:
     blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, re.S)
     assert [language for language, _ in blocks].count("python") == 5
     code = "\n".join(block for language, block in blocks if language == "python")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=moved, env=environment, capture_output=True, text=True
-    )
+    monkeypatch.chdir(moved)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    done = forked(as_main(code))
     assert done.returncode == 0, done.stderr
     for language, block in blocks:
         if language == "yaml":

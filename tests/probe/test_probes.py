@@ -367,7 +367,7 @@ def test_optional_packages_are_imported_where_they_are_needed() -> None:
 def test_real_photographs_without_weights(shared_data: Path, tmp_path: Path) -> None:
     """A random network's features are better than a guess, and are no good."""
     recipe = probe_recipe(
-        "linear-fast", levels=["res3"], images={"resize": 96, "crop": 96, "workers": 0},
+        "linear-fast", levels=["res3"], images={"resize": 64, "crop": 64, "workers": 0},
         data={"limit": 250, "min_object": 24}, logistic={},
     )  # fmt: skip
     data = str(shared_data / "voc_animals_160px")

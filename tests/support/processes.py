@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 from dupr_cli.__main__ import main
 
@@ -125,6 +126,19 @@ def forked(
     out, err = process.communicate(timeout)
     assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def as_main(code: str) -> Callable[[], None]:
+    """For `Forked`: code as `python -c` runs it, with none of the names of the test.
+
+    Variables that a library reads when it is imported come too late; set its own constants instead.
+    """
+
+    def run() -> None:
+        module = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(code, "<string>", "exec"), vars(module))
+
+    return run
 
 
 def ranks(command: Sequence[object] | Callable[[], None], count: int) -> list[Forked]:
