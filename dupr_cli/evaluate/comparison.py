@@ -35,6 +35,7 @@ from dupr_cli.evaluate.trials import (
     Outcome,
     metric_of,
     read_outcome,
+    remove_checkpoints,
     run_trial,
     write_outcome,
 )
@@ -286,6 +287,8 @@ def _outcomes(
         world.wait()
         if outcome is not None:
             reporter.info(f"{compared.folder}, seed {seed}: finished before; its result is reused.")
+            if world.is_main:
+                remove_checkpoints(folder)
         else:
             outcome = run_trial(
                 comparison.recipe, compared, comparison.train, comparison.test,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dupr_cli.artifacts.files import remove_leftovers, write_text
 from dupr_cli.artifacts.results import TrialResult
-from dupr_cli.artifacts.run import METRICS_FILE, training_files
+from dupr_cli.artifacts.run import CHECKPOINTS, METRICS_FILE, training_files
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.evaluate.detection_data import DetectionBatch, test_batches, training_batches
 from dupr_cli.evaluate.detectors import build_detector
@@ -161,5 +161,12 @@ def write_outcome(
             "losses": [asdict(record) for record in outcome.losses],
         },
     )
+    remove_checkpoints(folder)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete what only an unfinished trial needs; a call that was killed may have left some."""
+    if (folder / CHECKPOINTS).is_dir():
+        remove_leftovers(folder / CHECKPOINTS)
     kept = (folder / METRICS_FILE,)
     remove(folder, [path for path in training_files(folder) if path not in kept])

@@ -267,6 +267,19 @@ def test_few_labels_are_stored(tree: Path, tmp_path: Path) -> None:
     assert results.train.images == len(stored["image_ids"]) == 3
 
 
+def test_checkpoints_of_a_finished_trial_do_not_outlive_a_kill(tree: Path, tmp_path: Path) -> None:
+    """The fault behind this: killed between its result and their removal, they stayed for ever."""
+    out = tmp_path / "eval"
+    before = evaluate.run(small(), ["none"], str(tree), out, device="cpu")
+    checkpoints = out / "01-none" / "seed-0" / "checkpoints"
+    for name in ("step-00000001", f".step-00000002.{2**22}.tmp"):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "model.safetensors").write_bytes(b"0")
+    after = evaluate.run(small(), ["none"], str(tree), out, device="cpu")
+    assert after.results[0].metrics == before.results[0].metrics
+    assert not checkpoints.exists()
+
+
 def test_what_differs_from_the_named_protocol_is_said(tree: Path, tmp_path: Path) -> None:
     changed = small(name="voc-tiny")
     results = evaluate.run(changed, ["none"], str(tree), tmp_path / "eval", device="cpu")

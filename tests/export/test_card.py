@@ -18,13 +18,13 @@ from dupr_cli.errors import UsageError
 from dupr_cli.export.types import PushOptions
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import ExportRecipe, PretrainRecipe, load_recipe
-from tests.support.command_line import dupr, pretrain
+from tests.support.command_line import RESNET18, dupr, pretrain
 
 
 @pytest.fixture(scope="module")
 def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pretrained") / "run"
-    pretrain(tiny_shards, out, "--steps", 3)
+    pretrain(tiny_shards, out, *RESNET18, "--steps", 3)
     return out
 
 
@@ -74,7 +74,7 @@ def test_a_file_beside_its_run_is_told_like_the_run_and_one_of_another_run_is_no
 
 def test_a_baseline_is_not_called_dupr(tiny_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "moco"
-    more = ("--steps", 1, "--set", "method.patch.weights={}")
+    more = (*RESNET18, "--steps", 1, "--set", "method.patch.weights={}")
     pretrain(tiny_shards, out, *more, "--set", "method.image.weights={res5: 1.0}")
     text, _ = card(out, tmp_path / "out", "formats=[timm]")
     assert "pre-trained without labels by MoCo v2 with dupr" in text

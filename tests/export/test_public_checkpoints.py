@@ -28,7 +28,7 @@ from dupr_cli.export.formats.detectron2_format import detectron2_arrays
 from dupr_cli.export.public_checkpoints import import_weights
 from dupr_cli.models.compared import open_compared
 from dupr_cli.models.resnet import ResNetBackbone
-from tests.support.command_line import dupr, pretrain
+from tests.support.command_line import RESNET18, dupr, pretrain
 
 Tensors = dict[str, Tensor]
 
@@ -367,11 +367,11 @@ def test_pretraining_starts_from_imported_weights(tmp_path: Path, tiny_shards: P
     printed = dupr("import", tmp_path / "c.pth", "--out", tmp_path / "w.safetensors").stdout
     assert "all 120 tensors" in printed
     out = tmp_path / "run"
-    init = ("--set", f"model.init={tmp_path / 'w.safetensors'}")
+    init = (*RESNET18, "--set", f"model.init={tmp_path / 'w.safetensors'}")
     pretrain(tiny_shards, out, *init, "--steps", 1, "--set", "optimizer.lr=1e-12")
     started = read_weights(str(out)).tensors["layer1.0.conv1.weight"]
     assert torch.allclose(started, OWN["layer1.0.conv1.weight"], atol=1e-6)
-    wrong = ("--set", f"model.init={tmp_path / 'nowhere.safetensors'}")
+    wrong = (*RESNET18, "--set", f"model.init={tmp_path / 'nowhere.safetensors'}")
     pretrain(tiny_shards, tmp_path / "other", *wrong, code=2)
     assert not (tmp_path / "other").exists()
     # Nor is a run thrown away for one that cannot start.

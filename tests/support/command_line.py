@@ -13,6 +13,8 @@ from tests.support.recipes import SMALL_NETWORK, TINY
 
 TINY_SET = [argument for override in TINY for argument in ("--set", override)]
 
+RESNET18 = ("--set", "model.backbone=resnet18")
+
 
 def dupr(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> Result:
     """Run `dupr ARGUMENTS`; fails unless it exits with `code`, and on any traceback."""
