@@ -72,7 +72,11 @@ class WeightsResult:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """`first` minus `second` on the same seeds, in percent: mean and confidence interval."""
+    """`first` minus `second` on the same seeds, in percent: mean and confidence interval.
+
+    adjusted_p: of the metric that decides, corrected for the number of pairs in the table; None for
+    metrics that only describe.
+    """
 
     first: str
     second: str
@@ -82,11 +86,12 @@ class PairedDifference:
     low: float
     high: float
     confidence: float
+    adjusted_p: float | None = None
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+        """Whether this metric decides and its difference is more than chance gives."""
+        return self.adjusted_p is not None and self.adjusted_p <= 1 - self.confidence
 
 
 @dataclass(frozen=True)

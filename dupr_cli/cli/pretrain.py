@@ -180,14 +180,15 @@ def pretrain(
 
 def show(result: PretrainResult) -> None:
     from dupr_cli.cli.console import print_facts
+    from dupr_cli.pretrain.retrieval_check import describe_retrieval
 
     metrics = result.metrics
     facts = [("steps", str(result.steps))]
     if "loss" in metrics:
         facts.append(("loss", f"{metrics['loss']:.3f}"))
     facts += [
-        (f"held-out {name.replace('/', ' ')}", f"{100 * value:.1f}%")
-        for name, value in metrics.items()
+        ("held-out retrieval", describe_retrieval(metrics, name.removeprefix("retrieval/")))
+        for name in metrics
         if name.startswith("retrieval/")
     ]
     print_facts([*facts, ("run", result.run), ("checkpoint", result.checkpoint)])

@@ -29,7 +29,13 @@ from dupr_cli.evaluate.leaks import Leaks, find_leaks
 from dupr_cli.evaluate.pictures import draw_curves, draw_detections
 from dupr_cli.evaluate.results_table import table
 from dupr_cli.evaluate.statistics import all_differences, summed_up
-from dupr_cli.evaluate.subsets import LABELS_FILE, choose_labels, with_objects, write_labels
+from dupr_cli.evaluate.subsets import (
+    LABELS_FILE,
+    choose_labels,
+    draw_note,
+    with_objects,
+    write_labels,
+)
 from dupr_cli.evaluate.trials import (
     DETECTIONS_FILE,
     Outcome,
@@ -192,6 +198,7 @@ def prepare_comparison(
     labelled, positions = with_objects(train), choose_labels(train, recipe.data)
     if not positions:
         raise UsageError(f"{data}: no image of the split {train.split!r} has an object.")
+    notes += filter(None, [draw_note(train, positions, recipe.data)])
     unseen = sorted(set(test.classes) - set(train.classes))
     if unseen:
         reporter.warning(

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torch import Tensor
+from torch.nn.functional import grid_sample
 
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
 from dupr_cli.evaluate.detection_data import DetectionBatch
@@ -79,8 +80,32 @@ def _run_lengths(
     size = annotation.height, annotation.width
     coded = []
     # Masks are encoded one by one: a hundred masks of a large image would take a gigabyte.
-    for mask, box in zip(masks.cpu()[:, None], torch.from_numpy(boxes).float(), strict=True):
-        pasted = paste_masks_in_image(mask[None], box[None], size)[0, 0] >= 0.5
-        run = coco_mask.encode(np.asfortranarray(pasted.numpy().astype(np.uint8)))
+    for mask, box in zip(masks.cpu(), torch.from_numpy(boxes).float(), strict=True):
+        whole = paste_mask(mask, box, size) >= 0.5
+        run = coco_mask.encode(np.asfortranarray(whole.numpy().astype(np.uint8)))
         coded.append(Rle(size=[int(v) for v in run["size"]], counts=run["counts"].decode()))
     return tuple(coded)
+
+
+def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
+    """Probabilities (height, width) of a whole image from those (M, M) inside a box.
+
+    box: (4,) x0, y0, x1, y1, pixels, fractions included. size: height, width.
+    The mask is read bilinearly at the centre of each pixel; outside the box it is 0. torchvision
+    instead resizes it to whole pixels, which moves the edges of small objects by up to a pixel.
+    Source: detectron2, layers/mask_ops.py (paste_masks_in_image).
+    """
+    height, width = size
+    x0, y0, x1, y1 = box.tolist()
+    # Beyond one cell outside the box everything is 0.
+    margin_x, margin_y = ((high - low) / mask.shape[0] for low, high in ((x0, x1), (y0, y1)))
+    columns = slice(max(0, int(x0 - margin_x)), min(width, int(x1 + margin_x) + 1))
+    rows = slice(max(0, int(y0 - margin_y)), min(height, int(y1 + margin_y) + 1))
+    whole = mask.new_zeros(size)
+    if columns.start >= columns.stop or rows.start >= rows.stop or x1 <= x0 or y1 <= y0:
+        return whole
+    x = (torch.arange(columns.start, columns.stop) + 0.5 - x0) / (x1 - x0) * 2 - 1
+    y = (torch.arange(rows.start, rows.stop) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
+    whole[rows, columns] = grid_sample(mask[None, None], places, align_corners=False)[0, 0]
+    return whole

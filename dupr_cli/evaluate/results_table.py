@@ -124,7 +124,12 @@ def _difference_lines(results: Results, count: int) -> list[str]:
     if not results.differences:
         return []
     confidence = round(100 * results.differences[0].confidence)
-    lines = ["", *_wrapped(f"Paired differences over {count} seeds, {confidence} % intervals")]
+    deciding = {found.metric for found in results.differences if found.adjusted_p is not None}
+    pairs = len(results.differences) // len({found.metric for found in results.differences})
+    head = f"Paired differences over {count} seeds, {confidence} % intervals of each by itself."
+    if deciding:
+        head += f" {deciding.pop()} decides, over {pairs} pair{'s' * (pairs > 1)} (Holm)."
+    lines = ["", *_wrapped(head)]
     pair = ("", "")
     for found in results.differences:
         if (found.first, found.second) != pair:
@@ -132,7 +137,10 @@ def _difference_lines(results: Results, count: int) -> list[str]:
             lines += _wrapped(f"{found.first} minus {found.second}")
         interval = f"[{found.low:+.1f}, {found.high:+.1f}]"
         verdict = "real" if found.is_real else "may be chance"
-        lines.append(f"  {found.metric:<8}{found.mean:+6.1f}  {interval:<16} {verdict}")
+        if found.adjusted_p is None:
+            verdict = ""
+        line = f"  {found.metric:<8}{found.mean:+6.1f}  {interval:<16} {verdict}"
+        lines.append(line.rstrip())
     return lines
 
 

@@ -1,19 +1,25 @@
 """Whether a difference is real: trials summarised, and weights compared seed by seed.
 
 Trials of different weights with the same seed share their images, their order, their heads and
-their sampled regions, so their difference varies less than either result.
+their sampled regions, so their difference varies less than either result. One metric, named
+beforehand, decides; over all pairs of weights its chance of calling any difference real that is
+none is at most 1 - CONFIDENCE.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from statistics import fmean, stdev
 
 from dupr_cli.artifacts.results import PairedDifference, TrialResult, WeightsResult
 
 CONFIDENCE = 0.95
+# The metric that decides. The others are not independent of it: each would be one more chance to
+# call noise a difference.
+PRIMARY = "AP"
 
 
 def compared_metrics(metrics: Collection[str]) -> tuple[str, str, str]:
@@ -71,18 +77,50 @@ def paired_difference(
         return None
     from scipy.stats import t  # half a second to import
 
-    mean = fmean(differences)
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(count)
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
     return PairedDifference(*names, metric, count, mean, mean - reach, mean + reach, CONFIDENCE)
+
+
+def p_value(found: PairedDifference) -> float:
+    """Two-sided p of the paired t-test: how often chance alone gives such a difference."""
+    from scipy.stats import t
+
+    reach = found.high - found.mean
+    if reach == 0:
+        return float(found.mean == 0)
+    quantile = float(t.ppf((1 + found.confidence) / 2, found.trials - 1))
+    return 2 * float(t.sf(abs(found.mean) * quantile / reach, found.trials - 1))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, in the given order.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    adjusted, largest = [0.0] * len(values), 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - place) * values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def all_differences(
     results: Sequence[WeightsResult], names: Sequence[str]
 ) -> list[PairedDifference]:
-    """Every pair of weights, in the order given, by `compared_metrics`. names: of the weights."""
+    """Every pair of weights, in the order given, by `compared_metrics`. names: of the weights.
+
+    The p-values of `PRIMARY` are corrected for the number of pairs.
+    """
     found = [
         paired_difference(results[a], results[b], metric, (names[a], names[b]))
         for a, b in combinations(range(len(results)), 2)
         for metric in compared_metrics(results[0].metrics)
     ]
-    return [difference for difference in found if difference is not None]
+    differences = [difference for difference in found if difference is not None]
+    deciding = [i for i, difference in enumerate(differences) if difference.metric == PRIMARY]
+    adjusted = holm([p_value(differences[i]) for i in deciding])
+    for i, value in zip(deciding, adjusted, strict=True):
+        differences[i] = replace(differences[i], adjusted_p=value)
+    return differences

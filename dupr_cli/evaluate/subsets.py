@@ -1,7 +1,7 @@
 """Few labels: the choice of labelled images that a detector is trained on.
 
-A draw keeps the share of every class and is the same for all weights and seeds. It is stored, so
-that others can train on the same images.
+A draw is random or keeps the share of every class, and is the same for all weights and seeds. It
+is stored, so that others can train on the same images.
 """
 
 from __future__ import annotations
@@ -42,8 +42,30 @@ def choose_labels(images: LabelledSet, data: DetectionDataSection) -> list[int]:
     if isinstance(labels, str) and labels.endswith(".json"):
         return stored_labels(Path(labels), images)
     wanted = label_count(labels, len(positions))
-    chosen = stratified([images.annotations[i] for i in positions], wanted, data.labels_seed)
+    if data.labels_draw == "random":
+        chosen = np.random.default_rng(data.labels_seed).permutation(len(positions))[:wanted]
+    else:
+        of_positions = [images.annotations[i] for i in positions]
+        chosen = np.array(stratified(of_positions, wanted, data.labels_seed))
     return sorted(positions[i] for i in chosen)
+
+
+def draw_note(images: LabelledSet, positions: Sequence[int], data: DetectionDataSection) -> str:
+    """What a stratified draw does to the number of objects per image; empty for other draws."""
+    labels = data.labels
+    stored = isinstance(labels, str) and labels.endswith(".json")
+    if labels is None or stored or data.labels_draw == "random" or not positions:
+        return ""
+
+    def objects(of: Sequence[int]) -> float:
+        return float(np.mean([(~images.annotations[i].crowd).sum() for i in of]))
+
+    drawn, population = objects(positions), objects(with_objects(images))
+    return (
+        f"the {len(positions)} labelled images are drawn so that every class keeps its share: they "
+        f"hold {drawn:.1f} objects per image, and all labelled images {population:.1f}. Published "
+        f" few-label results use data.labels_draw=random."
+    )
 
 
 def stratified(annotations: Sequence[Annotation], count: int, seed: int) -> list[int]:
@@ -77,7 +99,7 @@ def stratified(annotations: Sequence[Annotation], count: int, seed: int) -> list
 
 def write_labels(folder: Path, images: LabelledSet, data: DetectionDataSection) -> None:
     """labels.json: the images trained on, so that others can use the same."""
-    content = {"labels": data.labels, "seed": data.labels_seed}
+    content = {"labels": data.labels, "draw": data.labels_draw, "seed": data.labels_seed}
     write_json(
         folder / LABELS_FILE,
         {

@@ -130,24 +130,31 @@ def run_names(runs: Sequence[Path]) -> list[str]:
     return names
 
 
-def _plot(axes: Axes, run: _Run, points: Points, factor: float = 1) -> None:
+def _plot(
+    axes: Axes, run: _Run, points: Points, factor: float = 1, style: str = "-", width: float = 1.6
+) -> None:
     axes.plot(
         [step for step, _ in points],
         [factor * value for _, value in points],
         color=run.colour,
         marker="o" if len(points) <= _FEW_POINTS else None,
         markersize=4,
-        linewidth=1.6,
+        linestyle=style,
+        linewidth=width,
     )
 
 
 def _draw_retrieval(axes: Axes, runs: Sequence[_Run], name: str) -> None:
+    level = name.removeprefix("retrieval/")
     for run in runs:
         _plot(axes, run, run.points(name), 100)
-    level = name.removeprefix("retrieval/")
+        _plot(axes, run, run.points(f"retrieval_same_flip/{level}"), 100, "--", 0.9)
+        _plot(axes, run, run.points(f"retrieval_opposite_flip/{level}"), 100, ":", 1.1)
     pools = {run.last(f"retrieval_pool/{level}") for run in runs} - {None}
     of = f" of {pools.pop():,.0f} patches" if len(pools) == 1 else ", pools differ" if pools else ""
     axes.set_title(f"held-out patch retrieval, {level}")
+    if any(run.points(f"retrieval_opposite_flip/{level}") for run in runs):
+        axes.set_xlabel("step (dashed: same flip, dotted: opposite flip)")
     axes.set_ylabel(f"top-1{of} (%)")
     _from_zero(axes)
 
@@ -205,7 +212,7 @@ def _finish(axes: Axes, last: float) -> None:
     axes.set_xlim(-0.03 * last, max(1, 1.03 * last))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel("step", fontsize=9)
+    axes.set_xlabel(axes.get_xlabel() or "step", fontsize=9)
     axes.yaxis.label.set_fontsize(9)
     axes.title.set_fontsize(10)
     axes.tick_params(labelsize=8)

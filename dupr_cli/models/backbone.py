@@ -20,12 +20,15 @@ from dupr_cli.recipe.base import TIMM, Level
 class Backbone(Protocol):
     """The interface that pre-training needs. Implementations are nn.Modules.
 
-    channels: of each level's feature map. recompute: levels are recomputed in the backward pass
-    instead of being stored (activation checkpointing), which trades time for memory.
+    channels, strides: of each level's feature map. first_centres: pixels from the left and upper
+    edge of an image to the centre of a level's first cell. recompute: levels are recomputed in the
+    backward pass instead of being stored (activation checkpointing), which trades time for memory.
     """
 
     architecture: str
     channels: dict[Level, int]
+    strides: dict[Level, int]
+    first_centres: dict[Level, float]
     recompute: bool
 
     def __call__(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dupr_cli.errors import UsageError
-from dupr_cli.recipe.base import LEVELS, Level
+from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, Level
 from dupr_cli.recipe.base import Backbone as TorchvisionName
 
 _STAGES: dict[Level, str] = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
@@ -40,6 +40,9 @@ class ResNetBackbone(nn.Module):
         for stage in _STAGES.values():
             setattr(self, stage, getattr(network, stage))
         self.channels: dict[Level, int] = {level: _channels(self.stage(level)) for level in LEVELS}
+        self.strides = dict(LEVEL_STRIDES)
+        # Every convolution and pooling of stride 2 is padded so that cell 0 is centred on pixel 0.
+        self.first_centres: dict[Level, float] = dict.fromkeys(LEVELS, 0.5)
 
     def stem(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, 64, H/4, W/4)."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache, cached_property
 from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from dupr_cli.errors import UsageError
+from dupr_cli.models.centres import measured_first_centres
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, TIMM, Level
 
 
@@ -58,6 +60,12 @@ class TimmBackbone(nn.Module):
         self.network = network
         self._positions = {level: strides.index(LEVEL_STRIDES[level]) for level in LEVELS}
         self.channels: dict[Level, int] = {v: channels[self._positions[v]] for v in LEVELS}
+        self.strides = dict(LEVEL_STRIDES)
+
+    @cached_property
+    def first_centres(self) -> dict[Level, float]:
+        """Measured when they are first asked for, once for each architecture in a process."""
+        return _first_centres(self.architecture)
 
     @property
     def recompute(self) -> bool:
@@ -84,3 +92,8 @@ class TimmBackbone(nn.Module):
         """As `ResNetBackbone.forward`, but every level is computed, wanted or not."""
         maps = self.network(images)
         return {level: maps[self._positions[level]] for level in LEVELS if level in levels}
+
+
+@cache
+def _first_centres(architecture: str) -> dict[Level, float]:
+    return measured_first_centres(lambda: TimmBackbone(architecture))

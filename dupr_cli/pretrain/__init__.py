@@ -245,8 +245,11 @@ def _check_claim(
 
 
 def _recorded_keys(out: Path) -> dict[str, object]:
-    """Recipe keys of the run in `out`; keys that its dupr did not have yet get their defaults."""
+    """Recipe keys of the run in `out`; keys that its dupr did not have yet get the value of what it
+    did."""
     values = yaml.safe_load((out / RECIPE_FILE).read_text())
+    with suppress(AttributeError, TypeError):  # not the form of any recipe: the differences say so
+        values["method"]["patch"].setdefault("cell_centres", "convention")
     with suppress(ValueError):  # written by a dupr with other keys: the differences name them
         values = PretrainRecipe.model_validate(values).model_dump(mode="json")
     return recipe_keys(values)

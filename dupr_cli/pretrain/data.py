@@ -106,10 +106,13 @@ class BatchOrder:
 
 
 class ViewPairs:
-    """Decodes a sample and cuts its two views."""
+    """Decodes a sample and cuts its two views, both mirrored or neither if `flip_together`."""
 
-    def __init__(self, shards: ShardSet, method: MethodSection, seed: int) -> None:
+    def __init__(
+        self, shards: ShardSet, method: MethodSection, seed: int, flip_together: bool = False
+    ) -> None:
         self._shards, self._method, self._seed = shards, method, seed
+        self._flip_together = flip_together
 
     def __call__(self, request: SampleRequest) -> ViewPairBatch:
         """One image's views. Raises RunError when the shard cannot be read, or too many images in a
@@ -131,7 +134,7 @@ class ViewPairs:
         random = np.random.default_rng([self._seed, epoch, number])
         place = (number + len(problems)) % len(self._shards)
         views, colours = self._method.views, self._method.augmentation
-        return cut_pair(image, views, colours, random, place, len(problems))
+        return cut_pair(image, views, colours, random, place, len(problems), self._flip_together)
 
 
 def training_batches(
@@ -143,13 +146,17 @@ def training_batches(
     """
     order = BatchOrder(shards, recipe, world.rank, world.size)
     order.first_step = first_step
-    read = ViewPairs(shards, recipe.method, recipe.seed)
+    together = recipe.method.augmentation.flip_together
+    read = ViewPairs(shards, recipe.method, recipe.seed, together)
     loader = load(read, ViewPairBatch.stack, order, recipe.data.workers, world.device, prefetch=4)
     return loader, order
 
 
 def probe_batches(shards: ShardSet, recipe: PretrainRecipe) -> list[ViewPairBatch]:
-    """Fixed view pairs of the held-out images, in batches of the training size."""
+    """Fixed view pairs of the held-out images, in batches of the training size.
+
+    They are always mirrored independently, so that both cases can be measured.
+    """
     pairs = ViewPairs(shards, recipe.method, seed=0)
     samples = [pairs((_PROBE_EPOCH, int(n))) for n in held_out(len(shards), recipe.data.holdout)]
     size = recipe.data.batch_size

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dupr_cli.models.backbone import as_backbone, make_backbone
-from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, Level
+from dupr_cli.recipe.base import LEVELS, Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
-from dupr_cli.views.geometry import pool_patches
+from dupr_cli.views.geometry import Grid, pool_patches
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,14 @@ def _head(kind: str, channels: int, dim: int) -> nn.Module:
     return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
 
 
+def grid(backbone: nn.Module, level: Level, cell_centres: str) -> Grid:
+    """Where the cells of a level are taken to lie. cell_centres: see `PatchReidSection`."""
+    shape = as_backbone(backbone)
+    stride = shape.strides[level]
+    half = cell_centres == "convention"
+    return Grid(stride, stride / 2 if half else shape.first_centres[level])
+
+
 class Encoder(nn.Module):
     """Backbone and heads.
 
@@ -79,6 +87,8 @@ class Encoder(nn.Module):
         for module in as_backbone(self.backbone).after(self.levels[-1]):
             module.requires_grad_(False)  # never computed, so it gets no gradient
         self.bins = dict(method.patch.bins)
+        centres = method.patch.cell_centres
+        self.grids = {v: grid(self.backbone, v, centres) for v in self.patch_levels}
         channels, dim = as_backbone(self.backbone).channels, method.embedding_dim
         self.image_heads = nn.ModuleDict(
             {v: _head(method.image.head, channels[v], dim) for v in self.image_levels}
@@ -106,7 +116,7 @@ class Encoder(nn.Module):
         features = self.features(views)
         # Pool before projecting: the head is an MLP, so the two do not commute.
         pooled = {
-            v: pool_patches(features[v], boxes, flips, self.bins[v], LEVEL_STRIDES[v])
+            v: pool_patches(features[v], boxes, flips, self.bins[v], self.grids[v])
             for v in self.patch_levels
         }
         return Embeddings(self.embed_images(features), self.embed_patches(pooled))

@@ -23,6 +23,7 @@ from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
 from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
+from dupr_cli.pretrain.retrieval_check import RETRIEVAL, describe_retrieval
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
@@ -35,6 +36,7 @@ _COLLAPSED = 0.02
 _LEARNING = 1.2
 # Before this many steps, no run is expected to have learned anything.
 _SOON = 300
+_POOL = "retrieval_pool/"
 # Embeddings whose pairwise distances are averaged for uniformity.
 _PAIRED = 512
 
@@ -208,19 +210,49 @@ class Monitor:
         if not retrieval:
             return
         self._record({"step": step, **retrieval})
-        levels = [name for name in retrieval if name.startswith("retrieval/")]
-        text = ", ".join(f"{name.split('/')[1]} {100 * retrieval[name]:.1f}%" for name in levels)
+        shares = {name: v for name, v in retrieval.items() if not name.startswith(_POOL)}
+        levels = [name.split("/")[1] for name in shares if name.startswith(f"{RETRIEVAL['all']}/")]
+        text = ", ".join(describe_retrieval(shares, level) for level in levels)
         self._reporter.info(f"step {step}: held-out patch retrieval {text}")
         if not self._untrained:
             self._untrained = retrieval
-        elif step >= max(_SOON, self._steps / 4) and all(
-            retrieval[name] < _LEARNING * self._untrained.get(name, 0) for name in levels
-        ):
+        else:
+            self._look_for_stall(step, shares, levels)
+
+    def _look_for_stall(self, step: int, shares: dict[str, float], levels: list[str]) -> None:
+        """Warn when patches are not found more often than by the untrained network."""
+        advice = (
+            "Look at the loss parts in metrics.jsonl; try another optimizer.lr, a shorter "
+            "method.queue_length, or a lower method.momentum for such a short run."
+        )
+        behind = {v: f"{100 * self._untrained.get(v, 0):.1f}%" for v in shares}
+        overall = [f"{RETRIEVAL['all']}/{level}" for level in levels]
+        if step >= max(_SOON, self._steps / 4):
+            flat = [v for v in shares if shares[v] < _LEARNING * self._untrained.get(v, 0)]
+            if all(name in flat for name in overall):
+                self._warn(
+                    "stall",
+                    f"step {step}: patch retrieval is no better than the untrained network's. "
+                    f"{advice}",
+                )
+            elif flat:
+                named = ", ".join(
+                    f"{v} {100 * shares[v]:.1f}% (untrained {behind[v]})" for v in flat
+                )
+                self._warn(
+                    "stall of a case",
+                    f"step {step}: a part of patch retrieval is no better than the untrained "
+                    f"network's, although the rest is: {named}.",
+                )
+        elif step == self._steps and all(shares[v] < self._untrained.get(v, 0) for v in overall):
+            # Too short to expect anything; a clear loss is still worth a word.
+            named = ", ".join(
+                f"{v.split('/')[1]} {100 * shares[v]:.1f}% (untrained {behind[v]})" for v in overall
+            )
             self._warn(
                 "stall",
-                f"step {step}: patch retrieval is no better than the untrained network's. Look at "
-                f"the loss parts in metrics.jsonl; try another optimizer.lr, a shorter "
-                f"method.queue_length, or a lower method.momentum for such a short run.",
+                f"step {step}: patch retrieval has fallen below the untrained network's: {named}. "
+                f"{step} steps are few; if a longer run starts like this: {advice}",
             )
 
     def bad_step(self, step: int, batch: ViewPairBatch, shards: ShardSet) -> None:

@@ -34,8 +34,18 @@ from dupr_cli.progress import Reporter
 from dupr_cli.recipe import Level, ProbeRecipe
 from dupr_cli.recipe.probe import ProbeProtocol
 from dupr_cli.runtime.loader import in_batches, load
+from dupr_cli.views.geometry import Grid
 from dupr_cli.views.pairs import ViewPairBatch
-from dupr_cli.views.retrieval import own_ranks, paired_bins, recoloured, share_within
+from dupr_cli.views.retrieval import (
+    PairedBins,
+    own_ranks,
+    paired_bins,
+    recoloured,
+    shares_by_flip,
+)
+
+# Names of patch retrieval in results, by the case of a pair.
+_CASES = {"all": "patch", "same flip": "same_flip", "opposite flip": "opposite_flip"}
 
 
 @dataclass(frozen=True)
@@ -242,27 +252,32 @@ def _retrieve_patches(
             for batch in pairs()
             for view in range(2)
         )
-    found: dict[Level, list[tuple[Tensor, Tensor]]] = {level: [] for level in levels}
+    network = frozen.network
+    grids = {v: Grid(network.strides[v], network.first_centres[v]) for v in levels}
+    found: dict[Level, list[PairedBins]] = {level: [] for level in levels}
     with reporter.task(f"views {compared.folder}", len(images), "images") as progress:
         for batch in pairs():
             for level, pair in paired_bins(
                 lambda views: frozen.maps(views, levels),
-                batch, bins, section.views, max_sigma, task.device,
+                batch, bins, grids, section.views, max_sigma, task.device,
             ).items():  # fmt: skip
                 found[level].append(pair)
             progress.advance(len(batch.crops))
     for level, parts in found.items():
-        queries, pool = (torch.cat([part[view] for part in parts]) for view in range(2))
-        if len(pool) < 2:
+        joined = PairedBins.join(parts)
+        pool = len(joined.second)
+        if pool < 2:
             raise UsageError(
                 f"{task.test.address}: the views share fewer than two patches; use more images, or "
                 f"lower retrieval.views.min_overlap."
             )
-        ranks = own_ranks(queries, pool)
+        ranks = own_ranks(joined.first, joined.second)
         for places in (1, 5):
-            measured.metrics[f"{level}/patch_top{places}"] = 100 * share_within(ranks, places)
-            measured.chance[f"patch_top{places}"] = 100 * min(1.0, places / len(pool))
-        measured.chosen[f"{level}/pool"] = float(len(pool))
+            for case, share in shares_by_flip(ranks, joined.mirrored, places).items():
+                name = f"{_CASES[case]}_top{places}"
+                measured.metrics[f"{level}/{name}"] = 100 * share
+                measured.chance[name] = 100 * min(1.0, places / pool)
+        measured.chosen[f"{level}/pool"] = float(pool)
 
 
 def _retrieve_objects(
@@ -372,12 +387,15 @@ PROTOCOLS: dict[ProbeProtocol, Protocol] = {
         lambda recipe: (
             f"Retrieval on frozen features, percent: patches ({recipe.retrieval.bins} x "
             f"{recipe.retrieval.bins} bins, at most {recipe.retrieval.images} images) found in "
-            "another view, top-1 and top-5; with boxes precision@k of objects of the same class "
-            "in other images (object_p)"
+            "another view, top-1 and top-5, and top-1 of pairs whose views are both mirrored or "
+            "both not (same_flip) and of the others (opposite_flip); with boxes precision@k of "
+            "objects of the same class in other images (object_p)"
         ),
         lambda recipe: [
             "patch_top1",
             "patch_top5",
+            "same_flip_top1",
+            "opposite_flip_top1",
             *(f"object_p{k}" for k in recipe.retrieval.neighbours),
         ],
     ),

@@ -71,8 +71,11 @@ class DetectionDataSection(Section):
     """Splits to test on, joined."""
     labels: Positive | Labels | None = None
     """Train only on this number of labelled images, on this share of them (`1%`), or on those that
-    a labels.json names. The images are drawn once, so that every class keeps its share, are the
-    same for every seed, and are stored in labels.json."""
+    a labels.json names. The images are drawn once, are the same for every seed, and are stored in
+    labels.json."""
+    labels_draw: Literal["stratified", "random"] = "stratified"
+    """stratified: every class keeps its share, and none is lost; such images hold more objects than
+    the average image. random: as published few-label results draw."""
     labels_seed: Seed = 0
     """Seed of that draw."""
     train_sizes: Annotated[list[Positive], Field(min_length=1)] = list(range(480, 801, 32))

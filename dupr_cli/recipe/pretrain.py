@@ -94,6 +94,8 @@ class AugmentationSection(Section):
     grayscale_probability: Fraction = 0.2
     blur: BlurSection = BlurSection()
     flip_probability: Fraction = 0.5
+    flip_together: bool = False
+    """Mirror both views of an image or neither, instead of each by its own chance."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Value subtracted from each channel, in units of the full range."""
     std: tuple[
@@ -115,6 +117,10 @@ class PatchReidSection(Section):
     """Weight beta of each level; a level that is absent or 0 has no patch loss."""
     bins: dict[Level, Positive] = {"res2": 3, "res3": 3, "res4": 14, "res5": 7}
     """Number S for each level: the shared region is pooled into S x S patches."""
+    cell_centres: Literal["backbone", "convention"] = "backbone"
+    """Where a level's cells are taken to lie when bins are pooled: where the backbone's layout
+    centres them, or at (i + 1/2) strides as RoIAlign and detectors do. In a ResNet the convention
+    moves the bins of mirrored views apart by stride - 1 pixels."""
     temperature: Temperature = 0.2
     head: Head = "mlp"
     """mlp: 1x1 convolutions C to C, ReLU, C to D; linear: one, C to D."""

@@ -1,13 +1,14 @@
 """The region that two views of an image share, and the pooling of its patches.
 
 Coordinates are pixel edges: a view of side `size` spans 0 to `size`, the centre of its first pixel
-is at 0.5. Crops are resized and only then mirrored, and RoIAlign reads feature maps with half-pixel
-alignment, so that a point of the source image has the same meaning all the way to the patches.
+is at 0.5. Crops are resized and only then mirrored, and feature maps are read where the backbone's
+cells are centred, so that a point of the source image has the same meaning all the way to the
+patches, mirrored or not.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,17 @@ Crop = tuple[int, int, int, int]
 # Two samples per bin side: at most one feature cell apart for bins as large as two cells, at a cost
 # that does not depend on the region.
 _SAMPLING_RATIO = 2
+
+
+class Grid(NamedTuple):
+    """Where the cells of a feature map lie in a view: cell i is centred at first + i * stride.
+
+    stride, first: pixels, from the view's left and upper edge. The convention of RoIAlign, and of
+    detectors, is first = stride / 2; docs/method.md, "Patches", tells where real cells lie.
+    """
+
+    stride: int
+    first: float
 
 
 class CropRange(Protocol):
@@ -112,21 +124,23 @@ def shared_region_boxes(
     return torch.where(valid[:, None, None], boxes, whole), valid
 
 
-def pool_patches(features: Tensor, boxes: Tensor, flips: Tensor, bins: int, stride: int) -> Tensor:
+def pool_patches(features: Tensor, boxes: Tensor, flips: Tensor, bins: int, grid: Grid) -> Tensor:
     """Pool the shared region of each image into bins x bins patches.
 
-    features: (N, C, H, W) at `stride` pixels per cell. boxes: (N, 4) in view pixels.
+    features: (N, C, H, W), with cells at `grid`. boxes: (N, 4) in view pixels.
     flips: (N,) bool; the grid of a mirrored view is reversed along its width, so that the same bin
     shows the same place in both views.
     Returns (N, bins * bins, C) float32, row by row.
     Source: docs/method.md, "Patches".
     """
     images = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
+    # RoIAlign takes the first cell's centre to be at half a stride.
+    moved = boxes + (grid.stride / 2 - grid.first)
     pooled: Tensor = roi_align(
         features.float(),
-        torch.cat([images, boxes], dim=1),
+        torch.cat([images, moved], dim=1),
         output_size=bins,
-        spatial_scale=1 / stride,
+        spatial_scale=1 / grid.stride,
         sampling_ratio=_SAMPLING_RATIO,
         aligned=True,
     )

@@ -66,13 +66,17 @@ def cut_pair(
     random: np.random.Generator,
     number: int = 0,
     unreadable: int = 0,
+    flip_together: bool = False,
 ) -> ViewPairBatch:
     """The two views of one image, without the batch axis; `random` supplies all randomness.
 
+    flip_together: mirror both views or neither.
     Source: docs/method.md, "Views".
     """
     crops = random_crop_pair(image.width, image.height, views, random)
     parameters = np.stack([draw_parameters(colours, random) for _ in range(2)])
+    if flip_together:
+        parameters[1, FLIP] = parameters[0, FLIP]
     cut = [np.asarray(crop_and_resize(image, as_crop(crop), views.size)) for crop in crops]
     return ViewPairBatch(
         torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).contiguous(),

@@ -2,23 +2,25 @@
 
 Feature maps of both views are pooled over their shared region. A patch of the first view is found
 when, among all patches of all images' second views, its own has the highest cosine similarity.
-Chance is one over the pool's size. Pre-training checks itself with this measure while it runs, and
-the probe measures finished weights with it.
+Chance is one over the pool's size. Pairs of which one view is mirrored are harder and are also
+counted apart: a network may re-identify the rest and not these. Pre-training checks itself with
+this measure while it runs, and the probe measures finished weights with it.
 Source: docs/method.md, "Is it learning?".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dupr_cli.recipe.base import LEVEL_STRIDES, Level
+from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import ViewsSection
 from dupr_cli.views.augmentation import recolour
-from dupr_cli.views.geometry import pool_patches, shared_region_boxes
+from dupr_cli.views.geometry import Grid, pool_patches, shared_region_boxes
 from dupr_cli.views.pairs import ViewPairBatch
 
 _CHUNK = 2048  # queries compared with the pool at a time
@@ -33,21 +35,44 @@ def recoloured(batch: ViewPairBatch, view: int, max_sigma: float, device: torch.
     return recolour(batch.views[:, view].to(device), batch.parameters[:, view], max_sigma)
 
 
+@dataclass(frozen=True)
+class PairedBins:
+    """Bins of the regions that two views share: row i of both shows one place of one image.
+
+    first, second: (M, C), of the first and of the second view. mirrored: (M,) bool, on the CPU,
+    one of the two views is mirrored and the other is not.
+    """
+
+    first: Tensor
+    second: Tensor
+    mirrored: Tensor
+
+    @staticmethod
+    def join(parts: Sequence[PairedBins]) -> PairedBins:
+        """The bins of several batches."""
+        return PairedBins(
+            torch.cat([part.first for part in parts]),
+            torch.cat([part.second for part in parts]),
+            torch.cat([part.mirrored for part in parts]),
+        )
+
+
 def paired_bins(
     maps: Maps,
     batch: ViewPairBatch,
     bins: Mapping[Level, int],
+    grids: Mapping[Level, Grid],
     views: ViewsSection,
     max_sigma: float,
     device: torch.device,
-) -> dict[Level, tuple[Tensor, Tensor]]:
-    """Bins of the region that both views share, (M, C) of the first and of the second view.
+) -> dict[Level, PairedBins]:
+    """Bins of the region that both views share.
 
-    bins: S of each level; its region is pooled into S x S. max_sigma: largest blur of the recipe,
-    pixels. Row i of both shows one place of one image. Images whose views share too little
-    contribute no rows.
+    bins: S of each level; its region is pooled into S x S. grids: of the levels' cells. max_sigma:
+    largest blur of the recipe, pixels. Images whose views share too little contribute no rows.
     """
     boxes, valid = shared_region_boxes(batch.crops, batch.flips, views.size, views.min_overlap)
+    mirrored = (batch.flips[:, 0] != batch.flips[:, 1])[valid]
     found: dict[Level, list[Tensor]] = {level: [] for level in bins}
     for view in range(2):
         features = maps(recoloured(batch, view, max_sigma, device))
@@ -57,10 +82,13 @@ def paired_bins(
                 boxes[:, view].to(device),
                 batch.flips[:, view].to(device),
                 side,
-                LEVEL_STRIDES[level],
+                grids[level],
             )
             found[level].append(pooled[valid.to(device)].flatten(0, 1))
-    return {level: (first, second) for level, (first, second) in found.items()}
+    return {
+        level: PairedBins(first, second, mirrored.repeat_interleave(bins[level] ** 2))
+        for level, (first, second) in found.items()
+    }
 
 
 def own_ranks(queries: Tensor, pool: Tensor) -> Tensor:
@@ -90,3 +118,13 @@ def own_ranks(queries: Tensor, pool: Tensor) -> Tensor:
 def share_within(ranks: Tensor, places: int) -> float:
     """Share of the queries whose own patch is among the `places` most similar."""
     return float((ranks < places).double().mean())
+
+
+def shares_by_flip(ranks: Tensor, mirrored: Tensor, places: int) -> dict[str, float]:
+    """`share_within` of "all" pairs, of those with the "same flip" and with the "opposite flip".
+
+    ranks: see `own_ranks`. mirrored: see `PairedBins`. A case that does not occur is absent.
+    """
+    mirrored = mirrored.to(ranks.device)
+    cases = {"all": ranks, "same flip": ranks[~mirrored], "opposite flip": ranks[mirrored]}
+    return {case: share_within(some, places) for case, some in cases.items() if len(some)}

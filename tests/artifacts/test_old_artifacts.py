@@ -102,7 +102,11 @@ def test_run_of_an_earlier_dupr_is_continued(
     shutil.copytree(OLD / "shards", tmp_path / "shards")
     shutil.copytree(old_run, tmp_path / "run", symlinks=True)
     monkeypatch.chdir(tmp_path)
-    dupr("pretrain", "run/recipe.yaml", "--data", "shards", "--out", "run")
+    same = ("pretrain", "run/recipe.yaml", "--data", "shards", "--out", "run")
+    # Its bins were pooled by RoIAlign's convention, which is no longer the default.
+    said = dupr(*same, code=2).stderr
+    assert "method.patch.cell_centres: convention there, backbone now" in said
+    dupr(*same, "--set", "method.patch.cell_centres=convention")
     assert newest_checkpoint(tmp_path / "run").state.step == 4
     logged = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().split("\n")
               if line]  # fmt: skip

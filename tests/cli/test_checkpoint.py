@@ -30,6 +30,8 @@ from tests.support.command_line import dupr
 from tests.support.processes import forked
 from tests.support.recipes import TINY
 
+pytestmark = pytest.mark.slow
+
 BIAS = "query.image_heads.res5.2.bias"
 
 

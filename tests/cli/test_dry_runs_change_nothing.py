@@ -10,6 +10,8 @@ from dupr_cli.artifacts.shards import MANIFEST
 from tests.support.trees import tree_bytes
 from tests.support.workspace import Workspace, signalled, tiny_demo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:

@@ -13,6 +13,8 @@ from PIL import Image
 from tests.support.command_line import dupr
 from tests.support.labelled_scenes import KitObject, make_coco
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "detector.backbone=resnet18", "detector.roi_size=4", "detector.mask_roi_size=4",
     "detector.pyramid_channels=32", "detector.rpn_pre_nms=[50,50]", "detector.rpn_post_nms=[20,20]",

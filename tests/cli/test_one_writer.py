@@ -14,6 +14,8 @@ from dupr_cli.artifacts.run import MetricsLog
 from tests.support.processes import Forked
 from tests.support.workspace import Workspace, signalled
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:

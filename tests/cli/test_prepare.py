@@ -23,6 +23,8 @@ import pytest
 from tests.support.command_line import dupr
 from tests.support.images import noise_image
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ("--set", "shard.max_samples=5", "--set", "image.max_side=110")
 
 

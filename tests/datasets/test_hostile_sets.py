@@ -109,6 +109,7 @@ def written(root: Path, kind: str, photos: list[Photograph]) -> list[Path]:
     return files
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=list(HealthCheck), max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["voc", "coco", "yolo"]),

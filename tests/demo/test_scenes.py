@@ -128,6 +128,7 @@ def test_drawing_stays_in_single_precision() -> None:
         assert np.isfinite(sprite.colour).all()
 
 
+@pytest.mark.slow
 def test_every_class_appears_in_a_hundred_scenes(hundred: list[list[SceneObject]]) -> None:
     names = [item.name for objects in hundred for item in objects]
     assert set(names) == set(CLASSES)
@@ -143,6 +144,7 @@ def test_some_objects_are_truncated_and_few_are_difficult(
     assert all(item.truncated for item in items if item.difficult)
 
 
+@pytest.mark.slow
 def test_truncated_objects_away_from_the_border_are_partly_hidden() -> None:
     hidden = 0
     for index in range(60):

@@ -22,6 +22,8 @@ from tests.support.labelled_scenes import COLOURS, make_tree
 from tests.support.recipes import detection_recipe as recipe
 from tests.support.reporters import Listening
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -203,7 +205,6 @@ def test_images_of_both_splits_are_reported(tree: Path, tmp_path: Path) -> None:
     assert any("8 images" in line and "trained on" in line for line in reporter.said)
 
 
-@pytest.mark.slow
 def test_failure_ends_the_process_although_workers_are_busy(tree: Path, tmp_path: Path) -> None:
     """An error keeps the loader alive to the end of the process, which must not wait for it."""
     diverging = recipe().model_dump(mode="json")
@@ -228,7 +229,6 @@ def small(**overrides: object) -> EvaluateRecipe:
     return recipe(1, detector=detector, **overrides)
 
 
-@pytest.mark.slow
 def test_trials_give_deviations_and_paired_differences(
     tree: Path, weights: Path, tmp_path: Path
 ) -> None:

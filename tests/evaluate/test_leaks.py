@@ -88,6 +88,7 @@ def test_workers_find_the_same(tested: LabelledSet, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_real_sets_overlap_is_seen(shared_data: Path) -> None:
     """The unlabelled photographs hold the labelled ones' training images, at another size."""
     tree = str(shared_data / "voc_animals_160px")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dupr_cli.datasets.labelled import Annotation, open_labelled
+from dupr_cli.datasets.labelled import Annotation, LabelledSet, open_labelled
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.subsets import choose_labels, stratified
 from dupr_cli.progress import SilentReporter
@@ -48,6 +50,31 @@ def test_classes_keep_their_shares() -> None:
     names = [["a"]] * 600 + [["b"]] * 300 + [["c"]] * 90 + [["d"]] * 10
     drawn = stratified([annotation(n) for n in names], 100, 0)
     assert Counter(names[i][0] for i in drawn) == {"a": 60, "b": 30, "c": 9, "d": 1}
+
+
+def test_a_random_draw_has_the_objects_of_the_population() -> None:
+    """A stratified draw of few images prefers those with many classes; published draws do not."""
+    random = np.random.default_rng(1)
+    names = [["a"] * int(n) + (["bcdefgh"[i % 7]] if i % 40 == 0 else []) for i, n in
+             enumerate(random.integers(1, 6, 4000))]  # fmt: skip
+    for i in range(0, 4000, 40):
+        names[i] = [*names[i], *"bcdefgh"]
+    images = cast(LabelledSet, SimpleNamespace(annotations=[annotation(n) for n in names]))
+    means = {
+        draw: np.mean(
+            [
+                len(names[i])
+                for seed in range(20)
+                for i in choose_labels(
+                    images, data(labels=40, labels_draw=draw, labels_seed=seed).data
+                )
+            ]
+        )
+        for draw in ("random", "stratified")
+    }
+    population = np.mean([len(n) for n in names])
+    assert means["random"] == pytest.approx(population, abs=0.25)
+    assert means["stratified"] > population
 
 
 def data(**keys: object) -> EvaluateRecipe:

@@ -19,6 +19,8 @@ from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import ExportRecipe, load_recipe
 from tests.support.weights import make_run
 
+pytestmark = pytest.mark.slow
+
 RECIPE = load_recipe(ExportRecipe, "default")
 
 

@@ -27,6 +27,8 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import folders_of, make_format
 from dupr_cli.export.verification import verify
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ["resnet18", "resnet34", "resnet50", "resnet101"]
 FORMATS = ["torchvision", "timm", "transformers", "detectron2", "mmdetection", "onnx"]
 

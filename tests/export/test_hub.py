@@ -31,6 +31,8 @@ from tests.support.hub_client import wait_briefly
 from tests.support.processes import as_main, forked
 from tests.support.weights import make_run
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -271,7 +273,6 @@ def in_a_process_of_its_own(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_autobackbone_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     make_run(tmp_path / "run", "resnet18")
     export.run(
@@ -285,7 +286,6 @@ print(type(model).__name__, model.channels)"""
     assert printed == "ResNetBackbone [64, 128, 256, 512]\n"
 
 
-@pytest.mark.slow
 def test_timm_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     push(tmp_path)
     code = """import timm
@@ -403,7 +403,6 @@ def test_results_of_other_weights_are_refused_when_given(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_every_block_of_the_card_runs_as_pasted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

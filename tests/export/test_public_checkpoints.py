@@ -135,6 +135,7 @@ def test_arrays_of_detectron2(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], OWN[name]) for name in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["resnet34", "resnet101"])
 def test_architecture_is_told_by_the_shapes(architecture: str, tmp_path: Path) -> None:
     torch.save(ResNetBackbone(architecture).state_dict(), tmp_path / "c.pth")
@@ -185,6 +186,7 @@ def test_another_network_does_not_pass_as_a_plain_resnet(name: str, tmp_path: Pa
     assert not (tmp_path / "w.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_plain_resnets_of_timm_are_imported_with_their_features(name: str, tmp_path: Path) -> None:
     network: Any = timm.create_model(name).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from torch import nn
 from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.models.batch_norm import group_batch_norms, ungroup_batch_norms
+from dupr_cli.models.centres import measured_first_centres
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import PretrainRecipe, load_recipe
+from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from tests.support.recipes import TINY
 
 STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
@@ -112,3 +115,40 @@ def test_stages_after_the_last_level_are_not_trained() -> None:
     assert isinstance(backbone, nn.Module)
     trained = {n.split(".")[0] for n, p in backbone.named_parameters() if p.requires_grad}
     assert trained == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+
+
+@pytest.mark.parametrize(
+    ("make", "first"),
+    [
+        (lambda: ResNetBackbone("resnet18"), lambda stride: 0.5),
+        (lambda: make_backbone("timm:resnet18"), lambda stride: 0.5),
+        (lambda: make_backbone("timm:convnext_atto"), lambda stride: stride / 2),
+    ],
+    ids=["padded", "timm padded", "patches"],
+)
+def test_cells_are_centred_where_the_layout_says(
+    make: Callable[[], nn.Module], first: Callable[[int], float]
+) -> None:
+    measured = measured_first_centres(make)
+    for level, stride in LEVEL_STRIDES.items():
+        assert measured[level] == pytest.approx(first(stride), abs=max(1, stride / 10))
+    assert measured == measured_first_centres(make)
+
+
+def test_centres_of_a_resnet_are_exact_in_its_gradients() -> None:
+    """With equal kernels and averages in place of maxima, the gradient of a cell is symmetric."""
+    backbone = ResNetBackbone("resnet18").eval()
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    backbone.maxpool = nn.AvgPool2d(3, stride=2, padding=1)
+    images = torch.ones(1, 3, 1024, 32).requires_grad_()
+    places: dict[Level, int] = {"res4": 64, "res5": 32}
+    for level, cells in places.items():
+        value = as_backbone(backbone)(images)[level][0, :, cells // 2].sum()
+        (gradient,) = torch.autograd.grad(value, images)
+        rows = gradient.double().sum((0, 1, 3))
+        centre = float((rows * (torch.arange(1024) + 0.5)).sum() / rows.sum())
+        shape = as_backbone(backbone)
+        expected = shape.first_centres[level] + cells // 2 * shape.strides[level]
+        assert centre == pytest.approx(expected, abs=0.01)

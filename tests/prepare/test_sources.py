@@ -165,6 +165,7 @@ def test_coco_as_pycocotools_and_torchvision_read_it(coco_tree: Path, tmp_path: 
     assert keypoints == 5
 
 
+@pytest.mark.slow
 def test_masks_and_polygons_shrink_with_their_image(coco_tree: Path, tmp_path: Path) -> None:
     found = prepared(coco_tree, tmp_path / "out", "image.max_side=200")
     by_id = COCO(str(coco_tree / "annotations" / "instances_val2014.json"))
@@ -451,6 +452,7 @@ def test_the_layout_of_img2dataset_goes_in(tmp_path: Path) -> None:
     assert all(s.extras == {"txt": b"a caption"} for s in found["train"])
 
 
+@pytest.mark.slow
 def test_labels_and_splits_of_our_own_shards_survive(shared_data: Path, tmp_path: Path) -> None:
     first = prepared(shared_data / "voc_animals_160px", tmp_path / "a", "shard.max_samples=400")
     second = prepared(tmp_path / "a", tmp_path / "b", "shard.max_samples=100")
@@ -520,6 +522,7 @@ def test_a_path_that_is_listed_twice_goes_in_once(tmp_path: Path) -> None:
         assert "listed twice" in (tmp_path / f"o{number}/skipped.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_data_sets_of_hugging_face(image_folder: Path, tmp_path: Path) -> None:
     import datasets
 

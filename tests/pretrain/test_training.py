@@ -25,6 +25,8 @@ from dupr_cli.recipe.base import Section
 from tests.support.processes import forked
 from tests.support.recipes import TINY
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[..., PretrainRecipe]
 # Small steps: a network at its random start multiplies rounding by a hundred in each.
 GENTLE = ("optimizer.lr=1e-5", "optimizer.warmup_steps=0", "train.steps=3")
@@ -85,7 +87,6 @@ def test_ways_of_computing_give_the_same_run(
         assert moved < 0.1 * largest_difference(start, plain)  # it has moved, and alike
 
 
-@pytest.mark.slow
 def test_the_loss_scaler_is_part_of_the_state(
     tiny_recipe: Load, tiny_shards: Path, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.probe import RetrievalSection
 from dupr_cli.views import retrieval
 from dupr_cli.views.augmentation import FLIP, GRAYSCALE, draw_parameters, recolour
+from dupr_cli.views.geometry import Grid
 from dupr_cli.views.pairs import ViewPairBatch
 from dupr_cli.views.retrieval import own_ranks, paired_bins, share_within
 from tests.support.images import noise_image
@@ -59,7 +60,9 @@ def bins_of_views(batch: ViewPairBatch, section: RetrievalSection) -> tuple[Tens
         return average_maps(255 * images, ["res2"])
 
     bins: dict[Level, int] = {"res2": section.bins}
-    return paired_bins(maps, batch, bins, section.views, 1.0, torch.device("cpu"))["res2"]
+    grids: dict[Level, Grid] = {"res2": Grid(4, 2)}
+    found = paired_bins(maps, batch, bins, grids, section.views, 1.0, torch.device("cpu"))["res2"]
+    return found.first, found.second
 
 
 def average_maps(images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:

@@ -328,7 +328,11 @@ def test_unlabelled_shards_are_searched_for_patches_only(tmp_path: Path) -> None
     results = probes.run(
         recipe, ["none"], str(shards), tmp_path / "out", test_split=None, device="cpu"
     )
-    assert set(results.results[0].metrics) == {"res3/patch_top1", "res3/patch_top5"}
+    assert set(results.results[0].metrics) == {
+        f"res3/{case}_top{places}"
+        for case in ("patch", "same_flip", "opposite_flip")
+        for places in (1, 5)
+    }
     assert "object_p" not in (tmp_path / "out" / "table.txt").read_text().partition("weights")[2]
 
 
@@ -353,6 +357,7 @@ def test_one_tree_is_divided_by_the_given_share(folders: Path, tmp_path: Path) -
     assert results.test.split == "30% of all"
 
 
+@pytest.mark.slow
 def test_optional_packages_are_imported_where_they_are_needed() -> None:
     check = (
         "import sys, dupr_cli.cli.app; "

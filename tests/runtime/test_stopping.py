@@ -58,6 +58,7 @@ def test_a_third_time_ends_at_once_and_says_so() -> None:
     assert said == "error: SIGTERM came again: ended at once. Unsaved work is lost.\n"
 
 
+@pytest.mark.slow
 def test_a_second_time_after_seconds_ends_at_once() -> None:
     process = loop(30)
     process.send_signal(signal.SIGINT)

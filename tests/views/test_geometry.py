@@ -15,6 +15,7 @@ from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.recipe.pretrain import ViewsSection
 from dupr_cli.views.geometry import (
     Crop,
+    Grid,
     as_crop,
     overlap_fraction,
     pool_patches,
@@ -43,11 +44,37 @@ def crop_pairs(draw: st.DrawFn) -> tuple[int, int, list[Crop]]:
     return width, height, [as_crop(crop) for crop in crops]
 
 
+def averaging(image: Tensor, level: Level) -> Tensor:
+    """A backbone that averages the pixels of each cell: centred at half strides."""
+    return F.avg_pool2d(image, LEVEL_STRIDES[level])
+
+
+def padded(image: Tensor, level: Level) -> Tensor:
+    """A backbone of padded convolutions of stride 2, as in a ResNet: cell 0 is centred on pixel 0.
+
+    The borders are continued in place of zeros, which would not be coordinates.
+    """
+    x = image
+    for _ in range(LEVEL_STRIDES[level].bit_length() - 1):
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=2)
+    return x
+
+
+BACKBONES = {"averaging": averaging, "padded": padded}
+
+
+def grid_of(backbone: str, level: Level) -> Grid:
+    stride = LEVEL_STRIDES[level]
+    return Grid(stride, stride / 2 if backbone == "averaging" else 0.5)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("level", ["res2", "res3", "res4", "res5"])
 @pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True), (True, True)])
 @settings(max_examples=15)
 @given(pair=crop_pairs(), size=st.sampled_from([96, 127, 160, 193, 224]), bins=st.integers(1, 7))
 def test_both_views_patches_come_from_the_same_place(
+    backbone: str,
     level: Level,
     flips: tuple[bool, bool],
     pair: tuple[int, int, list[Crop]],
@@ -55,7 +82,7 @@ def test_both_views_patches_come_from_the_same_place(
     bins: int,
 ) -> None:
     width, height, crops = pair
-    stride = LEVEL_STRIDES[level]
+    grid = grid_of(backbone, level)
     flip = torch.tensor([flips])
     boxes, valid = shared_region_boxes(
         torch.tensor([crops], dtype=torch.float32), flip, size, min_overlap=0.0
@@ -66,11 +93,12 @@ def test_both_views_patches_come_from_the_same_place(
     for view in range(2):
         image = coordinate_view(width, height, crops[view], size)
         image = image.flip(2) if flips[view] else image
-        features = F.avg_pool2d(image[None], stride)
+        features = BACKBONES[backbone](image[None], level)
         box = boxes[:, view]
-        patches = pool_patches(features, box, flip[:, view], bins, stride)  # (1, bins^2, 2)
+        patches = pool_patches(features, box, flip[:, view], bins, grid)  # (1, bins^2, 2)
         places.append(patches[0])
-        inside.append(samples_inside(box[0], bins, stride, features.shape[-1], flips[view]))
+        cells = clean_cells(backbone, features.shape[-1], size, grid)
+        inside.append(samples_inside(box[0], bins, grid, cells, flips[view]))
     # Bins whose sampling points need cells beyond the map are clamped there: not comparable.
     both = inside[0] & inside[1]
     # In source pixels, per pixel of the coarser view: what a half-pixel shift would far exceed.
@@ -82,12 +110,24 @@ def test_both_views_patches_come_from_the_same_place(
     assert ((places[0] - expected).abs().amax(1)[inside[0]] < 0.25 * scale).all()
 
 
-def samples_inside(box: Tensor, bins: int, stride: int, cells: int, flipped: bool) -> Tensor:
-    """(bins^2,) bool: all four sampling points of the bin lie between centres of existing cells."""
+def clean_cells(backbone: str, cells: int, size: int, grid: Grid) -> tuple[int, int]:
+    """First and last cell whose receptive field lies inside the view."""
+    if backbone == "averaging":
+        return 0, cells - 1
+    reach = grid.stride - 1  # pixels to both sides of the centre
+    first = -(-reach // grid.stride)
+    return first, int((size - reach - grid.first - 0.5) // grid.stride)
+
+
+def samples_inside(
+    box: Tensor, bins: int, grid: Grid, cells: tuple[int, int], flipped: bool
+) -> Tensor:
+    """(bins^2,) bool: all four sampling points of the bin lie between centres of these cells."""
+    low_edge, high_edge = (grid.first + cell * grid.stride for cell in cells)
     centre = []
     for low, high in ((box[0], box[2]), (box[1], box[3])):
         points = low + (high - low) * (torch.arange(2 * bins) + 0.5) / (2 * bins)
-        fine = (points >= stride / 2 - 1e-3) & (points <= (cells - 0.5) * stride + 1e-3)
+        fine = (points >= low_edge - 1e-3) & (points <= high_edge + 1e-3)
         centre.append(fine.view(bins, 2).all(1))
     columns = centre[0].flip(0) if flipped else centre[0]
     return (centre[1][:, None] & columns[None]).flatten()
@@ -109,11 +149,35 @@ def test_a_missed_unflip_would_be_seen() -> None:
     )
     image = coordinate_view(160, 160, crops[0], 128).flip(2)
     features = F.avg_pool2d(image[None], 4)
-    right = pool_patches(features, boxes[:, 0], torch.tensor([True]), 4, 4)
-    wrong = pool_patches(features, boxes[:, 0], torch.tensor([False]), 4, 4)
+    grid = Grid(4, 2)
+    right = pool_patches(features, boxes[:, 0], torch.tensor([True]), 4, grid)
+    wrong = pool_patches(features, boxes[:, 0], torch.tensor([False]), 4, grid)
     expected = expected_centres(crops, 4)
     assert (right[0] - expected).abs().max() < 0.3
     assert (wrong[0] - expected).abs().max() > 10
+
+
+def test_the_convention_moves_mirrored_views_of_padded_convolutions_apart() -> None:
+    """The fault behind the grid: bins of opposite flips came from places stride - 1 apart."""
+    crops: list[Crop] = [(0, 0, 224, 224), (0, 0, 224, 224)]
+    flips = torch.tensor([[False, True]])
+    boxes, _ = shared_region_boxes(torch.tensor([crops], dtype=torch.float32), flips, 224, 0.0)
+    image = coordinate_view(224, 224, crops[0], 224)
+    for level in ("res4", "res5"):
+        stride = LEVEL_STRIDES[level]
+        moved = {}
+        for first in (0.5, stride / 2):
+            pooled = [
+                pool_patches(
+                    padded((image.flip(2) if view else image)[None], level),
+                    boxes[:, view], flips[:, view], 7, Grid(stride, first),
+                )[0]
+                for view in (0, 1)
+            ]  # fmt: skip
+            middle = pooled[0].view(7, 7, 2) - pooled[1].view(7, 7, 2)
+            moved[first] = float(middle[3, 3, 0].abs())
+        assert moved[0.5] < 0.01
+        assert moved[stride / 2] == pytest.approx(stride - 1, abs=0.01)
 
 
 def test_boxes_by_hand() -> None:
