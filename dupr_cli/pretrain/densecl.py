@@ -2,7 +2,7 @@
 
 This baseline shows what geometry gains: instead of using the shared region's bins, each cell of
 the whole query view takes as its positive the cell of the key view whose backbone feature is most
-similar, and a dense queue holds the mean of each image's cell embeddings.
+similar, and a dense queue holds one embedding of each image, the mean of its cells' projections.
 Source: Wang et al., CVPR 2021 (arXiv 2011.09157), section 3.
 """
 
@@ -26,10 +26,13 @@ class WholeViewEncoder(Encoder):
             v: F.adaptive_avg_pool2d(features[v].float(), self.bins[v]).flatten(2).transpose(1, 2)
             for v in self.patch_levels
         }
+        projected = {v: self.patch_heads[v](x).float() for v, x in pooled.items()}
         return Embeddings(
             self.embed_images(features),
-            self.embed_patches(pooled),
+            {v: F.normalize(x, dim=-1) for v, x in projected.items()},
             {v: F.normalize(x.detach(), dim=-1) for v, x in pooled.items()},
+            # Averaged before they are normalised, as in the official code.
+            {v: F.normalize(x.mean(1), dim=-1) for v, x in projected.items()},
         )
 
 
@@ -59,8 +62,6 @@ class DenseCl(Dupr):
 
     @torch.no_grad()
     def queue_keys(self, keys: Embeddings, scores: Tensor) -> dict[str, Tensor]:
-        """Every image key, and the mean of each image's cell embeddings."""
+        """Every image key, and the summary of each image's cells."""
         chosen = {f"image/{level}": values for level, values in keys.image.items()}
-        for level, values in keys.patch.items():
-            chosen[f"patch/{level}"] = F.normalize(values.mean(1), dim=1)
-        return chosen
+        return chosen | {f"patch/{level}": values for level, values in keys.summaries.items()}

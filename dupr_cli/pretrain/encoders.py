@@ -25,18 +25,20 @@ class Embeddings:
     """L2-normalised embeddings of a batch: image[level] (N, D), patch[level] (N, S * S, D).
 
     features[level] (N, S * S, C): pooled feature maps, for methods that match patches by them.
+    summaries[level] (N, D): one patch embedding of a whole view, for methods that queue it.
     """
 
     image: dict[Level, Tensor]
     patch: dict[Level, Tensor]
     features: dict[Level, Tensor] = field(default_factory=dict)
+    summaries: dict[Level, Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Embeddings:
         """Embeddings of the same images with every tensor changed."""
         return Embeddings(
             *(
                 {level: change(values) for level, values in part.items()}
-                for part in (self.image, self.patch, self.features)
+                for part in (self.image, self.patch, self.features, self.summaries)
             )
         )
 
@@ -52,7 +54,7 @@ def join(parts: Sequence[Embeddings]) -> Embeddings:
         of_parts = [getattr(part, kind) for part in parts]
         return {level: torch.cat([values[level] for values in of_parts]) for level in of_parts[0]}
 
-    return Embeddings(joined("image"), joined("patch"), joined("features"))
+    return Embeddings(joined("image"), joined("patch"), joined("features"), joined("summaries"))
 
 
 def _head(kind: str, channels: int, dim: int) -> nn.Module:

@@ -50,16 +50,24 @@ def diagnostics(
     positive, negative: mean similarity of queries with their keys and with the queue. spread: mean
     standard deviation per dimension, relative to random unit vectors: 1 is healthy, 0 is collapse.
     alignment: mean squared distance of positives; uniformity: log of the mean Gaussian potential of
-    query pairs, about -4 at best (Wang and Isola, arXiv 2005.10242, section 4).
+    query pairs, about -4 at best (Wang and Isola, arXiv 2005.10242, section 4). other_bins: of
+    patches, mean similarity with the keys of the other bins of the same image; where it is as high
+    as `positive`, the patch loss tells images apart and not places.
     """
     kind, name = queue.split("/")
     level = cast("Level", name)
     q = (queries.image if kind == "image" else queries.patch)[level].detach()
     k = (keys.image if kind == "image" else keys.patch)[level]
+    found = {}
+    if kind == "patch" and q.shape[1] > 1:
+        patches = q.shape[1]
+        every = (q.sum(1) * k.sum(1)).sum(1)  # (N,) over all pairs of bins
+        own = (q * k).sum((1, 2))
+        found["other_bins"] = ((every - own) / (patches * (patches - 1))).mean()
     q, k = q.flatten(0, -2), k.flatten(0, -2)
     positive = (q * k).sum(1).mean()
     some = q[:: max(1, len(q) // _PAIRED)][:_PAIRED]
-    return {
+    return found | {
         "positive": positive,
         "negative": q.mean(0) @ model.queues()[queue].mean(0),
         "spread": q.std(0).mean() * math.sqrt(q.shape[1]),

@@ -16,6 +16,11 @@ from dupr_cli.views.geometry import as_crop, overlap_fraction, random_crop_pair
 _RATE_PER_IMAGE, _LOWEST_RATE, _HIGHEST_RATE = 0.03 / 256, 1 / 3, 10
 # A key encoder has forgotten its random start after this many times 1 / (1 - momentum) steps.
 _MEMORIES = 3
+# A queue longer than this share of the images makes an image its own negative too often.
+_LARGEST_QUEUE = 1 / 4
+# Largest standard deviation of the blur as a share of the view's side: MoCo v2's 2.0 at 224 pixels,
+# and twice that, beyond which much of the detail is lost.
+_PUBLISHED_BLUR, _LARGEST_BLUR = 2 / 224, 4 / 224
 # Bins smaller than this share of a feature cell mostly repeat their neighbours.
 _SMALLEST_BIN = 0.5
 
@@ -27,6 +32,7 @@ def science_warnings(recipe: PretrainRecipe, images: int | None, steps: int | No
     """
     return [
         *_queue(recipe, images),
+        *_blur(recipe),
         *_learning_rate(recipe),
         *_momentum(recipe, steps),
         *_bins(recipe),
@@ -44,13 +50,30 @@ def _queue(recipe: PretrainRecipe, images: int | None) -> list[str]:
             f"method.queue_length is {method.queue_length}, not a multiple of the {per_step} keys "
             f"that enter in a step, so keys leave at uneven ages. Use {nearest}."
         )
-    if images is not None and method.queue_length > images:
+    # Images whose keys the queue still holds, as a share of all images.
+    held = method.queue_length / (2 if method.symmetric else 1) / max(1, images or 0)
+    if images and held > _LARGEST_QUEUE:
+        # With an order drawn for every epoch, the image came within this share of an epoch before.
+        chance = min(1.0, held * held / 2)
+        most = int(images * _LARGEST_QUEUE * (2 if method.symmetric else 1))
         found.append(
-            f"method.queue_length is {method.queue_length}, more than the {images} images: the "
-            f"negatives of an image include older keys of itself. Use at most "
-            f"{max(per_step, images // 2 // per_step * per_step)}."
+            f"method.queue_length is {method.queue_length}, and there are {images} images: an "
+            f"older key of the image itself is among its negatives with a chance of {chance:.0%}. "
+            f"Use at most a quarter of the images: {max(per_step, most // per_step * per_step)}."
         )
     return found
+
+
+def _blur(recipe: PretrainRecipe) -> list[str]:
+    size, blur = recipe.method.views.size, recipe.method.augmentation.blur
+    share = blur.sigma[1] / size
+    if not blur.probability or share <= _LARGEST_BLUR:
+        return []
+    return [
+        f"method.augmentation.blur.sigma goes up to {blur.sigma[1]:g} pixels in views of {size}: "
+        f"MoCo's 2.0 is for views of 224 and removes much of the detail of smaller ones. Use "
+        f"[0.1, {max(0.2, round(_PUBLISHED_BLUR * size, 1)):g}]."
+    ]
 
 
 def _learning_rate(recipe: PretrainRecipe) -> list[str]:

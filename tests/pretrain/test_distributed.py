@@ -10,17 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
-from dupr_cli.artifacts.shard_files import Sample, write_shard
-from dupr_cli.artifacts.shards import Manifest, ShardEntry
 from tests.support import command_line
-from tests.support.images import encode
+from tests.support.images import write_grainy_shards
 from tests.support.processes import Forked, finished, forked, ranks
 from tests.support.ranks import check_all
 from tests.support.recipes import SMALL_NETWORK, TINY
@@ -38,20 +34,7 @@ def test_what_travels_between_processes(processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def grainy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images without flat areas: ties in max-pooling would make rounding jump."""
-    folder = tmp_path_factory.mktemp("grainy")
-    random = np.random.default_rng(0)
-    samples = []
-    for number in range(80):
-        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((80, 80), Image.Resampling.BICUBIC), dtype=np.float64)
-        grain = random.normal(0, 25, smooth.shape)
-        image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
-        samples.append(Sample(f"s{number:03d}", "png", encode(image, "PNG"), "", 80, 80))
-    index = write_shard(folder / "train-000000.tar", samples)
-    entry = ShardEntry("train-000000.tar", len(index), index.bytes, index.sha256)
-    Manifest({"train": [entry]}, [], 0, {}, "test", {}, "test", "0").write(folder)
-    return folder
+    return write_grainy_shards(tmp_path_factory.mktemp("grainy"))
 
 
 def pretrain(shards: Path, out: Path, *options: object, launcher: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,14 @@ from dupr_cli.models.batch_norm import (
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.pretrain.encoders import Embeddings, Encoder, KeyQueue, momentum_update
 from dupr_cli.pretrain.method import Dupr
+from dupr_cli.pretrain.monitor import diagnostics
 from dupr_cli.pretrain.trainer import embed_keys, learning_rate, push_keys, step_generator
 from dupr_cli.pretrain.view_batches import View
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.pretrain import OptimizerSection
 from dupr_cli.runtime.parallel import World
 from dupr_cli.views.augmentation import ORDER, PARAMETERS
-from dupr_cli.views.retrieval import own_ranks, share_within
+from dupr_cli.views.retrieval import own_ranks, share_within, shares_by_flip
 
 Load = Callable[..., PretrainRecipe]
 ALONE = World(torch.device("cpu"))
@@ -286,3 +288,24 @@ def test_backbone_features_equal_torchvisions() -> None:
     found = ours(x)
     for level, tensor in found.items():
         assert torch.equal(tensor, expected[level])
+
+
+def test_other_bins_are_those_of_the_same_image(tiny_recipe: Load) -> None:
+    model = Dupr(tiny_recipe("method.patch.weights={res4: 1}"))
+    q = Embeddings({}, {"res4": unit(3, 4, 16, seed=1)})
+    k = Embeddings({}, {"res4": unit(3, 4, 16, seed=2)})
+    found = diagnostics(model, q, k, "patch/res4")["other_bins"]
+    by_hand = [
+        float(q.patch["res4"][n, i] @ k.patch["res4"][n, j])
+        for n in range(3) for i in range(4) for j in range(4) if i != j
+    ]  # fmt: skip
+    assert float(found) == pytest.approx(np.mean(by_hand), abs=1e-6)
+
+
+def test_cases_of_retrieval_are_counted_apart() -> None:
+    ranks = torch.tensor([0, 0, 3, 0, 7, 9])
+    mirrored = torch.tensor([False, False, False, True, True, True])
+    assert shares_by_flip(ranks, mirrored, 1) == {
+        "all": 0.5, "same flip": pytest.approx(2 / 3), "opposite flip": pytest.approx(1 / 3),
+    }  # fmt: skip
+    assert shares_by_flip(ranks[:3], mirrored[:3], 1).keys() == {"all", "same flip"}

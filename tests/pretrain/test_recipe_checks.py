@@ -28,14 +28,28 @@ def test_shipped_recipes_need_no_advice() -> None:
     ("overrides", "images", "steps", "message"),
     [
         (["method.queue_length=65000"], None, None, "not a multiple of the 256 keys .* Use 64768"),
-        ([], 10_000, None, "queue_length is 65536, more than the 10000 images.* at most 4864"),
+        ([], 10_000, None, "65536, and there are 10000 images.* chance of 100%.* quarter.*: 2304"),
+        (["method.queue_length=2048"], 2744, None, "with a chance of 28%"),
+        (["method.queue_length=512"], 2744, None, ""),
+        (
+            ["method.queue_length=1024", "method.symmetric=true", "data.batch_size=64"],
+            2744, None, "",
+        ),
         (["optimizer.lr=3"], None, None, "lr is 3 for a batch of 256.* gives 0.03"),
         (
             ["data.batch_size=1024", "method.batch_norm.groups=32"], None, None,
             "lr is 0.03 for a batch of 1024.* gives 0.12",
         ),
         ([], None, 500, "momentum is 0.999, but the run has 500 steps.* Use 0.988"),
-        (["method.views.size=64", "method.patch.bins={res4: 4, res5: 2}"], None, None, ""),
+        (
+            ["method.views.size=64", "method.patch.bins={res4: 4, res5: 2}"], None, None,
+            r"blur.sigma goes up to 2 pixels in views of 64.* Use \[0.1, 0.6\]",
+        ),
+        (
+            ["method.views.size=64", "method.patch.bins={res4: 4, res5: 2}",
+             "method.augmentation.blur.sigma=[0.1, 0.6]"],
+            None, None, "",
+        ),
         (
             ["method.views={size: 64, scale: [0.05, 0.1]}", "method.patch.bins={res4: 4, res5: 2}",
              "method.views.min_overlap=0.1"],

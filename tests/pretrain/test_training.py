@@ -116,6 +116,8 @@ def test_metrics_tell_whether_it_learns(
     for name in ("loss", "positive", "negative", "spread", "alignment", "uniformity", "reference"):
         for queue in ("image/res2", "image/res5", "patch/res4", "patch/res5"):
             assert f"{name}/{queue}" in latest, (name, queue)
+    assert -1 <= latest["other_bins/patch/res4"] <= 1
+    assert "other_bins/patch/res5" not in latest  # a single bin
     assert latest["reference/image/res5"] == pytest.approx(4.174, abs=1e-3)  # ln(1 + 64)
     assert latest["queue_fill/image/res5"] == pytest.approx(48 / 64)
     assert latest["alignment/image/res5"] == pytest.approx(2 - 2 * latest["positive/image/res5"])
@@ -201,9 +203,22 @@ def test_densecl_takes_the_most_similar_cell(tiny_recipe: Load) -> None:
     keys = Embeddings({}, {"res5": values}, {"res5": cells[:, order]})
     positives = model.positive_patches("res5", queries, keys)
     assert torch.equal(positives[0], values[0, order.argsort()])
-    chosen = model.queue_keys(keys, torch.rand(1, 4))["patch/res5"]
-    assert chosen.shape == (1, 16)
-    assert torch.allclose(chosen.norm(dim=1), torch.ones(1))
+
+
+def test_densecl_queues_the_mean_of_raw_projections(tiny_recipe: Load) -> None:
+    """As the official code: averaged, then normalised; long projections weigh more."""
+    model = DenseCl(tiny_recipe("method.name=densecl", "method.patch.weights={res5: 0.5}",
+                                "method.patch.bins={res5: 2}", "method.views.size=64"))  # fmt: skip
+    model.eval()
+    views, seen = torch.randn(3, 3, 64, 64), []
+    head = model.key.patch_heads["res5"]
+    head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    keys = model.key(views, torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool))
+    chosen = model.queue_keys(keys, torch.rand(3, 4))["patch/res5"]
+    mean = seen[0].mean(1)
+    assert torch.allclose(chosen, mean / mean.norm(dim=1, keepdim=True), atol=1e-6)
+    of_units = keys.patch["res5"].mean(1)
+    assert not torch.allclose(chosen, of_units / of_units.norm(dim=1, keepdim=True), atol=1e-4)
 
 
 def test_densecl_runs(tiny_recipe: Load, tiny_shards: Path, tmp_path: Path) -> None:

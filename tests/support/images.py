@@ -40,3 +40,19 @@ def write_shards(folder: Path, samples: int, per_shard: int = 20) -> Path:
         entries.append(ShardEntry(name, len(index), index.bytes, index.sha256))
     Manifest({"train": entries}, [], 0, {}, "test", {}, "test", "0").write(folder)
     return folder
+
+
+def write_grainy_shards(folder: Path) -> Path:
+    """80 images without flat areas: ties in max-pooling would make rounding jump."""
+    random = np.random.default_rng(0)
+    samples = []
+    for number in range(80):
+        coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((80, 80), Image.Resampling.BICUBIC), dtype=np.float64)
+        grain = random.normal(0, 25, smooth.shape)
+        image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+        samples.append(Sample(f"s{number:03d}", "png", encode(image, "PNG"), "", 80, 80))
+    index = write_shard(folder / "train-000000.tar", samples)
+    entry = ShardEntry("train-000000.tar", len(index), index.bytes, index.sha256)
+    Manifest({"train": [entry]}, [], 0, {}, "test", {}, "test", "0").write(folder)
+    return folder
