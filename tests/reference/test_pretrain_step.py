@@ -48,7 +48,7 @@ COMMON = (
     "method.momentum=0.9",
     "method.queue_length=48",
     "method.batch_norm.groups=2",
-    "optimizer.lr=0.001",
+    "optimizer.lr=0.0002",
     "optimizer.momentum=0.7",
     "optimizer.weight_decay=0.1",
     "optimizer.warmup_steps=2",
@@ -84,8 +84,8 @@ def settings_of(recipe: PretrainRecipe) -> Settings:
 
 
 def rates() -> list[float]:
-    """A warm-up of two steps to 0.001, then a cosine over the one step that is left."""
-    return [0.0005, 0.001, 0.001]
+    """A warm-up of two steps to 0.0002, then a cosine over the one step that is left."""
+    return [0.0001, 0.0002, 0.0002]
 
 
 def draws_of(recipe: PretrainRecipe, shards: Path) -> list[Draws]:
