@@ -68,6 +68,8 @@ from dupr_cli.runtime.parallel import World, world_size
 from dupr_cli.runtime.stopping import Limits
 
 CLAIM_FILE = "evaluation.json"
+# How masks are pasted, in the record of an output: those of an older dupr are not comparable.
+_MASKS = "masks pasted"
 TABLE_FILE = "table.txt"
 DETECTIONS_PICTURE = "detections.png"
 CURVES_PICTURE = "curves.png"
@@ -135,8 +137,10 @@ class Comparison:
 
     def fingerprint(self) -> dict[str, object]:
         """What must be equal for results to be compared, by recipe key or name."""
+        masks = {_MASKS: "at the centres of pixels"} if self.recipe.has_masks else {}
         return {
             **_measured_keys(self.recipe),
+            **masks,
             "training images": self.train.digest,
             "test images": self.test.digest,
             "device": self.device.type,
@@ -146,6 +150,7 @@ class Comparison:
     def claim(self) -> Claim:
         folders = [weights.folder for weights in self.weights]
         defaults = recipe_keys(EvaluateRecipe().model_dump(mode="json"))
+        defaults[_MASKS] = "at whole pixels"
         return Claim(CLAIM_FILE, "evaluation", self.fingerprint(), folders, defaults)
 
 

@@ -45,6 +45,8 @@ from dupr_cli.runtime.output import (
     write_result,
 )
 
+# How bins are read, in the record of an output: results of an older dupr are not comparable.
+_CELLS = "cells of a level"
 CLAIM_FILE = "probe.json"
 TABLE_FILE = "table.txt"
 
@@ -80,6 +82,8 @@ class ProbeComparison:
         measured = ("protocol", "levels", "images", "data", section, "seed")
         keys = recipe_keys({key: values[key] for key in measured})
         del keys["images.workers"]  # does not affect what is measured
+        if task.recipe.protocol == "patch-retrieval":
+            keys[_CELLS] = "where the backbone centres them"
         return {
             **keys,
             "images.precision": str(precision(task.recipe.images, task.device)),
@@ -91,6 +95,7 @@ class ProbeComparison:
     def claim(self) -> Claim:
         folders = [weights.folder for weights in self.weights]
         defaults = recipe_keys(ProbeRecipe().model_dump(mode="json"))
+        defaults[_CELLS] = "at (i + 1/2) strides"
         return Claim(CLAIM_FILE, "probe", self.fingerprint(), folders, defaults)
 
 

@@ -373,6 +373,9 @@ def test_pretraining_starts_from_imported_weights(tmp_path: Path, tiny_shards: P
     pretrain(tiny_shards, out, *init, "--steps", 1, "--set", "optimizer.lr=1e-12")
     started = read_weights(str(out)).tensors["layer1.0.conv1.weight"]
     assert torch.allclose(started, OWN["layer1.0.conv1.weight"], atol=1e-6)
+    of_both = load_file(out / "latest" / "model.safetensors")
+    keys = of_both["key.backbone.layer1.0.conv1.weight"]
+    assert torch.allclose(keys, OWN["layer1.0.conv1.weight"], atol=1e-6)
     wrong = (*RESNET18, "--set", f"model.init={tmp_path / 'nowhere.safetensors'}")
     pretrain(tiny_shards, tmp_path / "other", *wrong, code=2)
     assert not (tmp_path / "other").exists()

@@ -17,6 +17,7 @@ import torch
 from dupr_cli import probe as probes
 from dupr_cli.artifacts.results import Results
 from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
+from dupr_cli.errors import UsageError
 from dupr_cli.models.compared import open_compared
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.probe.data import open_classified
@@ -334,6 +335,18 @@ def test_unlabelled_shards_are_searched_for_patches_only(tmp_path: Path) -> None
         for places in (1, 5)
     }
     assert "object_p" not in (tmp_path / "out" / "table.txt").read_text().partition("weights")[2]
+
+
+def test_retrieval_of_an_older_dupr_is_not_mixed_with_ours(tmp_path: Path) -> None:
+    """It read bins where RoIAlign expects the cells, not where they are."""
+    shards = write_shards(tmp_path / "plain", 20)
+    recipe, out = probe_recipe("patch-retrieval"), tmp_path / "out"
+    probes.run(recipe, ["none"], str(shards), out, test_split=None, device="cpu")
+    claim = json.loads((out / "probe.json").read_text())
+    del claim["fingerprint"]["cells of a level"]
+    (out / "probe.json").write_text(json.dumps(claim))
+    with pytest.raises(UsageError, match=r"cells of a level: at \(i \+ 1/2\) strides there"):
+        probes.run(recipe, ["none"], str(shards), out, test_split=None, device="cpu")
 
 
 def test_shards_and_folders_measure_the_same(folders: Path, tmp_path: Path) -> None:
