@@ -90,10 +90,15 @@ def _in_processes(
                 raise_if_stopped()
                 for future in done:
                     future.result()
-                if (now := images.value) > counted:
+                # Without its lock, which a worker that was killed may hold for ever.
+                if (now := images.get_obj().value) > counted:
                     progress.advance(now - counted)
                     counted = now
         except BrokenProcessPool:
+            # The pool asks the others to end and waits for them. They may wait for a lock that the
+            # killed one held, and they ignore signals.
+            for worker in multiprocessing.active_children():
+                worker.kill()
             raise RunError(
                 "a worker process was killed, most likely because memory ran out. Give the same "
                 "command again with fewer --workers to continue."

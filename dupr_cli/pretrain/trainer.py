@@ -33,7 +33,7 @@ from dupr_cli.pretrain.retrieval_check import patch_retrieval
 from dupr_cli.pretrain.view_batches import View, make_views
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
-from dupr_cli.recipe.pretrain import OptimizerSection, PretrainRecipe
+from dupr_cli.recipe.pretrain import MethodSection, OptimizerSection, PretrainRecipe
 from dupr_cli.runtime.parallel import World, average_gradients
 from dupr_cli.runtime.state import TrainingState
 from dupr_cli.runtime.stopping import Limits, Stop, stopped
@@ -174,6 +174,17 @@ def learning_rate(optimizer: OptimizerSection, step: int, steps: int) -> float:
     return optimizer.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def key_momentum(method: MethodSection, step: int, steps: int) -> float:
+    """Momentum of the key encoder in a step, counted from 0.
+
+    Source of the rise: BYOL (arXiv 2006.07733), section 3.2.
+    """
+    if method.momentum_end is None:
+        return method.momentum
+    rise = 0.5 * (1 - math.cos(math.pi * step / max(1, steps - 1)))
+    return method.momentum + (method.momentum_end - method.momentum) * rise
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random stream of one step, the same in all processes; orders keys and selects patches."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
@@ -265,7 +276,7 @@ def train(
             views, valid = make_views(batch, method, device)
             valid_images = max(1.0, float(world.sum(valid.sum()))) / world.size
 
-            momentum_update(model.key, model.query, method.momentum)
+            momentum_update(model.key, model.query, key_momentum(method, step, steps))
             keys = [
                 embed_keys(model.key, views[k], recipe, world, generator) for _, k in directions
             ]

@@ -158,6 +158,9 @@ class MethodSection(Section):
     embedding_dim: Positive = 128
     momentum: Fraction = 0.999
     """The key encoder is momentum * key + (1 - momentum) * query after each step."""
+    momentum_end: Fraction | None = None
+    """Momentum of the last step, to which it rises by half a cosine; null keeps it constant. A low
+    start lets the key encoder leave its random weights, a high end gives stable keys."""
     queue_length: Positive = 65_536
     """Number of keys in each queue; each level and kind has its own queue."""
     patch_keys_per_image: Positive = 1
@@ -166,6 +169,8 @@ class MethodSection(Section):
 
     @model_validator(mode="after")
     def _known(self) -> MethodSection:
+        if self.momentum_end is not None and self.momentum_end < self.momentum:
+            reject("momentum_end", f"{self.momentum_end}, below method.momentum {self.momentum}")
         names = plugin_names(METHODS)
         if self.name not in names:
             near = get_close_matches(self.name, names, 1)

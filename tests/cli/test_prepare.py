@@ -172,6 +172,46 @@ def test_workers_end_when_only_the_main_process_is_killed(tmp_path: Path, source
     no_worker_is_left(process.pid)
 
 
+def workers_of(process: int) -> list[int]:
+    """Worker processes of a command: the children of the server from which they fork."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [
+        int(worker)
+        for child in children
+        for worker in Path(f"/proc/{child}/task/{child}/children").read_text().split()
+    ]
+
+
+def test_idle_workers_that_are_killed_do_not_hold_up_the_others(tmp_path: Path) -> None:
+    """The fault behind this: an idle worker holds the lock of the queue, and the last one waited
+    for it and ignored every request to end."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for number in range(15):
+        side = 40 if number < 10 else 1600
+        noise_image(number, side, side).save(source / f"{number:02d}.png")
+    process = subprocess.Popen(
+        command(source, out, "--set", "shard.max_samples=5", "--workers", 3),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        while len(list(out.glob(".prepare/blocks/*.json"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(0.1)
+        workers = workers_of(process.pid)
+        assert len(workers) == 3, "the large block was finished too soon"
+        idle = [w for w in workers if Path(f"/proc/{w}/stat").read_text().split(")")[1][1] == "S"]
+        for worker in idle:
+            os.kill(worker, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1, errors
+        assert "a worker process was killed" in errors
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_a_worker_that_is_killed_is_one_message(
     tmp_path: Path, source: Path, whole: dict[str, str]
 ) -> None:
@@ -184,14 +224,7 @@ def test_a_worker_that_is_killed_is_one_message(
     while not list(out.glob(".prepare/blocks/*.json")):
         assert process.poll() is None
         time.sleep(0.005)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    # The server from which workers fork has them as its children.
-    workers = [
-        int(worker)
-        for child in children
-        for worker in Path(f"/proc/{child}/task/{child}/children").read_text().split()
-    ]
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert errors.count("error:") == 1

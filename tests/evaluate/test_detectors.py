@@ -191,9 +191,17 @@ def test_losses_are_averaged_between_records(tmp_path: Path) -> None:
 MODELS: dict[str, dict[str, object]] = {
     "faster-rcnn-c4": {},
     "mask-rcnn-c4": {},
-    "faster-rcnn-fpn": {"anchor_sizes": [8, 16, 32, 64, 128]},
-    "mask-rcnn-fpn": {"anchor_sizes": [8, 16, 32, 64, 128], "mask_roi_size": 4},
-    "retinanet-fpn": {"anchor_sizes": [16, 32, 64, 128, 256], "anchor_octaves": 3},
+    "faster-rcnn-fpn": {"anchor_sizes": [8, 16, 32, 64, 128], "pyramid_channels": 64},
+    "mask-rcnn-fpn": {
+        "anchor_sizes": [8, 16, 32, 64, 128],
+        "mask_roi_size": 4,
+        "pyramid_channels": 64,
+    },
+    "retinanet-fpn": {
+        "anchor_sizes": [16, 32, 64, 128, 256],
+        "anchor_octaves": 3,
+        "pyramid_channels": 64,
+    },
 }
 
 
@@ -202,7 +210,13 @@ MODELS: dict[str, dict[str, object]] = {
 def test_every_detector_learns_one_batch_by_heart(model: str, tmp_path: Path) -> None:
     """Boxes, classes and masks, through training, precise batch norm and testing."""
     settings = recipe(
-        detector={"model": model, "roi_size": 4, "rois_per_image": 16, **MODELS[model]},
+        detector={
+            "model": model,
+            "pyramid_channels": 64,
+            "roi_size": 4,
+            "rois_per_image": 16,
+            **MODELS[model],
+        },
         train={"iterations": 100 if "retina" in model else 40, "lr": 0.02, "warmup": 10},
         test={"metric": "coco", "score_threshold": 0.1, "precise_bn_batches": 1},
     )

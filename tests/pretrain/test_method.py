@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dupr_cli.errors import UsageError
 from dupr_cli.models.batch_norm import (
     GroupedBatchNorm2d,
     commit_statistics,
@@ -21,7 +22,13 @@ from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.pretrain.encoders import Embeddings, Encoder, KeyQueue, momentum_update
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.pretrain.monitor import diagnostics
-from dupr_cli.pretrain.trainer import embed_keys, learning_rate, push_keys, step_generator
+from dupr_cli.pretrain.trainer import (
+    embed_keys,
+    key_momentum,
+    learning_rate,
+    push_keys,
+    step_generator,
+)
 from dupr_cli.pretrain.view_batches import View
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.recipe.pretrain import OptimizerSection
@@ -264,6 +271,17 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
     assert rates[-1] < 1e-3
     constant = OptimizerSection(lr=0.4, schedule="constant")
     assert learning_rate(constant, 99, 100) == 0.4
+
+
+def test_key_momentum_rises_to_its_end(tiny_recipe: Load) -> None:
+    constant = tiny_recipe("method.momentum=0.9").method
+    assert {key_momentum(constant, step, 11) for step in range(11)} == {0.9}
+    rising = tiny_recipe("method.momentum=0.9", "method.momentum_end=1").method
+    values = [key_momentum(rising, step, 11) for step in range(11)]
+    assert (values[0], values[5], values[10]) == pytest.approx((0.9, 0.95, 1.0))
+    assert values == sorted(values)
+    with pytest.raises(UsageError, match=r"momentum_end is 0.5, below method.momentum 0.9"):
+        tiny_recipe("method.momentum=0.9", "method.momentum_end=0.5")
 
 
 def test_retrieval_counts_own_patches() -> None:
