@@ -17,10 +17,12 @@ from dupr_cli.evaluate.detection_data import DetectionBatch
 from dupr_cli.evaluate.detectors import Detector, Target, build_detector
 from dupr_cli.evaluate.detectors.names import detectron2_names
 from dupr_cli.evaluate.detectors.regions import RegionPooling
+from dupr_cli.evaluate.detectors.roi_heads import select_detections
 from dupr_cli.evaluate.training import (
     LossRecord,
     Trial,
     learning_rate,
+    make_optimizer,
     measure_batch_norm,
     train_detector,
 )
@@ -235,6 +237,36 @@ def test_every_detector_learns_one_batch_by_heart(model: str, tmp_path: Path) ->
             if of_image.masks is not None:
                 mask = of_image.masks[int((iou * right).argmax())]
                 assert mask.mean() > 0.7  # the objects fill their boxes
+
+
+@pytest.mark.parametrize("new_norm", ["batch", "group"])
+def test_norms_have_no_weight_decay_and_everything_else_has(new_norm: str) -> None:
+    settings = recipe(detector={"new_norm": new_norm}, train={"weight_decay": 0.07})
+    detector = built(settings)
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in make_optimizer(detector, settings.train).param_groups
+        for parameter in group["params"]
+    }
+    norms = {
+        f"{name}.{kind}"
+        for name, module in detector.named_modules()
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)
+        for kind in ("weight", "bias")
+    }
+    assert "network.roi_heads.head.norm.weight" in norms
+    for name, parameter in detector.named_parameters():
+        assert decay.pop(id(parameter)) == (0 if name in norms else 0.07), name
+    assert not decay
+
+
+def test_detections_of_a_class_that_overlap_by_half_are_one() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 4.5], [40, 40, 50, 50]])
+    scores = torch.tensor([[0.9, 0.0], [0.8, 0.7], [0.6, 0.0], [0.3, 0.0]])
+    every = boxes[:, None].expand(-1, 2, -1)  # IoU with the first: 0.6, 0.45, 0
+    found = select_detections(every, scores, (60, 60), recipe().test)
+    assert found.scores.tolist() == pytest.approx([0.9, 0.7, 0.6, 0.3])
+    assert found.labels.tolist() == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("norm", ["sync", "batch", "group", "none"])

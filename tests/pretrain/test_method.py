@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.models.batch_norm import (
     GroupedBatchNorm2d,
@@ -19,9 +21,11 @@ from dupr_cli.models.batch_norm import (
     ungroup_batch_norms,
 )
 from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.pretrain.data import probe_batches
 from dupr_cli.pretrain.encoders import Embeddings, Encoder, KeyQueue, momentum_update
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.pretrain.monitor import diagnostics
+from dupr_cli.pretrain.retrieval_check import patch_retrieval
 from dupr_cli.pretrain.trainer import (
     embed_keys,
     key_momentum,
@@ -318,6 +322,20 @@ def test_other_bins_are_those_of_the_same_image(tiny_recipe: Load) -> None:
         for n in range(3) for i in range(4) for j in range(4) if i != j
     ]  # fmt: skip
     assert float(found) == pytest.approx(np.mean(by_hand), abs=1e-6)
+
+
+def test_retrieval_measures_batch_norm_first(tiny_recipe: Load, tiny_shards: Path) -> None:
+    """Statistics of the backbone do not matter; otherwise a random network would be a straw man."""
+    recipe = tiny_recipe("data.holdout=9", "data.batch_size=9", "method.batch_norm.groups=3")
+    batches = probe_batches(open_shards(str(tiny_shards), "train"), recipe)
+    backbone = ResNetBackbone("resnet18")
+    found = patch_retrieval(backbone, batches, recipe.method, ALONE.device)
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            nn.init.uniform_(module.running_mean, -5, 5)
+    assert patch_retrieval(backbone, batches, recipe.method, ALONE.device) == found
+    assert 0 < found["retrieval/res4"] < 1
 
 
 def test_cases_of_retrieval_are_counted_apart() -> None:

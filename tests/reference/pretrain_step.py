@@ -38,7 +38,6 @@ class Settings:
     bins: Mapping[str, int]
     image_temperature: float
     patch_temperature: float
-    key_momentum: float
     groups: int
     permute_keys: bool
     patch_keys: int
@@ -59,6 +58,7 @@ class Draws:
     orders: Sequence[Tensor]
     scores: Sequence[Tensor]
     lr: float
+    key_momentum: float
 
 
 def image_of(view: Tensor, parameters: Tensor, settings: Settings) -> Tensor:
@@ -271,7 +271,7 @@ class Reference:
 
         with torch.no_grad():
             for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
-                key.copy_(s.key_momentum * key + (1 - s.key_momentum) * query)
+                key.copy_(draws.key_momentum * key + (1 - draws.key_momentum) * query)
         directions = [(0, 1), (1, 0)] if s.symmetric else [(0, 1)]
         all_keys = []
         for (_, answer), order in zip(directions, draws.orders, strict=True):

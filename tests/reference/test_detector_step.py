@@ -105,7 +105,7 @@ def test_losses_and_gradients_are_those_of_the_reference(model: str) -> None:
     for name, value in wanted.items():
         assert float(found[name]) == pytest.approx(float(value), rel=1e-4), name
 
-    of_first = detector.network.backbone.conv1.weight
+    of_first = detector.network.get_parameter("backbone.conv1.weight")
     (ours,) = torch.autograd.grad(torch.stack(list(found.values())).sum(), of_first)
     (theirs,) = torch.autograd.grad(
         torch.stack(list(wanted.values())).sum(), reference.network.conv1.weight
