@@ -219,7 +219,7 @@ def test_every_detector_learns_one_batch_by_heart(model: str, tmp_path: Path) ->
             "rois_per_image": 16,
             **MODELS[model],
         },
-        train={"iterations": 100 if "retina" in model else 40, "lr": 0.02, "warmup": 10},
+        train={"iterations": 180 if "retina" in model else 40, "lr": 0.02, "warmup": 10},
         test={"metric": "coco", "score_threshold": 0.1, "precise_bn_batches": 1},
     )
     detector, shown = built(settings), batch()
