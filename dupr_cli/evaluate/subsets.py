@@ -64,7 +64,7 @@ def draw_note(images: LabelledSet, positions: Sequence[int], data: DetectionData
     return (
         f"the {len(positions)} labelled images are drawn so that every class keeps its share: they "
         f"hold {drawn:.1f} objects per image, and all labelled images {population:.1f}. Published "
-        f" few-label results use data.labels_draw=random."
+        f"few-label results use data.labels_draw=random."
     )
 
 
