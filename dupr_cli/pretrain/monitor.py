@@ -233,7 +233,14 @@ class Monitor:
             "Look at the loss parts in metrics.jsonl; try another optimizer.lr, a shorter "
             "method.queue_length, or a lower method.momentum for such a short run."
         )
-        behind = {v: f"{100 * self._untrained.get(v, 0):.1f}%" for v in shares}
+
+        def named(measures: list[str]) -> str:
+            return ", ".join(
+                f"{v.removeprefix('retrieval/')} {100 * shares[v]:.1f}% "
+                f"(untrained {100 * self._untrained.get(v, 0):.1f}%)"
+                for v in measures
+            )
+
         overall = [f"{RETRIEVAL['all']}/{level}" for level in levels]
         if step >= max(_SOON, self._steps / 4):
             flat = [v for v in shares if shares[v] < _LEARNING * self._untrained.get(v, 0)]
@@ -244,22 +251,17 @@ class Monitor:
                     f"{advice}",
                 )
             elif flat:
-                named = ", ".join(
-                    f"{v} {100 * shares[v]:.1f}% (untrained {behind[v]})" for v in flat
-                )
                 self._warn(
                     "stall of a case",
                     f"step {step}: a part of patch retrieval is no better than the untrained "
-                    f"network's, although the rest is: {named}.",
+                    f"network's, although the rest is: {named(flat)}.",
                 )
         elif step == self._steps and all(shares[v] < self._untrained.get(v, 0) for v in overall):
             # Too short to expect anything; a clear loss is still worth a word.
-            named = ", ".join(
-                f"{v.split('/')[1]} {100 * shares[v]:.1f}% (untrained {behind[v]})" for v in overall
-            )
             self._warn(
                 "stall",
-                f"step {step}: patch retrieval has fallen below the untrained network's: {named}. "
+                f"step {step}: patch retrieval has fallen below the untrained network's: "
+                f"{named(overall)}. "
                 f"{step} steps are few; if a longer run starts like this: {advice}",
             )
 

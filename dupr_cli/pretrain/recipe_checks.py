@@ -42,7 +42,8 @@ def science_warnings(recipe: PretrainRecipe, images: int | None, steps: int | No
 
 def _queue(recipe: PretrainRecipe, images: int | None) -> list[str]:
     method, batch = recipe.method, recipe.data.batch_size
-    per_step = batch * (2 if method.symmetric else 1)
+    directions = 2 if method.symmetric else 1
+    per_step = batch * directions
     found = []
     if method.queue_length % per_step:
         nearest = max(per_step, method.queue_length // per_step * per_step)
@@ -51,11 +52,11 @@ def _queue(recipe: PretrainRecipe, images: int | None) -> list[str]:
             f"that enter in a step, so keys leave at uneven ages. Use {nearest}."
         )
     # Images whose keys the queue still holds, as a share of all images.
-    held = method.queue_length / (2 if method.symmetric else 1) / max(1, images or 0)
+    held = method.queue_length / directions / images if images else 0.0
     if images and held > _LARGEST_QUEUE:
         # With an order drawn for every epoch, the image came within this share of an epoch before.
         chance = min(1.0, held * held / 2)
-        most = int(images * _LARGEST_QUEUE * (2 if method.symmetric else 1))
+        most = int(images * _LARGEST_QUEUE * directions)
         found.append(
             f"method.queue_length is {method.queue_length}, and there are {images} images: an "
             f"older key of the image itself is among its negatives with a chance of {chance:.0%}. "

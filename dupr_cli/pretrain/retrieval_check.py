@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.batch_norm import measured_statistics, ungroup_batch_norms
+from dupr_cli.pretrain.encoders import grid
 from dupr_cli.recipe.base import LEVELS, Level
 from dupr_cli.recipe.pretrain import MethodSection
 from dupr_cli.views.augmentation import normalise
-from dupr_cli.views.geometry import Grid
 from dupr_cli.views.pairs import ViewPairBatch
 from dupr_cli.views.retrieval import (
     PairedBins,
@@ -73,7 +73,7 @@ def patch_retrieval(
     ungroup_batch_norms(network)  # evaluate with the statistics of whole batches
     max_sigma, levels = method.augmentation.blur.sigma[1], retrieval_levels(method)
     shape = as_backbone(backbone)
-    grids = {level: Grid(shape.strides[level], shape.first_centres[level]) for level in levels}
+    grids = {level: grid(backbone, level, "backbone") for level in levels}
     cells = {level: max(1, method.views.size // shape.strides[level]) for level in levels}
     bins = {level: method.patch.bins.get(level, cells[level]) for level in levels}
 

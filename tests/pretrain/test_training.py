@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,10 @@ Load = Callable[..., PretrainRecipe]
 GENTLE = ("optimizer.lr=1e-5", "optimizer.warmup_steps=0", "train.steps=3")
 
 
-@pytest.fixture(scope="session")
-def tiny_recipe() -> Load:
+@pytest.fixture
+def tiny_recipe(tiny_recipe: Load) -> Load:
     """The smallest recipe with the smallest network: runs are compared, not networks."""
-
-    def load(*overrides: str) -> PretrainRecipe:
-        return load_recipe(PretrainRecipe, "dupr-r18-cpu-smoke", [*TINY, SMALL_NETWORK, *overrides])
-
-    return load
+    return partial(tiny_recipe, SMALL_NETWORK)
 
 
 def trained(recipe: PretrainRecipe, shards: Path, out: Path) -> dict[str, Tensor]:
