@@ -13,6 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from dupr_cli.artifacts.weights import Weights, load_backbone
 from dupr_cli.evaluate.detectors.norms import replace_batch_norms
+from dupr_cli.evaluate.detectors.one_stage import OneStage
 from dupr_cli.evaluate.detectors.retinanet import RetinaNet
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.evaluate.detectors.two_stage import TwoStage
@@ -32,7 +33,7 @@ class Detector(nn.Module):
 
     def __init__(
         self,
-        network: TwoStage | RetinaNet,
+        network: TwoStage | OneStage,
         mean: Sequence[float],
         std: Sequence[float],
         precision: torch.dtype,
@@ -121,9 +122,10 @@ def build_detector(
         loaded = load_backbone(backbone, weights)
         mean, std = weights.metadata.input_mean, weights.metadata.input_std
     replace_batch_norms(backbone, recipe.detector.norm)
-    network: TwoStage | RetinaNet
+    network: TwoStage | OneStage
     if recipe.detector.model == "retinanet-fpn":
-        network = RetinaNet(backbone, num_classes, recipe, world)
+        head = RetinaNet(backbone.channels, num_classes, recipe, world)
+        network = OneStage(backbone, head)
     else:
         network = TwoStage(backbone, num_classes, recipe)
     precision = getattr(torch, recipe.train.precision)

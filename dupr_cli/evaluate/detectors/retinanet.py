@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, sigmoid_focal_loss
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 from dupr_cli.evaluate.detectors.anchors import Anchors
-from dupr_cli.evaluate.detectors.norms import make_norm
+from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, dense_pyramid
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target, select_detections
-from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
-_LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
 _STRIDES = (8, 16, 32, 64, 128)
 _PRIOR = 0.01  # initial probability of an object at an anchor
 _SMOOTH_L1_BETA = 0.1
@@ -33,25 +30,24 @@ _START_POSITIVES = 100.0  # initial value of the running mean
 
 
 class RetinaNet(nn.Module):
-    """Backbone, pyramid and the two subnets that all levels share."""
+    """Pyramid and the two subnets that all levels share: a `DenseHead`."""
 
     positives: Tensor  # running mean of the positive anchors in a device's batch
 
     def __init__(
-        self, backbone: ResNetBackbone, num_classes: int, recipe: EvaluateRecipe, world: World
+        self,
+        channels_in: Mapping[Level, int],
+        num_classes: int,
+        recipe: EvaluateRecipe,
+        world: World,
     ) -> None:
+        """channels_in: of the backbone's levels."""
         super().__init__()
         detector, self._test, self._world = recipe.detector, recipe.test, world
-        self.divisible, self._num_classes = 32, num_classes
+        self.levels, self._num_classes = DENSE_LEVELS, num_classes
         self._candidates = detector.rpn_pre_nms[1]
         channels = detector.pyramid_channels
-        self.backbone = backbone
-        self.fpn = FeaturePyramidNetwork(
-            [backbone.channels[level] for level in _LEVELS],
-            channels,
-            LastLevelP6P7(backbone.channels["res5"], channels),
-            None if detector.new_norm == "none" else make_norm(detector.new_norm),
-        )
+        self.fpn = dense_pyramid(channels_in, detector, _STRIDES)
         sizes = [[size] for size in detector.anchor_sizes]
         self.anchors = Anchors(sizes, detector.anchor_ratios, _STRIDES, detector.anchor_octaves)
         per_cell = self.anchors.per_cell
@@ -67,10 +63,9 @@ class RetinaNet(nn.Module):
         self._coder, self._matcher = BoxCoder((1.0,) * 4), Matcher(0.5, 0.4, True)
         self.register_buffer("positives", torch.tensor(_START_POSITIVES))
 
-    def _predict(self, images: ImageList) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _predict(self, maps: Mapping[Level, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each level: logits (N, A, K), offsets (N, A, 4) and anchors (A, 4)."""
-        maps = self.backbone(images.tensors, _LEVELS)
-        pyramid = self.fpn(OrderedDict((level, maps[level]) for level in _LEVELS))
+        pyramid = self.fpn(OrderedDict((level, maps[level]) for level in self.levels))
         found = []
         for level, feature in enumerate(pyramid.values()):
             logits = self.cls_score(self.cls_subnet(feature))
@@ -79,9 +74,9 @@ class RetinaNet(nn.Module):
             found.append((_flat(logits, self._num_classes), _flat(offsets, 4), anchors))
         return found
 
-    def losses(self, images: ImageList, targets: list[Target]) -> dict[str, Tensor]:
+    def losses(self, maps: Mapping[Level, Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode."""
-        levels = self._predict(images)
+        levels = self._predict(maps)
         logits = torch.cat([level[0] for level in levels], dim=1)
         offsets = torch.cat([level[1] for level in levels], dim=1)
         anchors = torch.cat([level[2] for level in levels])
@@ -118,11 +113,13 @@ class RetinaNet(nn.Module):
         matched: Tensor = self._matcher(box_iou(target.boxes, anchors))
         return matched
 
-    def detect(self, images: ImageList) -> list[HeadOutput]:
+    def detect(
+        self, maps: Mapping[Level, Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[HeadOutput]:
         """Detections of a batch; call in evaluation mode."""
-        levels = self._predict(images)
+        levels = self._predict(maps)
         found = []
-        for i, size in enumerate(images.image_sizes):
+        for i, size in enumerate(sizes):
             boxes, scores = [], []
             for logits, offsets, anchors in levels:
                 probabilities = logits[i].sigmoid()

@@ -1,0 +1,82 @@
+"""One-stage detectors: a backbone, and a dense head on the maps of its levels res3 to res5.
+
+The head takes maps, not images, so the same head trains on a backbone that is fine-tuned and on
+features of a frozen one that were computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
+
+from dupr_cli.evaluate.detectors.norms import make_norm
+from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
+from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.recipe.base import LEVEL_STRIDES, Level
+from dupr_cli.recipe.evaluate import DetectorSection
+
+DENSE_LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
+"""The levels that dense heads use."""
+
+
+class DenseHead(Protocol):
+    """Maps of a backbone's levels to losses or detections. Implementations are nn.Modules.
+
+    maps: of each of `levels`, (N, C, H / stride, W / stride). sizes: height and width of each image
+    in pixels, without padding.
+    """
+
+    levels: tuple[Level, ...]
+
+    def losses(self, maps: Mapping[Level, Tensor], targets: list[Target]) -> dict[str, Tensor]: ...
+
+    def detect(
+        self, maps: Mapping[Level, Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[HeadOutput]: ...
+
+
+class OneStage(nn.Module):
+    """Backbone and dense head. `divisible`: sides of a batch are multiples of this."""
+
+    def __init__(self, backbone: ResNetBackbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.divisible = LEVEL_STRIDES["res5"]
+
+    def losses(self, images: ImageList, targets: list[Target]) -> dict[str, Tensor]:
+        """Losses of a batch; call in training mode."""
+        head = cast(DenseHead, self.head)
+        return head.losses(self._maps(images), targets)
+
+    def detect(self, images: ImageList) -> list[HeadOutput]:
+        """Detections of a batch; call in evaluation mode."""
+        head = cast(DenseHead, self.head)
+        return head.detect(self._maps(images), images.image_sizes)
+
+    def _maps(self, images: ImageList) -> Mapping[Level, Tensor]:
+        maps: Mapping[Level, Tensor] = self.backbone(
+            images.tensors, cast(DenseHead, self.head).levels
+        )
+        return maps
+
+
+def dense_pyramid(
+    channels: Mapping[Level, int], detector: DetectorSection, strides: Sequence[int]
+) -> FeaturePyramidNetwork:
+    """A feature pyramid on res3 to res5, with two coarser levels if there are five strides.
+
+    channels: of the backbone's levels. Source: Lin et al. 2017, as in RetinaNet.
+    """
+    coarser = None
+    if len(strides) > len(DENSE_LEVELS):
+        coarser = LastLevelP6P7(channels["res5"], detector.pyramid_channels)
+    return FeaturePyramidNetwork(
+        [channels[level] for level in DENSE_LEVELS],
+        detector.pyramid_channels,
+        coarser,
+        None if detector.new_norm == "none" else make_norm(detector.new_norm),
+    )
