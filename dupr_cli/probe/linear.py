@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dupr_cli.errors import RunError
+from dupr_cli.models.frozen import FrozenBackbone
 from dupr_cli.probe.data import ImageSet
-from dupr_cli.probe.features import FrozenBackbone
 from dupr_cli.probe.loading import cut_view, pixels
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import Level, ProbeRecipe

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dupr_cli.errors import UsageError
 from dupr_cli.models.compared import ComparedWeights
+from dupr_cli.models.frozen import FrozenBackbone
 from dupr_cli.probe import objects
 from dupr_cli.probe.accuracy import class_accuracies, commonest_first, ranking, top
 from dupr_cli.probe.data import LIMIT_TEST, ImageSet
 from dupr_cli.probe.features import (
-    FrozenBackbone,
     Stopwatch,
     extract,
     freeze_backbone,

@@ -114,7 +114,7 @@ def test_divergence_is_said(folders: str) -> None:
 
 
 def test_a_backbone_that_changes_is_noticed(folders: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dupr_cli.probe.features import FrozenBackbone
+    from dupr_cli.models.frozen import FrozenBackbone
 
     computed = FrozenBackbone.pooled
 

@@ -1,0 +1,87 @@
+"""The frozen backbone: it maps images to features of its levels; nothing in it is trained.
+
+Input statistics are those of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dupr_cli.artifacts.weights import load_backbone
+from dupr_cli.models.batch_norm import measured_statistics
+from dupr_cli.models.compared import ComparedWeights
+from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Level
+
+
+@dataclass(frozen=True)
+class FrozenBackbone:
+    """A backbone in eval mode on its device, with the normalisation of its input.
+
+    mean, std: (1, 3, 1, 1), of pixels in [0, 1]. precision: of the convolutions.
+    """
+
+    network: ResNetBackbone
+    mean: Tensor
+    std: Tensor
+    device: torch.device
+    precision: torch.dtype
+
+    def maps(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
+        """Images (N, 3, H, W) to maps (N, C, H / stride, W / stride) float32 of each level.
+
+        images: uint8, or float32 in [0, 1].
+
+        They are inference tensors, so autograd accepts only copies of them.
+        """
+        with torch.inference_mode(), self._autocast():
+            features = self.network(self._normalised(images), levels, last=max(levels))
+            return {level: features[level].float() for level in levels}
+
+    def pooled(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
+        """(N, 3, H, W) uint8 to (N, C) float32 of each level: the mean over its cells."""
+        return {v: features.mean((2, 3)) for v, features in self.maps(images, levels).items()}
+
+    def measure_batch_norm(self, batches: Iterable[Tensor]) -> None:
+        """Replace the running statistics by the mean over batches of images, as `maps` takes."""
+        with measured_statistics(self.network), self._autocast():
+            for images in batches:
+                self.network(self._normalised(images))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def _autocast(self) -> torch.autocast | nullcontext[None]:
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+
+def freeze(
+    compared: ComparedWeights, seed: int, device: torch.device, precision: torch.dtype
+) -> FrozenBackbone:
+    """The backbone with the given weights; a random one follows from the seed."""
+    torch.manual_seed(seed)
+    network = ResNetBackbone(compared.architecture)
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    if compared.weights is not None:
+        load_backbone(network, compared.weights)
+        mean, std = compared.weights.metadata.input_mean, compared.weights.metadata.input_std
+    network.requires_grad_(False).eval()
+    network.to(device).to(memory_format=torch.channels_last)
+    return FrozenBackbone(
+        network,
+        torch.tensor(mean, device=device).view(1, 3, 1, 1),
+        torch.tensor(std, device=device).view(1, 3, 1, 1),
+        device,
+        precision,
+    )
