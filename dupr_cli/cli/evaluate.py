@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
+    from dupr_cli.artifacts.label_curves import LabelCurves
     from dupr_cli.artifacts.results import Results
     from dupr_cli.evaluate.summary import Summary
     from dupr_cli.recipe import EvaluateRecipe
@@ -68,9 +69,34 @@ class FineTuning:
         str | None,
         typer.Option(
             "--labels",
-            metavar="N|P%|FILE",
+            metavar="N|P%|FILE|N,N,...",
             help="Train only on this number or share of labelled images, stratified, or on those "
-            "of a labels.json.",
+            "of a labels.json. A list such as 50,100,all evaluates each, and says how many labels "
+            "the weights save.",
+        ),
+    ] = None
+    frozen: Annotated[
+        bool,
+        typer.Option(
+            "--frozen",
+            help="Train only a small head, on features of the frozen backbone: the weights "
+            "themselves are compared, in minutes.",
+        ),
+    ] = False
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            metavar="WEIGHTS",
+            help="Which of the weights the labels saved refer to; none by default.",
+        ),
+    ] = None
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            "--iterations",
+            min=1,
+            help="Train for this many iterations; warm-up and milestones are rescaled.",
         ),
     ] = None
     limit: Annotated[
@@ -118,7 +144,7 @@ def voc(
     common: Common,
     *,
     reporter: Reporter,
-) -> Results | Planned | None:
+) -> Results | LabelCurves | Planned | None:
     """Fine-tune a detector from each of the weights and compare VOC's AP, AP50 and AP75.
 
     All weights get the same budget, the same images and the same random numbers. Without
@@ -152,7 +178,7 @@ def coco(
     common: Common,
     *,
     reporter: Reporter,
-) -> Results | Planned | None:
+) -> Results | LabelCurves | Planned | None:
     """Fine-tune a detector from each of the weights and compare COCO's AP of boxes and masks.
 
     Without --recipe, the shipped coco-tiny is used, with small images and a short schedule.
@@ -184,7 +210,7 @@ def cityscapes(
     common: Common,
     *,
     reporter: Reporter,
-) -> Results | Planned | None:
+) -> Results | LabelCurves | Planned | None:
     """Fine-tune a Mask R-CNN on Cityscapes and compare COCO's AP of its instances.
 
     Without --recipe, the shipped cityscapes-tiny is used. The figure is COCO's AP, not that of
@@ -210,15 +236,28 @@ def _resolve(protocol: str, options: FineTuning, common: Common) -> EvaluateReci
         train=("data.train_splits", _yaml_list(options.train_split)),
         test=("data.test_splits", _yaml_list(options.test_split)),
         trials=("trials", options.seeds),
-        labels=("data.labels", options.labels),
+        labels=("data.labels", _labels(options.labels)),
     )
-    resolved = load_recipe(EvaluateRecipe, common.recipe or f"{protocol}-tiny", given)
+    default = f"{protocol}-frozen-tiny" if options.frozen else f"{protocol}-tiny"
+    resolved = load_recipe(EvaluateRecipe, common.recipe or default, given)
+    if options.frozen and not resolved.is_frozen:
+        raise UsageError(
+            f"--frozen: {common.recipe} fine-tunes the backbone. Give a recipe with "
+            f"detector.frozen = res5, such as {protocol}-frozen-tiny. (recipe key: detector.frozen)"
+        )
     if resolved.protocol != protocol:
         raise UsageError(
             f"{common.recipe} is a recipe of the protocol {resolved.protocol}; give it to "
             f"`dupr evaluate {resolved.protocol}`. (recipe key: protocol)"
         )
     return resolved
+
+
+def _labels(given: str | None) -> str | None:
+    """The value of `data.labels`: a list is separated by commas."""
+    if given is None or "," not in given or given.endswith(".json"):
+        return given
+    return f"[{given}]"
 
 
 def _yaml_list(values: list[str] | None) -> str | None:
@@ -235,13 +274,15 @@ def _carry_out(
     options: FineTuning,
     common: Common,
     reporter: Reporter,
-) -> Results | Planned | None:
+) -> Results | LabelCurves | Planned | None:
     from dupr_cli import evaluate as stage
     from dupr_cli.cli.launch import launch
-    from dupr_cli.evaluate.scaling import limited, scale_to_devices
+    from dupr_cli.evaluate.scaling import limited, rescaled, scale_to_devices
     from dupr_cli.runtime.parallel import world_size
 
     processes, notes = max(options.nproc or 1, world_size()), []
+    if options.iterations is not None:
+        recipe = rescaled(recipe, options.iterations)
     if options.scale_to_device:
         recipe, note = scale_to_devices(recipe, processes)
         notes.append(note)
@@ -258,29 +299,36 @@ def _carry_out(
         if common.dry_run:
             return Planned(recipe, plan)
         launch(processes, 1, "", sys.argv[1:])
+        from dupr_cli.artifacts.label_curves import LabelCurves
         from dupr_cli.artifacts.results import Results
 
-        return Results.read(out)
-    results = stage.run(
-        recipe,
-        weights,
-        data,
-        out,
-        device=common.device,
-        overwrite=common.overwrite,
-        leaks_in=options.leaks or (),
-        notes=notes,
-        max_hours=options.max_hours,
-        reporter=reporter,
-    )
+        sweep = isinstance(recipe.data.labels, list)
+        return LabelCurves.read(out) if sweep else Results.read(out)
+    given: dict[str, Any] = {
+        "device": common.device,
+        "overwrite": common.overwrite,
+        "leaks_in": options.leaks or (),
+        "notes": notes,
+        "max_hours": options.max_hours,
+        "reporter": reporter,
+    }
+    results: Results | LabelCurves
+    if isinstance(recipe.data.labels, list):
+        results = stage.run_labels(recipe, weights, data, out, baseline=options.baseline, **given)
+    elif options.baseline is not None:
+        raise UsageError("--baseline needs several numbers of labels, such as --labels 50,100,all.")
+    else:
+        results = stage.run(recipe, weights, data, out, **given)
     return results if processes == 1 else None
 
 
-def show(results: Results) -> None:
+def show(results: Results | LabelCurves) -> None:
+    from dupr_cli.artifacts.results import Results
     from dupr_cli.cli.console import print_text
+    from dupr_cli.evaluate.label_curves import text
     from dupr_cli.evaluate.results_table import table
 
-    print_text(table(results))
+    print_text(table(results) if isinstance(results, Results) else text(results))
 
 
 def report(

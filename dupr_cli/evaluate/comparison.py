@@ -1,7 +1,9 @@
 """The comparison: fine-tune and test all given weights alike, and save each result when it is done.
 
     OUT/evaluation.json             what all results in OUT share: recipe, data, device
-    OUT/labels.json                 the training images, if they are a subset
+    OUT/labels.json                 the training images, if they are a subset; it lies in the trial
+                                    if every seed draws its own
+    OUT/features/                   of frozen backbones, until all trials are finished
     OUT/01-NAME/seed-0/             a trial: metrics.jsonl, checkpoints until it is finished,
                                     detections.json, and result.json, written last
     OUT/01-NAME/analysis/           curves, confusion and errors of its first trial
@@ -14,7 +16,7 @@ evaluation continues with the unfinished trials, and more weights or seeds can b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,12 @@ from dupr_cli.artifacts.results import RESULTS, Results
 from dupr_cli.artifacts.run import training_files
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.features import (
+    FEATURES_FOLDER,
+    Features,
+    feature_files,
+    open_features,
+)
 from dupr_cli.evaluate.leaks import Leaks, find_leaks
 from dupr_cli.evaluate.pictures import draw_curves, draw_detections
 from dupr_cli.evaluate.results_table import table
@@ -63,6 +71,7 @@ from dupr_cli.runtime.output import (
     Claim,
     environment,
     read_claim,
+    remove,
 )
 from dupr_cli.runtime.parallel import World, world_size
 from dupr_cli.runtime.stopping import Limits
@@ -89,18 +98,30 @@ _SMALL_BATCH = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was checked before the first iteration. notes: reported with the results."""
+    """Everything that was checked before the first iteration.
+
+    labelled: all images with labels to train on. draws: those that the trial of each seed trains
+    on. needed: those of any trial that shares the features of frozen backbones, which are in the
+    folder `features`. notes: reported with the results.
+    """
 
     recipe: EvaluateRecipe
     weights: list[ComparedWeights]
-    train: LabelledSet
+    labelled: LabelledSet
+    draws: dict[int, LabelledSet]
+    needed: LabelledSet
     test: LabelledSet
     classes: list[str]
-    all_labels: int
     device: torch.device
     processes: int
     out: Path
+    features: Path
     notes: list[str]
+
+    @property
+    def train(self) -> LabelledSet:
+        """The training images, of the first seed if every seed draws its own."""
+        return self.draws[self.seeds[0]]
 
     @property
     def seeds(self) -> list[int]:
@@ -141,10 +162,27 @@ class Comparison:
         return {
             **_measured_keys(self.recipe),
             **masks,
-            "training images": self.train.digest,
+            "training images": (self.labelled if self.varies else self.train).digest,
             "test images": self.test.digest,
             "device": self.device.type,
             "processes": self.processes,
+        }
+
+    @property
+    def varies(self) -> bool:
+        """Whether every seed trains on its own draw of the labelled images."""
+        return self.recipe.data.labels_vary and len(self.train) < len(self.labelled)
+
+    def trial_fingerprint(self, compared: ComparedWeights, seed: int) -> dict[str, object]:
+        """What identifies the result of one trial."""
+        frozen = self.recipe.is_frozen and compared.weights is None
+        return {
+            **self.fingerprint(),
+            "training images": self.draws[seed].digest,
+            "architecture": compared.architecture,
+            "weights": compared.sha256 or RANDOM_WEIGHTS,
+            "seed": seed,
+            **({"seed of the random backbone": self.recipe.seed} if frozen else {}),
         }
 
     def claim(self) -> Claim:
@@ -189,7 +227,8 @@ def prepare_comparison(
 ) -> Comparison:
     """Open and check weights and data; nothing is written.
 
-    processes: of the run; those of this one by default. notes: reported with the results.
+    processes: of the run; those of this one by default. notes: reported with the results. If
+    `data.labels` is a list, the comparison is that of all labels; see `with_labels`.
     Raises UsageError for unusable input, RunError for damaged data.
     """
     reporter, processes = reporter or SilentReporter(), processes or world_size()
@@ -200,10 +239,9 @@ def prepare_comparison(
     test = train
     if tested != splits:
         test = open_labelled(data, tested, reporter, masks=recipe.has_masks)
-    labelled, positions = with_objects(train), choose_labels(train, recipe.data)
-    if not positions:
+    labelled = train.subset(with_objects(train))
+    if not len(labelled):
         raise UsageError(f"{data}: no image of the split {train.split!r} has an object.")
-    notes += filter(None, [draw_note(train, positions, recipe.data)])
     unseen = sorted(set(test.classes) - set(train.classes))
     if unseen:
         reporter.warning(
@@ -223,10 +261,38 @@ def prepare_comparison(
             f"(difficult objects do not count)."
         )
     classes = sorted({*train.classes, *test.classes})
-    return Comparison(
-        recipe, compared, train.subset(positions), test, classes, len(labelled), device,
-        processes, out, notes,
+    whole = Comparison(
+        recipe, compared, labelled, {}, labelled, test, classes, device, processes, out,
+        out / FEATURES_FOLDER, notes,
     )  # fmt: skip
+    labels = recipe.data.labels
+    return with_labels(whole, None if isinstance(labels, list) else labels, out)
+
+
+def with_labels(whole: Comparison, labels: int | str | None, out: Path) -> Comparison:
+    """The comparison with some of the labels, in the folder `out`.
+
+    Raises UsageError when `labels` names a file that does not fit the images.
+    """
+    data = whole.recipe.data.model_copy(update={"labels": labels})
+    recipe = whole.recipe.model_copy(update={"data": data})
+    draws = {
+        seed: whole.labelled.subset(
+            choose_labels(whole.labelled, data, seed if data.labels_vary else None)
+        )
+        for seed in whole.seeds
+    }
+    drawn = {image_id for draw in draws.values() for image_id in draw.ids}
+    positions = [i for i, image_id in enumerate(whole.labelled.ids) if image_id in drawn]
+    notes = [*whole.notes, draw_note(whole.labelled, draws[whole.seeds[0]], data)]
+    return replace(
+        whole,
+        recipe=recipe,
+        draws=draws,
+        needed=whole.labelled.subset(positions),
+        out=out,
+        notes=[note for note in notes if note],
+    )
 
 
 def _batch_notes(recipe: EvaluateRecipe, processes: int) -> list[str]:
@@ -274,6 +340,8 @@ def compare(
             if found.found:
                 reporter.warning(str(found))
         _write_results(comparison, outcomes, leaks)
+        if comparison.features.parent == comparison.out:
+            remove(comparison.out, feature_files(comparison.features))
     world.wait()
     return Results.read(comparison.out)
 
@@ -285,14 +353,11 @@ def _outcomes(
     reporter: Reporter,
     limits: Limits | None,
 ) -> Iterator[Outcome]:
+    recipe = comparison.recipe
+    features: Features | None = None
     for seed in comparison.seeds:
         folder = comparison.out / compared.folder / f"seed-{seed}"
-        fingerprint = {
-            **comparison.fingerprint(),
-            "architecture": compared.architecture,
-            "weights": compared.sha256 or RANDOM_WEIGHTS,
-            "seed": seed,
-        }
+        fingerprint = comparison.trial_fingerprint(compared, seed)
         outcome = read_outcome(
             folder, fingerprint, compared.address, comparison.test, comparison.classes
         )
@@ -302,9 +367,17 @@ def _outcomes(
             if world.is_main:
                 remove_checkpoints(folder)
         else:
+            if recipe.is_frozen and features is None:
+                features = open_features(
+                    comparison.features, compared, recipe, comparison.labelled,
+                    comparison.needed, comparison.test, comparison.classes, world.device, reporter,
+                )  # fmt: skip
+            if world.is_main and comparison.varies:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_labels(folder, comparison.draws[seed], recipe.data)
             outcome = run_trial(
-                comparison.recipe, compared, comparison.train, comparison.test,
-                comparison.classes, seed, folder, world, reporter, limits,
+                recipe, compared, comparison.draws[seed], comparison.test, comparison.classes,
+                seed, folder, world, reporter, limits, features,
             )  # fmt: skip
             if world.is_main:
                 write_outcome(folder, fingerprint, outcome, comparison.test, comparison.classes)
@@ -316,7 +389,7 @@ def _claim(comparison: Comparison, overwrite: bool) -> None:
     """Make OUT the folder of this evaluation, or check that it already is."""
     out = comparison.out
     comparison.claim().take(out, overwrite, output_files)
-    if len(comparison.train) < comparison.all_labels:
+    if len(comparison.train) < len(comparison.labelled) and not comparison.varies:
         write_labels(out, comparison.train, comparison.recipe.data)
 
 
@@ -334,9 +407,11 @@ def output_files(out: Path) -> Iterator[Path]:
     for trial in trials:
         yield trial / RESULT_FILE
         yield trial / DETECTIONS_FILE
+        yield trial / LABELS_FILE
         yield from training_files(trial)
     for folder in {trial.parent / ANALYSIS_FOLDER for trial in trials}:
         yield from (folder / name for name in ANALYSIS_FILES)
+    yield from feature_files(out / FEATURES_FOLDER)
     names = (RESULTS, TABLE_FILE, LABELS_FILE, DETECTIONS_PICTURE, CURVES_PICTURE, CLAIM_FILE)
     yield from (out / name for name in names)
 

@@ -9,7 +9,7 @@ they are on the training device.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 import numpy as np
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dupr_cli.datasets.labelled import LabelledSet
-from dupr_cli.evaluate.detectors import Target
+from dupr_cli.datasets.labelled import Annotation, LabelledSet
+from dupr_cli.evaluate.detectors import ImageMaps, Target
 from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
 from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World
@@ -41,6 +41,27 @@ class DetectionBatch:
     def pin_memory(self) -> DetectionBatch:
         """The loader calls this for a CUDA device."""
         return DetectionBatch([image.pin_memory() for image in self.images], self.targets)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each resized image, pixels."""
+        return [(int(image.shape[1]), int(image.shape[2])) for image in self.images]
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """`DetectionBatch` with the stored features of images in place of their pixels."""
+
+    images: list[ImageMaps]
+    targets: list[Target]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each resized image, pixels."""
+        return [image.size for image in self.images]
+
+
+Batch = DetectionBatch | FeatureBatch
 
 
 @dataclass(frozen=True)
@@ -129,30 +150,38 @@ class ImageLoading:
         width, height = resized_size(
             image.width, image.height, request.short_side, self._data.max_size
         )
-        scale = np.array([width / image.width, height / image.height] * 2, dtype=np.float32)
-        single = ~annotation.crowd
-        boxes = annotation.boxes[single] * scale
-        labels = np.array([self._classes.index(name) for name in annotation.names], dtype=np.int64)
+        target = resized_target(annotation, self._classes, width, height, request.flip)
         # torch rejects Pillow's read-only memory, so this is a copy.
         pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
         masks = None
         if self._masks:
-            drawn = self._images.masks(request.position)[single]
+            drawn = self._images.masks(request.position)[~annotation.crowd]
             masks = np.zeros((len(drawn), height, width), dtype=np.bool_)
             for mask, one in zip(masks, drawn, strict=True):
                 mask[:] = Image.fromarray(one).resize((width, height), Image.Resampling.NEAREST)
         if request.flip:
-            pixels, boxes = pixels[:, ::-1].copy(), flip_boxes(boxes, width)
+            pixels = pixels[:, ::-1].copy()
             masks = None if masks is None else masks[:, :, ::-1].copy()
-        target = Target(
-            torch.from_numpy(boxes),
-            torch.from_numpy(labels[single]),
-            None if masks is None else torch.from_numpy(masks),
-        )
+        if masks is not None:
+            target = replace(target, masks=torch.from_numpy(masks))
         return DetectionBatch([torch.from_numpy(pixels).permute(2, 0, 1)], [target])
 
 
-def _collate(samples: list[DetectionBatch]) -> DetectionBatch:
+def resized_target(
+    annotation: Annotation, classes: Sequence[str], width: int, height: int, flip: bool
+) -> Target:
+    """Boxes and classes of an image resized to (width, height) pixels; crowds are left out."""
+    scale = np.array([width / annotation.width, height / annotation.height] * 2, dtype=np.float32)
+    single = ~annotation.crowd
+    boxes = annotation.boxes[single] * scale
+    labels = np.array([classes.index(name) for name in annotation.names], dtype=np.int64)
+    if flip:
+        boxes = flip_boxes(boxes, width)
+    return Target(torch.from_numpy(boxes), torch.from_numpy(labels[single]))
+
+
+def collate(samples: list[DetectionBatch]) -> DetectionBatch:
+    """One batch of the images of several."""
     return DetectionBatch(
         [image for sample in samples for image in sample.images],
         [target for sample in samples for target in sample.targets],
@@ -170,7 +199,7 @@ def training_batches(
     """This process's part of the batches of all iterations from `start` on; endless."""
     order = PartOfBatches(TrainingOrder(images, recipe, seed, start), world)
     read = ImageLoading(images, recipe.data, classes, recipe.has_masks)
-    return load(read, _collate, order, recipe.train.workers, world.device)
+    return load(read, collate, order, recipe.train.workers, world.device)
 
 
 def test_batches(
@@ -183,4 +212,4 @@ def test_batches(
     """One image at a time, in order: padding to the size of others would change the result."""
     requests = [[ImageRequest(position, recipe.data.test_size)] for position in positions]
     read = ImageLoading(images, recipe.data, classes, masks=False)
-    return load(read, _collate, requests, recipe.train.workers, world.device)
+    return load(read, collate, requests, recipe.train.workers, world.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
-from dupr_cli.evaluate.detection_data import DetectionBatch
-from dupr_cli.evaluate.detectors import Detector, HeadOutput
+from dupr_cli.evaluate.detection_data import Batch
+from dupr_cli.evaluate.detectors import Detector, FrozenDetector, HeadOutput
 from dupr_cli.metrics.types import Detections, Rle
 from dupr_cli.progress import Reporter
 from dupr_cli.runtime.parallel import World
@@ -26,8 +27,8 @@ def positions_of(world: World, images: int) -> list[int]:
 
 
 def detect_all(
-    detector: Detector,
-    batches: Iterable[DetectionBatch],
+    detector: Detector | FrozenDetector,
+    batches: Iterable[Batch],
     images: LabelledSet,
     name: str,
     world: World,
@@ -42,8 +43,8 @@ def detect_all(
     found: list[Detections] = []
     with torch.inference_mode(), reporter.task(f"test {name}", len(positions), "images") as task:
         for position, batch in zip(positions, batches, strict=True):
-            (detections,) = detector.detect(batch.images)
-            height, width = batch.images[0].shape[1:]
+            (detections,) = cast(Any, detector).detect(batch.images)  # its batches fit it
+            ((height, width),) = batch.sizes
             found.append(in_source_pixels(detections, images.annotations[position], width, height))
             task.advance()
     return _gather_all(found, len(images), world)

@@ -29,6 +29,7 @@ def scale_to_devices(recipe: EvaluateRecipe, devices: int) -> tuple[EvaluateReci
     longer = {
         "iterations": round(train.iterations * factor),
         "warmup": round(train.warmup * factor),
+        "freeze_iterations": round(train.freeze_iterations * factor),
         "milestones": [round(milestone * factor) for milestone in train.milestones],
     }
     changed = train.model_copy(update={"batch_size": batch, "lr": train.lr / factor, **longer})
@@ -38,6 +39,21 @@ def scale_to_devices(recipe: EvaluateRecipe, devices: int) -> tuple[EvaluateReci
         f"{changed.iterations} (milestones and warm-up alike)"
     )
     return recipe.model_copy(update={"train": changed}), rule
+
+
+def rescaled(recipe: EvaluateRecipe, iterations: int) -> EvaluateRecipe:
+    """The recipe with a schedule of this many iterations: warm-up, milestones and the time before
+    the backbone is trained keep their shares of it."""
+    train = recipe.train
+    factor = iterations / train.iterations
+    milestones = sorted({round(milestone * factor) for milestone in train.milestones})
+    changed = {
+        "iterations": iterations,
+        "warmup": round(train.warmup * factor),
+        "freeze_iterations": round(train.freeze_iterations * factor),
+        "milestones": [m for m in milestones if 0 < m < iterations],
+    }
+    return recipe.model_copy(update={"train": train.model_copy(update=changed)})
 
 
 def limited(recipe: EvaluateRecipe, limit: int) -> tuple[EvaluateRecipe, str]:

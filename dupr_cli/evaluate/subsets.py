@@ -30,9 +30,12 @@ def with_objects(images: LabelledSet) -> list[int]:
     return [i for i, annotation in enumerate(images.annotations) if (~annotation.crowd).any()]
 
 
-def choose_labels(images: LabelledSet, data: DetectionDataSection) -> list[int]:
+def choose_labels(
+    images: LabelledSet, data: DetectionDataSection, trial: int | None = None
+) -> list[int]:
     """Positions of the images to train on, in the order of the split.
 
+    trial: seed of the trial, if each draws its own images.
     Raises UsageError when `data.labels` names a file that does not fit the images.
     """
     positions = with_objects(images)
@@ -41,34 +44,38 @@ def choose_labels(images: LabelledSet, data: DetectionDataSection) -> list[int]:
         return positions
     if isinstance(labels, str) and labels.endswith(".json"):
         return stored_labels(Path(labels), images)
+    assert not isinstance(labels, list)
     wanted = label_count(labels, len(positions))
+    seed = data.labels_seed if trial is None else [data.labels_seed, trial]
     if data.labels_draw == "random":
-        chosen = np.random.default_rng(data.labels_seed).permutation(len(positions))[:wanted]
+        chosen = np.random.default_rng(seed).permutation(len(positions))[:wanted]
     else:
         of_positions = [images.annotations[i] for i in positions]
-        chosen = np.array(stratified(of_positions, wanted, data.labels_seed))
+        chosen = np.array(stratified(of_positions, wanted, seed))
     return sorted(positions[i] for i in chosen)
 
 
-def draw_note(images: LabelledSet, positions: Sequence[int], data: DetectionDataSection) -> str:
-    """What a stratified draw does to the number of objects per image; empty for other draws."""
+def draw_note(labelled: LabelledSet, drawn: LabelledSet, data: DetectionDataSection) -> str:
+    """What a stratified draw does to the number of objects per image; empty for other draws.
+
+    drawn: the images drawn from those labelled; of the first trial, if each draws its own.
+    """
     labels = data.labels
     stored = isinstance(labels, str) and labels.endswith(".json")
-    if labels is None or stored or data.labels_draw == "random" or not positions:
+    if stored or data.labels_draw == "random" or len(drawn) == len(labelled):
         return ""
 
-    def objects(of: Sequence[int]) -> float:
-        return float(np.mean([(~images.annotations[i].crowd).sum() for i in of]))
+    def objects(of: LabelledSet) -> float:
+        return float(np.mean([(~annotation.crowd).sum() for annotation in of.annotations]))
 
-    drawn, population = objects(positions), objects(with_objects(images))
     return (
-        f"the {len(positions)} labelled images are drawn so that every class keeps its share: they "
-        f"hold {drawn:.1f} objects per image, and all labelled images {population:.1f}. Published "
-        f"few-label results use data.labels_draw=random."
+        f"the {len(drawn)} labelled images are drawn so that every class keeps its share: they "
+        f"hold {objects(drawn):.1f} objects per image, and all labelled images "
+        f"{objects(labelled):.1f}. Published few-label results use data.labels_draw=random."
     )
 
 
-def stratified(annotations: Sequence[Annotation], count: int, seed: int) -> list[int]:
+def stratified(annotations: Sequence[Annotation], count: int, seed: int | list[int]) -> list[int]:
     """`count` of the images, drawn so that each class keeps its share.
 
     Classes are served from the rarest on: each gets random images until it has its share (at least

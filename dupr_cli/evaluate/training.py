@@ -1,4 +1,4 @@
-"""Fine-tuning: SGD with warm-up and milestones, then a new measurement of batch-norm statistics.
+"""Training of detectors: warm-up and a schedule, then a new measurement of batch-norm statistics.
 
 A trial is a folder with metrics.jsonl and checkpoints, like a run's, from which it resumes exactly
 after an interruption. Region sampling draws random numbers that depend only on the iteration, so
@@ -13,14 +13,15 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dupr_cli.artifacts.run import CheckpointState, MetricsLog
 from dupr_cli.errors import RunError
-from dupr_cli.evaluate.detection_data import DetectionBatch
-from dupr_cli.evaluate.detectors import Detector
+from dupr_cli.evaluate.detection_data import Batch
+from dupr_cli.evaluate.detectors import Detector, FrozenDetector
 from dupr_cli.evaluate.detectors.norms import batch_norms
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.progress import Reporter
@@ -51,7 +52,7 @@ class LossRecord:
 class Trial:
     """One training of one of the weights. name: for progress and messages. folder: its state."""
 
-    detector: Detector
+    detector: Detector | FrozenDetector
     recipe: EvaluateRecipe
     seed: int
     name: str
@@ -76,33 +77,50 @@ class Trial:
 
 
 def learning_rate(train: DetectionTrainSection, iteration: int) -> float:
-    """lr of an iteration, counted from 0: a linear rise, then a tenth at each milestone."""
+    """lr of an iteration, counted from 0: a linear rise, then the schedule."""
     rise = min(1.0, (iteration + 1) / train.warmup) if train.warmup else 1.0
+    if train.schedule == "cosine":
+        done = max(0, iteration - train.warmup) / max(1, train.iterations - train.warmup)
+        return train.lr * rise * 0.5 * (1 + math.cos(math.pi * done))
     return train.lr * rise * 0.1 ** sum(iteration >= milestone for milestone in train.milestones)
 
 
-def make_optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.optim.SGD:
-    """Weight decay on everything but the norms' scales and shifts, as in detectron2."""
+def make_optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.optim.Optimizer:
+    """The optimiser of everything that is trained, with `factor` of lr in each parameter group.
+
+    Weight decay acts on everything but the norms' scales and shifts, as in detectron2.
+    """
     kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)
-    norms = [
-        parameter
+    norms = {
+        id(parameter)
         for module in detector.modules()
         if isinstance(module, kinds)
         for parameter in module.parameters()
+    }
+    backbone = {id(parameter) for parameter in _backbone_parameters(detector)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in detector.parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = 0.0 if id(parameter) in norms else train.weight_decay
+        factor = train.backbone_lr if id(parameter) in backbone else 1.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    of_groups = [
+        {"params": parameters, "weight_decay": decay, "factor": factor}
+        for (factor, decay), parameters in groups.items()
     ]
-    known = {id(parameter) for parameter in norms}
-    others = [parameter for parameter in detector.parameters() if id(parameter) not in known]
-    optimizer = torch.optim.SGD(
-        others, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
-    )
-    if norms:
-        optimizer.add_param_group({"params": norms, "weight_decay": 0.0})
-    return optimizer
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(of_groups, lr=train.lr)
+    return torch.optim.SGD(of_groups, lr=train.lr, momentum=train.momentum)
+
+
+def _backbone_parameters(detector: nn.Module) -> list[nn.Parameter]:
+    return list(detector.backbone.parameters()) if isinstance(detector, Detector) else []
 
 
 def train_detector(
     trial: Trial,
-    batches_from: Callable[[int], Generator[DetectionBatch, None, None]],
+    batches_from: Callable[[int], Generator[Batch, None, None]],
     reporter: Reporter,
     limits: Limits | None = None,
     test: Callable[[], Mapping[str, float]] | None = None,
@@ -125,7 +143,8 @@ def train_detector(
     sums = _Sums.from_extra(found.extra if found else {})
     if done >= train.iterations:
         return
-    parameters = list(detector.parameters())
+    trained = [p for p in _backbone_parameters(detector) if p.requires_grad]
+    parameters = [p for p in detector.parameters() if p.requires_grad]
     detector.train()
     shown = _newest_score(trial)
     with (
@@ -136,7 +155,9 @@ def train_detector(
         for iteration in range(done, train.iterations):
             lr = learning_rate(train, iteration)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["factor"]
+            for parameter in trained:  # without gradients the optimiser leaves them alone
+                parameter.requires_grad_(iteration >= train.freeze_iterations)
             losses = _seeded_losses(trial, next(batches), iteration)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(scaler.scale(torch.stack(list(losses.values())).sum()))
@@ -215,7 +236,7 @@ class _Sums:
 def _checkpoint_facts(trial: Trial, iteration: int, sums: _Sums) -> CheckpointState:
     return CheckpointState(
         step=iteration,
-        architecture=trial.detector.backbone.architecture,
+        architecture=trial.detector.architecture,
         input_mean=trial.detector.mean.flatten().tolist(),
         input_std=trial.detector.std.flatten().tolist(),
         input_size=trial.recipe.data.test_size,
@@ -224,7 +245,7 @@ def _checkpoint_facts(trial: Trial, iteration: int, sums: _Sums) -> CheckpointSt
     )
 
 
-def measure_batch_norm(trial: Trial, batches: Iterator[DetectionBatch], reporter: Reporter) -> None:
+def measure_batch_norm(trial: Trial, batches: Iterator[Batch], reporter: Reporter) -> None:
     """Measure batch-norm statistics over test.precise_bn_batches training batches."""
     count, norms = trial.recipe.test.precise_bn_batches, batch_norms(trial.detector)
     if not count or not norms:
@@ -242,7 +263,8 @@ def measure_batch_norm(trial: Trial, batches: Iterator[DetectionBatch], reporter
             statistics.copy_(trial.world.sum(statistics) / trial.world.size)
 
 
-def _seeded_losses(trial: Trial, batch: DetectionBatch, iteration: int) -> dict[str, Tensor]:
+def _seeded_losses(trial: Trial, batch: Batch, iteration: int) -> dict[str, Tensor]:
     number = (trial.seed * 1_000_003 + iteration) * trial.world.size + trial.world.rank
     torch.manual_seed(number % 2**63)
-    return trial.detector.losses(batch.images, batch.targets)
+    # A trial's batches fit its detector: images, or features of a frozen backbone.
+    return cast(Any, trial.detector).losses(batch.images, batch.targets)  # type: ignore[no-any-return]

@@ -16,15 +16,24 @@ from dupr_cli.artifacts.files import remove_leftovers, write_text
 from dupr_cli.artifacts.results import TrialResult
 from dupr_cli.artifacts.run import CHECKPOINTS, METRICS_FILE, training_files
 from dupr_cli.datasets.labelled import LabelledSet
-from dupr_cli.evaluate.detection_data import DetectionBatch, test_batches, training_batches
-from dupr_cli.evaluate.detectors import build_detector
+from dupr_cli.evaluate.detection_data import Batch, test_batches, training_batches
+from dupr_cli.evaluate.detectors import (
+    Detector,
+    FrozenDetector,
+    build_detector,
+    build_frozen_detector,
+)
+from dupr_cli.evaluate.detectors.norms import freeze_up_to
+from dupr_cli.evaluate.features import Features, measured_batches, training_pixels
 from dupr_cli.evaluate.inference import detect_all, positions_of
 from dupr_cli.evaluate.results_table import detection_rows, detections_from_rows
 from dupr_cli.evaluate.training import LossRecord, Trial, measure_batch_norm, train_detector
 from dupr_cli.metrics import Detections, Metric, Scores, score
+from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
+from dupr_cli.recipe.base import Level
 from dupr_cli.runtime.output import damaged_result, read_result, remove, write_result
 from dupr_cli.runtime.parallel import World
 from dupr_cli.runtime.stopping import Limits
@@ -52,24 +61,39 @@ def run_trial(
     world: World,
     reporter: Reporter,
     limits: Limits | None,
+    features: Features | None = None,
 ) -> Outcome:
     """Train, measure batch norm, test; continues from the state saved in `folder`.
 
+    features: of the backbone, if all of it is frozen.
     Raises RunError, StoppedRunError; see `train_detector`.
     """
     reporter = reporter if world.is_main else SilentReporter()
     name = compared.folder if recipe.trials == 1 else f"{compared.folder} seed {seed}"
-    detector, _ = build_detector(
-        recipe, compared.architecture, len(classes), compared.weights, seed, world
-    )
+    detector: Detector | FrozenDetector
+    if features is not None:
+        detector = build_frozen_detector(recipe, features.backbone, len(classes), seed, world)
+    else:
+        detector, _ = build_detector(
+            recipe, compared.architecture, len(classes), compared.weights, seed, world
+        )
+        if recipe.detector.frozen is not None:
+            _freeze(detector, recipe, recipe.detector.frozen, train, classes)
     trial = Trial(detector, recipe, seed, name, folder, world)
     test_positions = positions_of(world, len(test))
 
-    def batches_from(start: int) -> Generator[DetectionBatch, None, None]:
+    def batches_from(start: int) -> Generator[Batch, None, None]:
+        if features is not None:
+            return features.training_batches(train, recipe, classes, seed, start)
         return training_batches(train, recipe, classes, seed, start, world)
 
+    def test_images() -> Generator[Batch, None, None]:
+        if features is not None:
+            return features.test_batches(test, classes)
+        return test_batches(test, recipe, classes, test_positions, world)
+
     def tested(reporter: Reporter) -> tuple[list[Detections], Scores]:
-        with closing(test_batches(test, recipe, classes, test_positions, world)) as batches:
+        with closing(test_images()) as batches:
             found = detect_all(detector, batches, test, name, world, reporter)
         return found, scores_of(recipe, test, classes, found)
 
@@ -78,7 +102,7 @@ def run_trial(
         trial, batches_from, reporter, limits, lambda: tested(SilentReporter())[1].metrics
     )
     trained = time.perf_counter()
-    if recipe.test.precise_bn_batches:
+    if recipe.test.precise_bn_batches and features is None:
         with closing(batches_from(recipe.train.iterations)) as batches:
             measure_batch_norm(trial, batches, reporter)
     measured = time.perf_counter()
@@ -101,6 +125,21 @@ def run_trial(
         losses,
         detections,
     )
+
+
+def _freeze(
+    detector: Detector,
+    recipe: EvaluateRecipe,
+    level: Level,
+    train: LabelledSet,
+    classes: Sequence[str],
+) -> None:
+    """Freeze the backbone up to a level, with batch norm measured on the training images."""
+    count = measured_batches(recipe, train)
+    with measured_statistics(detector.backbone):
+        for images in training_pixels(recipe, train, classes, count):
+            detector.backbone(detector.normalised(images).tensors)
+    freeze_up_to(detector.backbone, level)
 
 
 def scores_of(

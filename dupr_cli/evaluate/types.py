@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """What an evaluation will do, before it does it."""
+    """What an evaluation will do, before it does it.
+
+    train_images: all that have labels, if several numbers of labels (label_counts) are compared.
+    """
 
     protocol: str
     changes: dict[str, list[object]]
@@ -25,3 +28,4 @@ class EvaluatePlan:
     processes: int
     notes: list[str]
     out: str
+    label_counts: list[int] = field(default_factory=list)

@@ -39,8 +39,12 @@ class FrozenBackbone:
 
         They are inference tensors, so autograd accepts only copies of them.
         """
+        return self.maps_of_normalised(self._normalised(images), levels)
+
+    def maps_of_normalised(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
+        """`maps` of images that are already normalised, such as those of `normalised_batch`."""
         with torch.inference_mode(), self._autocast():
-            features = self.network(self._normalised(images), levels, last=max(levels))
+            features = self.network(images, levels, last=max(levels))
             return {level: features[level].float() for level in levels}
 
     def pooled(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
@@ -49,9 +53,13 @@ class FrozenBackbone:
 
     def measure_batch_norm(self, batches: Iterable[Tensor]) -> None:
         """Replace the running statistics by the mean over batches of images, as `maps` takes."""
+        self.measure_on_normalised(self._normalised(images) for images in batches)
+
+    def measure_on_normalised(self, batches: Iterable[Tensor]) -> None:
+        """`measure_batch_norm` on images that are already normalised."""
         with measured_statistics(self.network), self._autocast():
             for images in batches:
-                self.network(self._normalised(images))
+                self.network(images)
 
     def _normalised(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True)
@@ -63,6 +71,23 @@ class FrozenBackbone:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.precision)
+
+
+def normalised_batch(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int) -> Tensor:
+    """Images (N, 3, H, W) float32 on the device of mean, padded at the right and bottom to one
+    size, a multiple of `multiple`, so that a level's cells are exactly a stride apart.
+
+    images: (3, h, w) uint8 each. mean, std: (3, 1, 1), of pixels in [0, 1].
+    """
+    height, width = (
+        -(-max(image.shape[side] for image in images) // multiple) * multiple for side in (1, 2)
+    )
+    pixels = torch.zeros(len(images), 3, height, width, device=mean.device)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    for padded, image in zip(pixels, images, strict=True):
+        moved = image.to(mean.device, non_blocking=True).float().div_(255)
+        padded[:, : image.shape[1], : image.shape[2]] = (moved - mean) / std
+    return pixels
 
 
 def freeze(

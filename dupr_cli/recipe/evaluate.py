@@ -7,21 +7,35 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dupr_cli.recipe.base import Backbone, Fraction, Section, Seed, reject
+from dupr_cli.recipe.base import Backbone, Fraction, Level, Section, Seed, reject
 
 Positive = Annotated[int, Field(ge=1)]
 Model = Literal[
-    "faster-rcnn-c4", "mask-rcnn-c4", "faster-rcnn-fpn", "mask-rcnn-fpn", "retinanet-fpn"
+    "faster-rcnn-c4",
+    "mask-rcnn-c4",
+    "faster-rcnn-fpn",
+    "mask-rcnn-fpn",
+    "retinanet-fpn",
+    "fcos-fpn",
 ]
-Labels = Annotated[str, Field(pattern=r"^(\d+(\.\d+)?%|.+\.json)$")]
+LabelList = Annotated[
+    list[Positive | Annotated[str, Field(pattern=r"^(all|\d+(\.\d+)?%)$")]], Field(min_length=2)
+]
+_DENSE = ("retinanet-fpn", "fcos-fpn")
+Labels = Annotated[str, Field(pattern=r"^(all|\d+(\.\d+)?%|.+\.json)$")]
 
 
 class DetectorSection(Section):
     model: Model = "faster-rcnn-c4"
     """C4: res5 is the box head, on regions of res4. FPN: heads on a feature pyramid of res2 to res5
-    (RetinaNet: from res3). Mask R-CNN needs labels with masks."""
+    (RetinaNet and FCOS: from res3). Mask R-CNN needs labels with masks."""
     backbone: Literal["auto"] | Backbone = "auto"
     """`auto` takes the architecture that the weights name (resnet50 if only `none` is given)."""
+    frozen: Level | None = None
+    """The backbone up to this level keeps the given weights, with batch-norm statistics that are
+    measured once on the labelled training images; later levels are fine-tuned. res5: all of it is
+    frozen, so its features are computed once per image and shared by seeds and numbers of labels
+    (retinanet-fpn and fcos-fpn)."""
     norm: Literal["sync", "batch", "frozen"] = "sync"
     """Batch norm of the backbone: trained with statistics of the whole batch over all devices
     (sync) or of each device's part (batch), or frozen."""
@@ -33,17 +47,21 @@ class DetectorSection(Section):
     mask_roi_size: Annotated[int, Field(ge=2, le=28)] = 14
     """Side of the RoIAlign output for the mask head of FPN; masks have twice this side."""
     anchor_sizes: Annotated[list[Positive], Field(min_length=1)] = [32, 64, 128, 256, 512]
-    """Anchor sides, pixels of the resized image. FPN: one per level of the pyramid."""
+    """Anchor sides, pixels of the resized image. FPN: one per level of the pyramid. FCOS: of 3 or 5
+    levels; a level answers for objects that reach 4 to 8 times its size from a cell, the first
+    and the last also for smaller and larger ones."""
     anchor_ratios: list[Annotated[float, Field(gt=0)]] = [0.5, 1.0, 2.0]
     """Height over width of the anchors."""
     anchor_octaves: Positive = 1
     """Number n of anchors per size, scaled by 2^(k/n) (3 in RetinaNet)."""
     pyramid_channels: Positive = 256
+    head_convolutions: Positive = 4
+    """Convolutions before the predictions of FCOS, for classes and for boxes."""
     rpn_batch_per_image: Positive = 256
     """Anchors per image in the loss of the region proposal network."""
     rpn_pre_nms: tuple[Positive, Positive] = (12000, 6000)
     """Proposals kept before non-maximum suppression, in training and in testing (FPN: per level).
-    RetinaNet: the second is the number of candidates per level that are decoded in testing."""
+    RetinaNet, FCOS: the second is the number of candidates per level decoded in testing."""
     rpn_post_nms: tuple[Positive, Positive] = (2000, 1000)
     """Proposals kept after non-maximum suppression, in training and in testing."""
     rois_per_image: Positive = 512
@@ -52,12 +70,35 @@ class DetectorSection(Section):
     """Target share of positives among the sampled regions."""
 
     @model_validator(mode="after")
-    def _pyramid_has_five_levels(self) -> DetectorSection:
-        if self.model.endswith("-fpn") and len(self.anchor_sizes) != 5:
+    def _pyramid_has_its_sizes(self) -> DetectorSection:
+        if self.model == "fcos-fpn":
+            if len(self.anchor_sizes) not in (3, 5):
+                reject(
+                    "anchor_sizes",
+                    f"{self.anchor_sizes}, but the pyramid of fcos-fpn has 3 levels, p3 to p5, or "
+                    f"5, p3 to p7; give one for each, such as [8, 16, 32]",
+                )
+            if self.pyramid_channels % 32:
+                reject(
+                    "pyramid_channels",
+                    f"{self.pyramid_channels}, but fcos-fpn has norms of 32 groups; give a "
+                    f"multiple of 32",
+                )
+        elif self.model.endswith("-fpn") and len(self.anchor_sizes) != 5:
             reject(
                 "anchor_sizes",
                 f"{self.anchor_sizes}, but the pyramid of {self.model} has 5 levels, "
                 f"{'p3 to p7' if self.model == 'retinanet-fpn' else 'p2 to p6'}; give one for each",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_fits(self) -> DetectorSection:
+        if self.frozen == "res5" and self.model not in _DENSE:
+            reject(
+                "frozen",
+                f"res5, but {self.model} works on images; give detector.model = fcos-fpn, or "
+                f"freeze up to res4",
             )
         return self
 
@@ -69,17 +110,21 @@ class DetectionDataSection(Section):
     annotations/instances_train2017.json."""
     test_splits: Annotated[list[str], Field(min_length=1)] = ["val"]
     """Splits to test on, joined."""
-    labels: Positive | Labels | None = None
+    labels: Positive | Labels | LabelList | None = None
     """Train only on this number of labelled images, on this share of them (`1%`), or on those that
-    a labels.json names. The images are drawn once, are the same for every seed, and are stored in
-    labels.json."""
+    a labels.json names. A list of numbers and shares, such as [50, 100, all], evaluates each and
+    says how many labels the weights save."""
+    labels_vary: bool = False
+    """Every seed draws its own images, so that intervals include the chance of the draw. Otherwise
+    all seeds train on the same ones. They are stored in labels.json."""
     labels_draw: Literal["stratified", "random"] = "stratified"
     """stratified: every class keeps its share, and none is lost; such images hold more objects than
     the average image. random: as published few-label results draw."""
     labels_seed: Seed = 0
     """Seed of that draw."""
     train_sizes: Annotated[list[Positive], Field(min_length=1)] = list(range(480, 801, 32))
-    """Short sides, pixels; one is drawn for every training image."""
+    """Short sides, pixels; one is drawn for every training image. Exactly one if all of the
+    backbone is frozen."""
     test_size: Positive = 800
     """Short side in testing, pixels."""
     max_size: Positive = 1333
@@ -100,12 +145,20 @@ class DetectionTrainSection(Section):
     """Number of devices that the schedule is meant for; `--scale-to-device` scales batch, lr and
     schedule to the number of available devices."""
     lr: Annotated[float, Field(gt=0)] = 0.02
+    backbone_lr: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of lr for the backbone; the head always has lr itself."""
+    freeze_iterations: Annotated[int, Field(ge=0)] = 0
+    """The backbone is not trained before this iteration, while the new layers settle."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Fraction = 0.9
+    """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     warmup: Annotated[int, Field(ge=0)] = 100
     """Iterations over which lr rises linearly to its value."""
+    schedule: Literal["steps", "cosine"] = "steps"
+    """lr after the warm-up: a tenth at each of the milestones, or half a cosine to 0."""
     milestones: list[Positive] = [18_000, 22_000]
-    """Iterations at which lr is multiplied by 0.1."""
+    """Iterations at which lr is multiplied by 0.1; [] for a cosine."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's arithmetic; losses and boxes stay float32."""
     workers: Annotated[int, Field(ge=0)] = 4
@@ -123,6 +176,8 @@ class DetectionTrainSection(Section):
                 f"{self.milestones}, but the schedule ends at train.iterations = "
                 f"{self.iterations}; give smaller milestones, or [] for a constant lr",
             )
+        if self.milestones and self.schedule == "cosine":
+            reject("milestones", f"{self.milestones}, but train.schedule is cosine; give []")
         return self
 
 
@@ -169,6 +224,12 @@ class EvaluateRecipe(Section):
                 f"{self.data.max_size}, but it limits the long side, and the recipe has a short "
                 f"side of {largest}; raise it to at least {largest}",
             )
+        if self.is_frozen and len(self.data.train_sizes) > 1:
+            reject(
+                "data.train_sizes",
+                f"{self.data.train_sizes}, but the features of a frozen backbone are computed "
+                f"once, at one size; give one",
+            )
         if self.has_masks and self.test.metric != "coco":
             reject(
                 "test.metric",
@@ -181,10 +242,17 @@ class EvaluateRecipe(Section):
     def has_masks(self) -> bool:
         return self.detector.model.startswith("mask-rcnn")
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of the backbone is trained, so that its features can be stored."""
+        return self.detector.frozen == "res5"
+
 
 def label_count(labels: int | str, images: int) -> int:
     """Number of `images` labelled images that `data.labels` selects; at least one."""
     if isinstance(labels, int):
         return min(labels, images)
+    if labels == "all":
+        return images
     share = float(re.sub("%$", "", labels)) / 100
     return min(images, max(1, round(share * images)))

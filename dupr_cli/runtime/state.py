@@ -29,7 +29,9 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.progress import Reporter
 from dupr_cli.runtime.parallel import World
 
-_MOMENTUM = "momentum."
+# What SGD and AdamW keep for each parameter; SGD's is stored under a shorter name.
+_KINDS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "step")
+_PREFIXES = {"momentum_buffer": "momentum"}
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,14 @@ class TrainingState:
         self._require_same()
         if self.world.is_main:
             facts.processes, facts.loss_scaler = self.world.size, self.scaler.state_dict()
-            momentum = {
-                f"{_MOMENTUM}{name}": buffer
+            buffers = {
+                f"{_PREFIXES.get(kind, kind)}.{name}": buffer
                 for name, parameter in self.model.named_parameters()
-                if (buffer := self._momentum(parameter)) is not None
+                for kind, buffer in self.optimizer.state.get(parameter, {}).items()
+                if buffer is not None
             }
-            write_checkpoint(self.folder, facts, self.tensors(), momentum, keep, keep_every)
+            write_checkpoint(self.folder, facts, self.tensors(), buffers, keep, keep_every)
         self.world.wait()
-
-    def _momentum(self, parameter: nn.Parameter) -> Tensor | None:
-        buffer: Tensor | None = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        return buffer
 
     def _require_same(self) -> None:
         self.world.require_same(self.tensors(), "parameters or buffers")
@@ -134,19 +133,24 @@ class TrainingState:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
-        self._fill_momentum(read_safetensors(checkpoint.path / OPTIMIZER_FILE)[0])
+        self._fill_optimizer(read_safetensors(checkpoint.path / OPTIMIZER_FILE)[0])
         if checkpoint.state.loss_scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(checkpoint.state.loss_scaler))
 
-    def _fill_momentum(self, saved: Mapping[str, Tensor]) -> None:
+    def _fill_optimizer(self, saved: Mapping[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            # Fine-tuning in dupr 0.1 saved momentum under the parameter's plain name.
-            buffer = saved.get(f"{_MOMENTUM}{name}", saved.get(name))
-            if buffer is not None:
+            for kind in _KINDS:
+                buffer = saved.get(f"{_PREFIXES.get(kind, kind)}.{name}")
+                if buffer is None and kind == "momentum_buffer":
+                    # Fine-tuning in dupr 0.1 saved momentum under the parameter's plain name.
+                    buffer = saved.get(name)
+                if buffer is None:
+                    continue
                 # In another memory layout than the parameter's, the next step would be rounded
-                # differently.
-                state = torch.empty_like(parameter).copy_(buffer)
-                self.optimizer.state[parameter]["momentum_buffer"] = state
+                # differently. A step count has another shape, and stays as it is.
+                like = parameter if buffer.shape == parameter.shape else buffer
+                state = torch.empty_like(like, requires_grad=False).copy_(buffer)
+                self.optimizer.state[parameter][kind] = state
 
 
 def _unused(path: Path) -> Path:

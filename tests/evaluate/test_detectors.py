@@ -149,7 +149,7 @@ def test_compared_weights_start_from_the_same_heads() -> None:
 
 def test_images_are_normalised_by_the_weights_statistics_and_padded_with_the_mean() -> None:
     detector = built(recipe(), random_weights())
-    padded = detector._normalised([torch.full((3, 20, 30), 255, dtype=torch.uint8)])
+    padded = detector.normalised([torch.full((3, 20, 30), 255, dtype=torch.uint8)])
     assert padded.tensors.shape == (1, 3, 32, 32)
     expected = [(1 - 0.1) / 0.4, (1 - 0.2) / 0.5, (1 - 0.3) / 0.6]
     assert padded.tensors[0, :, 19, 29].tolist() == pytest.approx(expected)

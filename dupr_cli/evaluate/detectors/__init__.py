@@ -1,28 +1,85 @@
-"""The detectors of the transfer protocols, on a ResNet: R-CNN in its C4 and FPN forms, RetinaNet.
+"""The detectors of the transfer protocols: R-CNN in its C4 and FPN forms, RetinaNet, FCOS.
 
 They are built from torchvision's detection parts wherever those follow the protocols.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from dupr_cli.artifacts.weights import Weights, load_backbone
+from dupr_cli.evaluate.detectors.fcos import Fcos
 from dupr_cli.evaluate.detectors.norms import replace_batch_norms
-from dupr_cli.evaluate.detectors.one_stage import OneStage
+from dupr_cli.evaluate.detectors.one_stage import DenseHead, OneStage
 from dupr_cli.evaluate.detectors.retinanet import RetinaNet
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.evaluate.detectors.two_stage import TwoStage
+from dupr_cli.models.frozen import FrozenBackbone, normalised_batch
 from dupr_cli.models.resnet import ResNetBackbone
-from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD
+from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
-__all__ = ["Detector", "HeadOutput", "Target", "build_detector"]
+__all__ = ["Detector", "FrozenDetector", "HeadOutput", "Target", "build_detector", "dense_head"]
+
+_DENSE_HEADS = ("retinanet-fpn", "fcos-fpn")
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """The features of one image. maps[level]: (C, h, w) float16. size: height and width in pixels
+    of the resized image, without the padding that the maps include."""
+
+    maps: dict[Level, Tensor]
+    size: tuple[int, int]
+
+
+class FrozenDetector(nn.Module):
+    """The part of a detector that is trained on features of a frozen backbone: its dense head."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, head: nn.Module, frozen: FrozenBackbone, architecture: str, precision: torch.dtype
+    ) -> None:
+        """frozen: what computed the features. precision: of the head's arithmetic."""
+        super().__init__()
+        self.head, self.architecture, self._precision = head, architecture, precision
+        self.register_buffer("mean", frozen.mean.view(3, 1, 1).clone(), persistent=False)
+        self.register_buffer("std", frozen.std.view(3, 1, 1).clone(), persistent=False)
+
+    def losses(self, images: list[ImageMaps], targets: list[Target]) -> dict[str, Tensor]:
+        """Losses of a batch; call in training mode. targets: labels are class numbers from 0."""
+        on_device = [t.to(self.mean.device) for t in targets]
+        with _autocast(self.mean.device, self._precision):
+            return cast(DenseHead, self.head).losses(self._batch(images), on_device)
+
+    def detect(self, images: list[ImageMaps]) -> list[HeadOutput]:
+        """Detections per image, highest score first, in pixels of the resized image; call in
+        evaluation mode."""
+        with _autocast(self.mean.device, self._precision):
+            sizes = [image.size for image in images]
+            return cast(DenseHead, self.head).detect(self._batch(images), sizes)
+
+    def _batch(self, images: list[ImageMaps]) -> dict[Level, Tensor]:
+        """Maps of each level (N, C, H, W) float32, padded with zeros at the right and bottom."""
+        batch: dict[Level, Tensor] = {}
+        for level in images[0].maps:
+            maps = [image.maps[level] for image in images]
+            height, width = (max(m.shape[side] for m in maps) for side in (1, 2))
+            joined = torch.zeros(len(maps), len(maps[0]), height, width)
+            for place, values in zip(joined, maps, strict=True):
+                place[:, : values.shape[1], : values.shape[2]] = values
+            moved = joined.to(self.mean.device, non_blocking=True)
+            batch[level] = moved.contiguous(memory_format=torch.channels_last)
+        return batch
 
 
 class Detector(nn.Module):
@@ -48,21 +105,18 @@ class Detector(nn.Module):
     def backbone(self) -> ResNetBackbone:
         return self.network.backbone
 
+    @property
+    def architecture(self) -> str:
+        return self.backbone.architecture
+
     def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode.
 
         images: (3, H, W) uint8 each. targets: labels are class numbers from 0.
         """
-        on_device = [
-            Target(
-                t.boxes.to(self._device),
-                t.labels.to(self._device),
-                None if t.masks is None else t.masks.to(self._device),
-            )
-            for t in targets
-        ]
-        batch = self._normalised(images)
-        with self._autocast():
+        on_device = [t.to(self._device) for t in targets]
+        batch = self.normalised(images)
+        with _autocast(self._device, self._precision):
             return self.network.losses(batch, on_device)
 
     def detect(self, images: list[Tensor]) -> list[HeadOutput]:
@@ -70,33 +124,48 @@ class Detector(nn.Module):
 
         images: (3, H, W) uint8 each. Boxes are in pixels of the image, labels from 0.
         """
-        batch = self._normalised(images)
-        with self._autocast():
+        batch = self.normalised(images)
+        with _autocast(self._device, self._precision):
             return self.network.detect(batch)
 
     @property
     def _device(self) -> torch.device:
         return self.mean.device
 
-    def _autocast(self) -> torch.autocast:
-        reduced = self._precision != torch.float32
-        return torch.autocast(self._device.type, self._precision, enabled=reduced)
-
-    def _normalised(self, images: list[Tensor]) -> ImageList:
-        """Images on the device, normalised, padded at the right and bottom to one size.
-
-        The size is a multiple of the coarsest stride, so that cells are exactly a stride apart.
-        """
-        multiple = self.network.divisible
-        height, width = (
-            -(-max(image.shape[side] for image in images) // multiple) * multiple for side in (1, 2)
-        )
-        pixels = torch.zeros(len(images), 3, height, width, device=self._device)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        for padded, image in zip(pixels, images, strict=True):
-            moved = image.to(self._device, non_blocking=True).float().div_(255)
-            padded[:, : image.shape[1], : image.shape[2]] = (moved - self.mean) / self.std
+    def normalised(self, images: list[Tensor]) -> ImageList:
+        """Images on the device, normalised and padded; see `normalised_batch`."""
+        pixels = normalised_batch(images, self.mean, self.std, self.network.divisible)
         return ImageList(pixels, [(int(i.shape[1]), int(i.shape[2])) for i in images])
+
+
+def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def dense_head(
+    channels: Mapping[Level, int], num_classes: int, recipe: EvaluateRecipe, world: World
+) -> nn.Module:
+    """The recipe's `DenseHead`. channels: of the backbone's levels."""
+    if recipe.detector.model == "fcos-fpn":
+        return Fcos(channels, num_classes, recipe)
+    return RetinaNet(channels, num_classes, recipe, world)
+
+
+def build_frozen_detector(
+    recipe: EvaluateRecipe,
+    frozen: FrozenBackbone,
+    num_classes: int,
+    seed: int,
+    world: World,
+) -> FrozenDetector:
+    """A head ready to train on stored features, on the device; its randomness follows from the
+    seed."""
+    torch.manual_seed(seed)
+    head = dense_head(frozen.network.channels, num_classes, recipe, world)
+    precision = getattr(torch, recipe.train.precision)
+    detector = FrozenDetector(head, frozen, frozen.network.architecture, precision)
+    detector.to(memory_format=torch.channels_last)
+    return detector.to(world.device)
 
 
 def build_detector(
@@ -123,9 +192,8 @@ def build_detector(
         mean, std = weights.metadata.input_mean, weights.metadata.input_std
     replace_batch_norms(backbone, recipe.detector.norm)
     network: TwoStage | OneStage
-    if recipe.detector.model == "retinanet-fpn":
-        head = RetinaNet(backbone.channels, num_classes, recipe, world)
-        network = OneStage(backbone, head)
+    if recipe.detector.model in _DENSE_HEADS:
+        network = OneStage(backbone, dense_head(backbone.channels, num_classes, recipe, world))
     else:
         network = TwoStage(backbone, num_classes, recipe)
     precision = getattr(torch, recipe.train.precision)

@@ -15,6 +15,9 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from dupr_cli.models.backbone import as_backbone
+from dupr_cli.recipe.base import Level
+
 _GROUPS = 32
 
 
@@ -71,18 +74,40 @@ def replace_batch_norms(module: nn.Module, kind: str) -> None:
 
     frozen: a constant scale and shift made from its statistics.
     """
-    for name, child in module.named_children():
-        if not isinstance(child, nn.BatchNorm2d):
-            replace_batch_norms(child, kind)
-            continue
-        state = child.state_dict()
-        if kind == "frozen":
-            del state["num_batches_tracked"]
-            new: nn.Module = FrozenBatchNorm2d(child.num_features, child.eps)
+    for child in list(module.children()):
+        if isinstance(child, nn.BatchNorm2d):
+            _replace(module, child, kind)
         else:
-            new = make_norm(kind)(child.num_features)
-        new.load_state_dict(state)
-        setattr(module, name, new)
+            replace_batch_norms(child, kind)
+
+
+def _replace(parent: nn.Module, child: nn.BatchNorm2d | nn.SyncBatchNorm, kind: str) -> None:
+    state = child.state_dict()
+    if kind == "frozen":
+        del state["num_batches_tracked"]
+        new: nn.Module = FrozenBatchNorm2d(child.num_features, child.eps)
+    else:
+        new = make_norm(kind)(child.num_features)
+    new.load_state_dict(state)
+    for name, known in list(parent.named_children()):
+        if known is child:
+            setattr(parent, name, new)
+
+
+def freeze_up_to(backbone: nn.Module, level: Level) -> None:
+    """Make constants of the backbone's parameters and norms up to a level; the rest is trained.
+
+    The norms keep the statistics that they have now.
+    """
+    trained = {id(m) for part in as_backbone(backbone).after(level) for m in part.modules()}
+    for module in list(backbone.modules()):
+        if id(module) in trained:
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        for child in list(module.children()):
+            if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm) and id(child) not in trained:
+                _replace(module, child, "frozen")
 
 
 def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

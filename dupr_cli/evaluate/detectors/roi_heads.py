@@ -28,6 +28,10 @@ class Target:
     labels: Tensor
     masks: Tensor | None = None
 
+    def to(self, device: torch.device) -> Target:
+        masks = None if self.masks is None else self.masks.to(device)
+        return Target(self.boxes.to(device), self.labels.to(device), masks)
+
 
 @dataclass(frozen=True)
 class HeadOutput:

@@ -1,0 +1,99 @@
+"""`labels-saved.json`: AP by number of labels for each of the weights, and the labels saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dupr_cli.artifacts.files import write_json
+from dupr_cli.artifacts.versions import check_version
+from dupr_cli.errors import UsageError
+
+FORMAT_VERSION = 1
+LABELS_SAVED = "labels-saved.json"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A metric of one of the weights with a number of labels, in percent.
+
+    values: of each seed. low, high: confidence interval of the mean; equal to it for one seed.
+    """
+
+    labels: int
+    mean: float
+    low: float
+    high: float
+    values: dict[int, float]
+
+
+@dataclass(frozen=True)
+class LabelsNeeded:
+    """How many labels some weights need for what the baseline reaches with `baseline_labels`.
+
+    needed: interpolated; None if it is below the smallest or above the largest number of labels
+    that was tried, which `beyond` tells (less, more). low, high: confidence interval, None where it
+    leaves the tried numbers.
+    """
+
+    weights: str
+    baseline_labels: int
+    target: float
+    needed: float | None
+    beyond: str
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class LabelCurves:
+    """labels-saved.json as a whole. curves: by metric and name of the weights. saved: by metric.
+
+    weights: address of each name. folders: of each evaluation, by number of labels.
+    """
+
+    protocol: str
+    metric: str
+    baseline: str
+    confidence: float
+    weights: dict[str, str]
+    curves: dict[str, dict[str, list[CurvePoint]]]
+    saved: dict[str, list[LabelsNeeded]]
+    folders: dict[int, str]
+    test_images: int
+    seeds: list[int]
+    notes: list[str]
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / LABELS_SAVED, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> LabelCurves:
+        """Read labels-saved.json, given its path or folder. Raises UsageError for anything else."""
+        file = path / LABELS_SAVED if path.is_dir() else path
+        try:
+            values = json.loads(file.read_bytes())
+            check_version(values.get("format_version"), FORMAT_VERSION, file)
+            values["curves"] = {
+                metric: {name: [_point(p) for p in points] for name, points in of.items()}
+                for metric, of in values["curves"].items()
+            }
+            values["saved"] = {
+                metric: [LabelsNeeded(**row) for row in rows]
+                for metric, rows in values["saved"].items()
+            }
+            values["folders"] = {int(k): v for k, v in values["folders"].items()}
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"{file}: not a comparison over numbers of labels ({error}). `dupr evaluate ... "
+                f"--labels 50,100,all` writes one when it ends."
+            ) from error
+
+
+def _point(values: dict[str, object]) -> CurvePoint:
+    of_seeds = values.pop("values")
+    assert isinstance(of_seeds, dict)
+    return CurvePoint(values={int(k): float(v) for k, v in of_seeds.items()}, **values)  # type: ignore[arg-type]

@@ -1,0 +1,380 @@
+"""Labels saved: the same comparison with several numbers of labels, and where the curves cross.
+
+    OUT/labels-50/ ...         an evaluation for each number of labels, see comparison.py
+    OUT/labels-saved.json      curves, and the labels that each of the weights needs
+    OUT/labels-saved.txt  labels-saved.csv  labels-saved.tex  labels-saved.png
+
+How many labels a start saves is read off the curve of its mean AP, linear in the logarithm of the
+number of labels, at the AP that the baseline reaches. Its interval is that of a bootstrap over
+seeds: a resampled set of seeds is used for all weights and numbers, since a seed fixes the draw of
+the images and the head for all of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dupr_cli.artifacts.files import atomic_file, write_text
+from dupr_cli.artifacts.label_curves import LABELS_SAVED, CurvePoint, LabelCurves, LabelsNeeded
+from dupr_cli.artifacts.results import Results, WeightsResult
+from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.comparison import Comparison, compare, output_files, with_labels
+from dupr_cli.evaluate.features import FEATURES_FOLDER, feature_files
+from dupr_cli.evaluate.statistics import CONFIDENCE
+from dupr_cli.models.compared import RANDOM_WEIGHTS
+from dupr_cli.progress import Reporter
+from dupr_cli.recipe.evaluate import label_count
+from dupr_cli.runtime.output import Claim, read_claim, remove
+from dupr_cli.runtime.parallel import World
+from dupr_cli.runtime.stopping import Limits
+
+CLAIM_FILE = "label-curves.json"
+TEXT, TABLE_CSV, TABLE_TEX, PLOT = (
+    "labels-saved.txt",
+    "labels-saved.csv",
+    "labels-saved.tex",
+    "labels-saved.png",
+)
+METRICS = ("AP", "AP50")
+_DRAWS = 2000
+_WIDTH = 80
+
+
+def comparisons(whole: Comparison) -> dict[int, Comparison]:
+    """The comparison with each number of labels, smallest first.
+
+    Raises UsageError when two of them are the same number.
+    """
+    labels = whole.recipe.data.labels
+    assert isinstance(labels, list)
+    found: dict[int, Comparison] = {}
+    for given in labels:
+        count = label_count(given, len(whole.labelled))
+        if count in found:
+            raise UsageError(
+                f"data.labels: {given} is {count} of the {len(whole.labelled)} labelled images, "
+                f"like another number of the list. Leave one out. (recipe key: data.labels)"
+            )
+        found[count] = with_labels(whole, given, whole.out / f"labels-{count}")
+    drawn = {image_id for of in found.values() for image_id in of.needed.ids}
+    positions = [i for i, image_id in enumerate(whole.labelled.ids) if image_id in drawn]
+    needed = whole.labelled.subset(positions)
+    return {count: replace(found[count], needed=needed) for count in sorted(found)}
+
+
+def claim(whole: Comparison) -> Claim:
+    """The record of OUT. The numbers of labels may change later: each has its own evaluation."""
+    fingerprint = {k: v for k, v in whole.fingerprint().items() if k != "data.labels"}
+    folders = [of.out.name for of in comparisons(whole).values()]
+    return Claim(CLAIM_FILE, "label curve", fingerprint, folders)
+
+
+def compare_labels(
+    whole: Comparison,
+    world: World,
+    overwrite: bool,
+    reporter: Reporter,
+    limits: Limits,
+    leaks_in: Sequence[str],
+    baseline: str | None,
+) -> LabelCurves:
+    """Run the comparison with every number of labels, and write what is saved. See `run`.
+
+    baseline: address of the weights that set the mark; random weights by default, or the first.
+    """
+    name = baseline_name(whole, baseline)
+    parts = comparisons(whole)
+    if world.is_main:
+        claim(whole).take(whole.out, overwrite, sweep_files)
+    world.wait()
+    results = {}
+    for count, comparison in parts.items():
+        reporter.info(f"{count} labels:")
+        results[count] = compare(comparison, world, False, reporter, limits, leaks_in)
+        leaks_in = ()  # the test images are the same for every number
+    if world.is_main:
+        remove(whole.out, feature_files(whole.out / FEATURES_FOLDER))
+        curves = curves_of(results, name, {n: c.out.name for n, c in parts.items()})
+        _write(whole.out, curves)
+    world.wait()
+    return LabelCurves.read(whole.out)
+
+
+def baseline_name(whole: Comparison, baseline: str | None) -> str:
+    """Folder name of the baseline's weights. Raises UsageError if they are not compared."""
+    wanted = baseline or RANDOM_WEIGHTS
+    for compared in whole.weights:
+        if compared.address == wanted:
+            return compared.folder
+    if baseline is not None:
+        raise UsageError(
+            f"--baseline {baseline}: it is not among the compared weights: "
+            f"{', '.join(c.address for c in whole.weights)}."
+        )
+    return whole.weights[0].folder
+
+
+def sweep_files(out: Path) -> Iterator[Path]:
+    """The files of a label curve by its own record, which comes last."""
+    if not (out / CLAIM_FILE).exists():
+        return
+    try:
+        _, folders = read_claim(out / CLAIM_FILE)
+    except UsageError:  # damaged: parts are recognised by their folder names
+        folders = [path.name for path in out.glob("labels-*") if path.is_dir()]
+    for name in folders:
+        yield from output_files(out / name)
+    yield from feature_files(out / FEATURES_FOLDER)
+    yield from (out / n for n in (LABELS_SAVED, TEXT, TABLE_CSV, TABLE_TEX, PLOT, CLAIM_FILE))
+
+
+def curves_of(
+    results: Mapping[int, Results], baseline: str, folders: Mapping[int, str]
+) -> LabelCurves:
+    """Curves and labels saved from the results of each number of labels.
+
+    baseline: folder name of its weights.
+    """
+    first = next(iter(results.values()))
+    names = {str(entry.extra["folder"]): entry.weights for entry in first.results}
+    curves = {
+        metric: {
+            name: [_curve_point(count, of.results[i], metric) for count, of in results.items()]
+            for i, name in enumerate(names)
+        }
+        for metric in METRICS
+    }
+    return LabelCurves(
+        protocol=first.protocol,
+        metric=first.metric,
+        baseline=baseline,
+        confidence=CONFIDENCE,
+        weights=names,
+        curves=curves,
+        saved={metric: labels_needed(curves[metric], baseline) for metric in METRICS},
+        folders=dict(folders),
+        test_images=first.test.images,
+        seeds=first.seeds,
+        notes=[note for of in results.values() for note in of.notes],
+    )
+
+
+def _curve_point(labels: int, entry: WeightsResult, metric: str) -> CurvePoint:
+    values = {trial.seed: trial.metrics[metric] for trial in entry.trials}
+    mean, reach = entry.metrics[metric], 0.0
+    if len(values) > 1:
+        from scipy.stats import t  # half a second to import
+
+        spread = entry.deviations[metric] / math.sqrt(len(values))
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread
+    return CurvePoint(labels, mean, mean - reach, mean + reach, values)
+
+
+def labels_needed(curves: Mapping[str, Sequence[CurvePoint]], baseline: str) -> list[LabelsNeeded]:
+    """For each of the weights but the baseline, the labels needed for the baseline's means.
+
+    curves: of one metric, by name of the weights, with the same labels and seeds.
+    """
+    counts = [point.labels for point in curves[baseline]]
+    seeds = sorted(curves[baseline][0].values)
+    # (number of labels, seeds)
+    tables = {
+        name: np.array([[point.values[seed] for seed in seeds] for point in points])
+        for name, points in curves.items()
+    }
+    random = np.random.default_rng(0)
+    samples = random.integers(len(seeds), size=(_DRAWS, len(seeds)))
+    found = []
+    for name, table in tables.items():
+        if name == baseline:
+            continue
+        for i, count in enumerate(counts):
+            target = float(tables[baseline][i].mean())
+            needed = crossing(counts, table.mean(1), target)
+            drawn = [
+                crossing(counts, table[:, rows].mean(1), float(tables[baseline][i, rows].mean()))
+                for rows in samples
+            ]
+            low, high = np.quantile(
+                drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], method="nearest"
+            )
+            one = len(seeds) == 1
+            found.append(
+                LabelsNeeded(
+                    weights=name,
+                    baseline_labels=count,
+                    target=target,
+                    needed=needed if 0 < needed < math.inf else None,
+                    beyond="" if 0 < needed < math.inf else ("less" if needed == 0 else "more"),
+                    low=None if one or low == 0 else float(low),
+                    high=None if one or high == math.inf else float(high),
+                )
+            )
+    return found
+
+
+def crossing(counts: Sequence[int], means: NDArray[np.float64], target: float) -> float:
+    """The number of labels at which a curve first reaches `target`, linear in log(labels).
+
+    0 if its first point is above the target already; infinite if it never gets there.
+    """
+    if means[0] >= target:
+        return float(counts[0]) if means[0] == target else 0.0
+    for i in range(1, len(counts)):
+        if means[i] >= target:
+            share = (target - means[i - 1]) / (means[i] - means[i - 1])
+            low, high = math.log(counts[i - 1]), math.log(counts[i])
+            return math.exp(low + share * (high - low))
+    return math.inf
+
+
+def _write(out: Path, curves: LabelCurves) -> None:
+    write_text(out / TEXT, text(curves))
+    write_text(out / TABLE_CSV, table_csv(curves))
+    write_text(out / TABLE_TEX, table_tex(curves))
+    draw(out / PLOT, curves)
+    curves.write(out)
+
+
+def describe(saved: LabelsNeeded, curves: LabelCurves) -> str:
+    """How many labels some weights need, in words, with the interval."""
+    counts = [point.labels for point in next(iter(curves.curves["AP"].values()))]
+    if saved.beyond == "less":
+        return f"fewer than {counts[0]}"
+    if saved.beyond == "more":
+        return f"more than {counts[-1]}"
+    assert saved.needed is not None
+    figure = f"{saved.needed:.0f}"
+    if len(curves.seeds) > 1:
+        low = f"{saved.low:.0f}" if saved.low is not None else f"<{counts[0]}"
+        high = f"{saved.high:.0f}" if saved.high is not None else f">{counts[-1]}"
+        figure += f" [{low}, {high}]"
+    return figure
+
+
+def text(curves: LabelCurves) -> str:
+    """Plain text of at most 80 columns: a table for each metric, then the labels needed."""
+    lines = textwrap.wrap(f"{curves.protocol}: {curves.metric}", _WIDTH)
+    lines.append(f"{len(curves.seeds)} seeds, {curves.test_images} images tested")
+    for note in dict.fromkeys(curves.notes):
+        lines += textwrap.wrap(f"Note: {note}", _WIDTH, subsequent_indent="  ")
+    counts = [point.labels for point in curves.curves["AP"][curves.baseline]]
+    for metric, of_weights in curves.curves.items():
+        lines += ["", f"{metric + ' with labels:':<22}" + "".join(f"{c:>11}" for c in counts)]
+        for name, points in of_weights.items():
+            cells = "".join(f"{_figure(point):>11}" for point in points)
+            lines.append(f"{textwrap.shorten(name, 21):<22}{cells}")
+    percent = round(100 * curves.confidence)
+    lines += (
+        ["", f"± and brackets: {percent} % intervals over seeds"] if len(curves.seeds) > 1 else []
+    )
+    for metric, rows in curves.saved.items():
+        lines += ["", f"Labels needed for the {metric} of {curves.baseline}"] if rows else []
+        for row in rows:
+            name = textwrap.shorten(row.weights, 24)
+            lines.append(
+                f"  {name:<25}{describe(row, curves):>22} in place of {row.baseline_labels} "
+                f"({metric} {row.target:.1f})"
+            )
+    lines.append("")
+    for name, address in curves.weights.items():
+        lines += textwrap.wrap(f"{name}: {address}", _WIDTH, subsequent_indent="  ")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(point: CurvePoint) -> str:
+    reach = f" ±{point.high - point.mean:.1f}" if len(point.values) > 1 else ""
+    return f"{point.mean:.1f}{reach}"
+
+
+def table_csv(curves: LabelCurves) -> str:
+    """One row per metric, weights and number of labels."""
+    file = io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(["metric", "weights", "labels", "mean", "low", "high", "seeds", "needed_for_it",
+                   "needed_low", "needed_high"])  # fmt: skip
+    for metric, of_weights in curves.curves.items():
+        needed = {(row.weights, row.baseline_labels): row for row in curves.saved[metric]}
+        for name, points in of_weights.items():
+            for point in points:
+                row = needed.get((name, point.labels))
+                cells = ["", "", ""]
+                if row is not None:
+                    of_row = (row.needed, row.low, row.high)
+                    cells = ["" if v is None else f"{v:.1f}" for v in of_row]
+                    cells[0] = cells[0] or row.beyond
+                figures = [f"{v:.3f}" for v in (point.mean, point.low, point.high)]
+                rows.writerow([metric, name, point.labels, *figures, len(point.values), *cells])
+    return file.getvalue()
+
+
+def table_tex(curves: LabelCurves) -> str:
+    """A LaTeX table (booktabs) of each metric by number of labels."""
+    counts = [point.labels for point in curves.curves["AP"][curves.baseline]]
+    lines = [
+        f"% {curves.protocol}: {curves.metric}; {len(curves.seeds)} seeds",
+        f"\\begin{{tabular}}{{ll{'r' * len(counts)}}}",
+        "\\toprule",
+        f"Metric & Weights & {' & '.join(map(str, counts))} \\\\",
+    ]
+    for metric, of_weights in curves.curves.items():
+        lines.append("\\midrule")
+        for name, points in of_weights.items():
+            cells = " & ".join(f"${p.mean:.1f} \\pm {p.high - p.mean:.1f}$" for p in points)
+            escaped = name.replace("_", "\\_")
+            lines.append(f"{metric} & {escaped} & {cells} \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def draw(path: Path, curves: LabelCurves) -> None:
+    """A PNG: each metric against the number of labels, with the labels saved as arrows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(curves.curves))
+    for axis, (metric, of_weights) in zip(axes, curves.curves.items(), strict=True):
+        counts = [point.labels for point in of_weights[curves.baseline]]
+        for number, (name, points) in enumerate(of_weights.items()):
+            colour = f"C{number}"
+            means = [point.mean for point in points]
+            axis.plot(counts, means, "o-", color=colour, label=name, linewidth=2)
+            axis.fill_between(
+                counts, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15
+            )
+        for row in curves.saved[metric]:
+            if row.needed is not None and row.needed < row.baseline_labels:
+                number = list(of_weights).index(row.weights)
+                axis.annotate(
+                    "", (row.needed, row.target), (row.baseline_labels, row.target),
+                    arrowprops={"arrowstyle": "->", "color": f"C{number}", "linestyle": ":"},
+                )  # fmt: skip
+                share = 1 - row.needed / row.baseline_labels
+                axis.annotate(
+                    f"{share:.0%} fewer", (math.sqrt(row.needed * row.baseline_labels), row.target),
+                    ha="center", va="bottom", fontsize=8, color=f"C{number}",
+                )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
+        axis.set_xlabel("labelled images")
+        axis.set_ylabel(metric)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    percent = round(100 * curves.confidence)
+    figure.suptitle(
+        f"{curves.protocol}, {len(curves.seeds)} seeds; bands: {percent} % intervals; arrows: "
+        f"labels that reach the same figure",
+        fontsize=10,
+    )
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
