@@ -71,8 +71,10 @@ def test_python_of_the_documents_compiles(code: str) -> None:
 
 
 def test_yaml_of_the_documents_is_a_valid_recipe(tmp_path: Path) -> None:
-    from dupr_cli.recipe import PretrainRecipe, load_recipe
+    from dupr_cli.recipe import RECIPE_MODELS, load_recipe
+    from dupr_cli.recipe.load import recipe_stage
 
     for number, block in enumerate(blocks("yaml")):
-        (tmp_path / f"{number}.yaml").write_text(block)
-        load_recipe(PretrainRecipe, str(tmp_path / f"{number}.yaml"))
+        file = str(tmp_path / f"{number}.yaml")
+        Path(file).write_text(block)
+        load_recipe(RECIPE_MODELS[recipe_stage(file)], file)

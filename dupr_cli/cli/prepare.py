@@ -113,6 +113,22 @@ def prepare(
         str | None,
         typer.Option("--mirror", metavar="URL", help="Address from which --download fetches."),
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="SET",
+            help="Leave out copies of the images of SET, such as a test set. Repeatable.",
+        ),
+    ] = None,
+    exclude_split: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude-split",
+            metavar="SPLIT",
+            help="Leave out only this split of every --exclude SET. Repeatable.",
+        ),
+    ] = None,
     append: Annotated[
         bool,
         typer.Option(
@@ -140,14 +156,22 @@ def prepare(
 
       dupr prepare VOCdevkit/ voc0712/ --set 'source.splits=\\[trainval, 2007/test]'
 
+      dupr prepare photos/ shards/ --exclude VOCdevkit/VOC2007 --exclude-split test
+
       dupr prepare list.parquet shards/ --task 3/64   # then: dupr prepare merge shards/
     """
     if engine == "processes" and workers != 1 and not dry_run:
         _start_server_of_workers()
     from dupr_cli import prepare as stage
     from dupr_cli.recipe import PrepareRecipe, load_recipe
+    from dupr_cli.recipe.load import Override, apply_overrides
 
     resolved = load_recipe(PrepareRecipe, recipe or "default", overrides(set_, seed=("seed", seed)))
+    if exclude_split and not exclude:
+        raise UsageError("--exclude-split needs --exclude SET.")
+    if exclude:
+        sets = {**resolved.exclude, **dict.fromkeys(exclude, exclude_split or [])}
+        resolved = apply_overrides(resolved, [Override("exclude", sets, "--exclude")])
     part = _task(task)
     if download:
         from dupr_cli.prepare.download import download_sets
@@ -206,6 +230,8 @@ def show(result: PrepareResult) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in result.skip_reasons.items())
         where = "" if result.task else f" ({result.out}/skipped.jsonl)"
         facts.append(("left out", f"{result.skipped}: {reasons}{where}"))
+    if result.excluded is not None:
+        facts.append(("excluded", f"{result.excluded} of the images left out"))
     facts.append(("written to", result.out))
     if result.task is not None:
         facts.append(("then", f"dupr prepare merge {result.out}, when all tasks have ended"))

@@ -24,6 +24,8 @@ from dupr_cli.errors import UsageError
 from dupr_cli.prepare.assembly import assemble, is_planned
 from dupr_cli.prepare.blocks import Work, blocks_folder, read_report
 from dupr_cli.prepare.engines import check_engine, write_blocks
+from dupr_cli.prepare.excluded_sets import ExcludedSets
+from dupr_cli.prepare.exclusion import count_excluded
 from dupr_cli.prepare.listing import Listing, read_listing, survey, write_listing
 from dupr_cli.prepare.source_record import SOURCE, KnownSource
 from dupr_cli.prepare.sources import ImageSource, make_source, nothing_found, recognise
@@ -51,7 +53,8 @@ def plan(
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, near=False)
     made = make_source(kind, source, recipe.source, out)
-    standing = look(work, made, overwrite=overwrite, append=append)
+    excluded = ExcludedSets(recipe.exclude, 0, SilentReporter())
+    standing = look(work, made, excluded, overwrite=overwrite, append=append)
     entries = standing.to_read
     if entries is None:
         entries = survey(made, recipe).entries
@@ -59,8 +62,9 @@ def plan(
         raise nothing_found(source)
     size = recipe.shard.max_samples
     shards = sum(-(-count // size) for count in entries.values())
-    notes = _notes(made)
-    return PreparePlan(source, kind, standing.action, entries, shards, str(out), notes)
+    return PreparePlan(
+        source, kind, standing.action, entries, shards, str(out), _notes(made), excluded.counts
+    )
 
 
 def run(
@@ -82,9 +86,9 @@ def run(
     core. append: if the source has grown, add shards of the new images to the set in `out`, whose
     existing shards do not change. engine: processes or ray. task: (i, n) writes only every n-th
     block, starting with the i-th (i counts from 1); `merge` then turns the blocks into a set.
-    Raises UsageError when the source has no images, `out` holds something else or the engine is not
-    installed, RunError when no image could be used, OSError when the output cannot be written,
-    StoppedRunError after a signal.
+    Raises UsageError when the source or an excluded set has no images, `out` holds something else
+    or the engine is not installed, RunError when no image could be used, OSError when the output
+    cannot be written, StoppedRunError after a signal.
     """
     recipe = resolve_recipe(PrepareRecipe, recipe, overrides)
     source, out = as_address(source, "source"), as_path(out, "out")
@@ -96,11 +100,14 @@ def run(
     work = Work(kind, source, str(out), recipe, recipe.filter.duplicates == "near")
     made = make_source(kind, source, recipe.source, out)
     require_other_folder(work)
+    excluded = ExcludedSets(recipe.exclude, workers, reporter)
     with (
         stoppable("Finished shards are kept, and the same command continues from there."),
         writing(out, "dupr prepare", shared=task is not None),
     ):
-        standing = look(work, made, overwrite=overwrite, append=append, is_task=task is not None)
+        standing = look(
+            work, made, excluded, overwrite=overwrite, append=append, is_task=task is not None
+        )
         if standing.warning:
             reporter.warning(standing.warning)
         if standing.clears:
@@ -110,8 +117,10 @@ def run(
             return _result(out, Manifest.read(out))
         if standing.action == "append":
             reporter.info(f"{out}: {standing.changes.describe('new')}; their shards are added")
+        for address, count in excluded.counts.items():
+            reporter.info(f"{address}: copies of its {count} images are left out")
         with _clear_on_early_failure(work.folder, task), _task_lock(work.folder, task):
-            listing = _listing(work, made, standing.action == "append", reporter)
+            listing = _listing(work, made, excluded, standing.action == "append", reporter)
             for note in _notes(made):
                 reporter.warning(note)
             blocks = listing.blocks()
@@ -178,8 +187,13 @@ def _task_lock(folder: Path, task: tuple[int, int] | None) -> Iterator[None]:
         ) from None
 
 
-def _listing(work: Work, source: ImageSource, appends: bool, reporter: Reporter) -> Listing:
-    """Return the listing from an earlier call or another task, or list the source now."""
+def _listing(
+    work: Work, source: ImageSource, excluded: ExcludedSets, appends: bool, reporter: Reporter
+) -> Listing:
+    """Return the listing from an earlier call or another task, or list the source now.
+
+    The hashes of the excluded images are written with a listing.
+    """
     folder = work.folder
     with FileLock(folder / "listing.lock"):  # tasks start at the same time
         listing = read_listing(folder)
@@ -190,10 +204,12 @@ def _listing(work: Work, source: ImageSource, appends: bool, reporter: Reporter)
             if not listing.total:
                 raise nothing_found(work.address)
             blocks_folder(folder).mkdir(exist_ok=True)
-            recipe = work.recipe.model_dump(mode="json")
-            State(recipe, work.kind, work.address, listing.digest, source.labelled, appends).write(
-                folder
-            )
+            if excluded.sets:
+                excluded.images.write(folder)
+            State(
+                work.recipe.model_dump(mode="json"), work.kind, work.address, listing.digest,
+                source.labelled, appends, excluded.digest,
+            ).write(folder)  # fmt: skip
     return listing
 
 
@@ -228,7 +244,7 @@ def _assemble(work: Work, listing: Listing, reporter: Reporter) -> PrepareResult
     out = Path(work.out)
     base = Manifest.read(out) if state.appends and not is_planned(work.folder) else None
     before = base.skipped if base else 0
-    manifest = assemble(work, listing, duplicates, base, reporter)
+    manifest = assemble(work, listing, state, duplicates, base, reporter)
     if manifest.skipped > before:
         with (out / SKIPPED).open(encoding="utf-8") as lines:
             first = json.loads(next(islice(lines, before, None)))
@@ -267,6 +283,7 @@ def _result(out: Path, manifest: Manifest) -> PrepareResult:
         bytes=sum(entry.bytes for entry in entries),
         skipped=manifest.skipped,
         skip_reasons=manifest.skip_reasons,
+        excluded=count_excluded(manifest.skip_reasons) if manifest.recipe.get("exclude") else None,
     )
 
 
@@ -280,6 +297,7 @@ def _task_result(work: Work, blocks: list[tuple[str, int]], task: str) -> Prepar
         samples[block[0]] += sum(part.samples for part in report.parts)
         size += sum(part.bytes for part in report.parts)
         reasons.update(entry.reason.partition(":")[0] for entry in report.skipped)
+    excluded = count_excluded(reasons) if work.recipe.exclude else None
     return PrepareResult(
-        work.out, dict(samples), len(blocks), size, reasons.total(), dict(reasons), task
+        work.out, dict(samples), len(blocks), size, reasons.total(), dict(reasons), task, excluded
     )

@@ -43,7 +43,7 @@ from dupr_cli.prepare.blocks import (
 from dupr_cli.prepare.duplicates import RECORD, Array, equal_rows, similar_rows
 from dupr_cli.prepare.listing import Listing
 from dupr_cli.prepare.source_record import SOURCE
-from dupr_cli.prepare.unfinished import clear
+from dupr_cli.prepare.unfinished import State, clear
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.prepare import FilterSection
@@ -69,8 +69,24 @@ def is_planned(folder: Path) -> bool:
     return (folder / _PLAN).exists()
 
 
+def digests_in(fingerprint: str) -> tuple[str, str]:
+    """The digests of the source and of the excluded images in the fingerprint of a manifest."""
+    parts = fingerprint.split("-")
+    return parts[-1], parts[1] if len(parts) == 3 else ""
+
+
+def _fingerprint(work: Work, listing: Listing, excluded: str) -> str:
+    """What identifies a set: recipe, excluded images if there are any, and source."""
+    return "-".join(filter(None, (recipe_digest(work.recipe), excluded, listing.digest)))
+
+
 def assemble(
-    work: Work, listing: Listing, duplicates: str, base: Manifest | None, reporter: Reporter
+    work: Work,
+    listing: Listing,
+    state: State,
+    duplicates: str,
+    base: Manifest | None,
+    reporter: Reporter,
 ) -> Manifest:
     """Assemble all blocks of `listing` into a set and write its manifest.
 
@@ -79,7 +95,7 @@ def assemble(
     """
     out, folder = Path(work.out), work.folder
     if not is_planned(folder):
-        _plan(work, listing, duplicates, base, reporter)
+        _plan(work, listing, state, duplicates, base, reporter)
     plan = json.loads((folder / _PLAN).read_bytes())
     if not plan["cleared"]:
         remove(out, [out / name for name in plan["remove"]])
@@ -136,7 +152,12 @@ def _rewrite(part: Path, final: Path, drop: set[int], rename: dict[str, str]) ->
 
 
 def _plan(
-    work: Work, listing: Listing, duplicates: str, base: Manifest | None, reporter: Reporter
+    work: Work,
+    listing: Listing,
+    state: State,
+    duplicates: str,
+    base: Manifest | None,
+    reporter: Reporter,
 ) -> None:
     """Decide what the set will contain and write the plan. Changes nothing else."""
     out, folder = Path(work.out), work.folder
@@ -191,7 +212,7 @@ def _plan(
         "skip_reasons": dict(reasons.most_common()),
         "source": work.address,
         "recipe": work.recipe.model_dump(mode="json"),
-        "fingerprint": f"{recipe_digest(work.recipe)}-{listing.digest}",
+        "fingerprint": _fingerprint(work, listing, state.excluded),
         "dupr_version": __version__,
     }
     write_json(

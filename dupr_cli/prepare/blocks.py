@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -27,12 +28,15 @@ from dupr_cli.artifacts.files import write_bytes, write_json
 from dupr_cli.artifacts.shard_files import ShardWriter
 from dupr_cli.artifacts.shards import UNFINISHED, ShardEntry, Skipped
 from dupr_cli.prepare.duplicates import RECORD, Array
-from dupr_cli.prepare.ingest import Ingested, ingest
+from dupr_cli.prepare.exclusion import ExcludedImages
+from dupr_cli.prepare.ingest import ingest
 from dupr_cli.prepare.listing import Listing, listing_path, read_listing
 from dupr_cli.prepare.sources import Entry, ImageSource, make_source
 from dupr_cli.recipe import PrepareRecipe
 
 _FOLDER = "blocks"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,13 @@ def read_records(folder: Path, split: str, number: int) -> Array:
 
 
 @lru_cache(maxsize=2)
-def _opened(work: Work, _listed: int) -> tuple[ImageSource, Listing]:
-    """Source and listing, cached between blocks. _listed: when the listing was written."""
+def _opened(work: Work, _listed: int) -> tuple[ImageSource, Listing, ExcludedImages | None]:
+    """What all blocks need, cached between them. _listed: when the listing was written."""
     listing = read_listing(work.folder)
     assert listing is not None, "the listing is written before any block"
     source = make_source(work.kind, work.address, work.recipe.source, Path(work.out))
-    return source, listing
+    excluded = ExcludedImages.read(work.folder) if work.recipe.exclude else None
+    return source, listing, excluded
 
 
 def write_block(
@@ -129,7 +134,7 @@ def _write_block(
     work: Work, block: tuple[str, int], threads: int, advance: Callable[[], None] | None
 ) -> BlockReport:
     split, number = block
-    source, listing = _opened(work, listing_path(work.folder).stat().st_mtime_ns)
+    source, listing, excluded = _opened(work, listing_path(work.folder).stat().st_mtime_ns)
     entries = listing.read(split, number)
     name, blocks = block_name(split, number), blocks_folder(work.folder)
     parts, limit = list[ShardEntry](), work.recipe.shard.max_bytes
@@ -143,8 +148,10 @@ def _write_block(
         parts.append(ShardEntry(writer.path.name, len(index), index.bytes, index.sha256))
 
     try:
-        read = partial(ingest, read=source.read, recipe=work.recipe, look=work.near)
-        for found in _in_order(read, entries, threads):
+        read = partial(
+            ingest, read=source.read, recipe=work.recipe, look=work.near, excluded=excluded
+        )
+        for found in in_order(read, entries, threads):
             if advance is not None:
                 advance()
             if isinstance(found, Skipped):
@@ -201,14 +208,12 @@ def _short(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def _in_order(
-    read: Callable[[Entry], Ingested | Skipped], entries: Sequence[Entry], threads: int
-) -> Iterator[Ingested | Skipped]:
+def in_order(read: Callable[[Entry], T], entries: Sequence[Entry], threads: int) -> Iterator[T]:
     """Yield results in the order of the entries; several threads read a few entries ahead."""
     if threads == 1:
         yield from map(read, entries)
         return
-    waiting: deque[Future[Ingested | Skipped]] = deque()
+    waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for entry in entries:
             waiting.append(pool.submit(read, entry))

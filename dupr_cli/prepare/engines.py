@@ -26,7 +26,7 @@ Block = tuple[str, int]
 ENGINES = ("processes", "ray")
 
 # Images that each process requests from a server at the same time.
-_REMOTE_THREADS = 16
+REMOTE_THREADS = 16
 _POLL_SECONDS = 0.2
 
 
@@ -54,7 +54,7 @@ def write_blocks(
     workers = workers or os.cpu_count() or 1
     processes = min(workers, len(blocks))
     # With fewer blocks than workers, several threads share a block.
-    threads = -(-workers // processes) * (_REMOTE_THREADS if remote else 1)
+    threads = -(-workers // processes) * (REMOTE_THREADS if remote else 1)
     if processes > 1:
         _in_processes(work, blocks, processes, threads, progress)
         return
@@ -161,7 +161,7 @@ def _on_ray(work: Work, blocks: Sequence[Block], remote: bool, progress: Task) -
                 "`ray start --head`, or set RAY_ADDRESS."
             ) from error
     write = ray.remote(num_cpus=1, max_retries=2)(write_block)
-    threads = _REMOTE_THREADS if remote else 1
+    threads = REMOTE_THREADS if remote else 1
     try:
         shared = ray.put(work)
         cores = int(ray.cluster_resources().get("CPU", 1))

@@ -18,9 +18,11 @@ from PIL import Image
 from dupr_cli.artifacts.hashes import perceptual_hash
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Skipped
+from dupr_cli.datasets.copies import ImageHashes, hash_image
 from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture, UnknownRangeError, open_picture
 from dupr_cli.datasets.placement import Placed, Size, placed
 from dupr_cli.errors import DuprError, StoppedRunError
+from dupr_cli.prepare.exclusion import ExcludedImages
 from dupr_cli.prepare.sources import Entry, RawImage
 from dupr_cli.recipe import PrepareRecipe
 from dupr_cli.recipe.prepare import ImageSection
@@ -54,25 +56,38 @@ class Ingested:
 
 
 def ingest(
-    entry: Entry, read: Callable[[Entry], RawImage], recipe: PrepareRecipe, look: bool = False
+    entry: Entry,
+    read: Callable[[Entry], RawImage],
+    recipe: PrepareRecipe,
+    look: bool = False,
+    excluded: ExcludedImages | None = None,
 ) -> Ingested | Skipped:
     """Read, check and, if needed, change one image of a source.
 
-    look: compute the perceptual hash.
+    look: compute the perceptual hash. excluded: leave out copies of these images.
     """
     name = readable(entry.name)
     try:
-        return _ingest(entry, read(entry), recipe, look)
+        found = _ingest(entry, read(entry), recipe, look)
+        if excluded is not None:
+            _require_other_image(found, excluded)
+        return found
     except StoppedRunError:
         raise
-    except FileNotFoundError:
-        return Skipped(name, "the file is missing")
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        return Skipped(name, f"cannot be read: {getattr(error, 'strerror', None) or error}")
-    except DuprError as error:  # a missing or damaged annotation or shard, named in full
-        return Skipped(name, f"cannot be used: {error}")
+    except (OSError, ValueError, DuprError) as error:
+        return Skipped(name, why_unreadable(error))
     except _UnusableImageError as error:
         return Skipped(name, str(error))
+
+
+def why_unreadable(error: OSError | ValueError | DuprError) -> str:
+    """Why an image is left out that raised this while its source read it."""
+    if isinstance(error, FileNotFoundError):
+        return "the file is missing"
+    if isinstance(error, DuprError):  # a missing or damaged annotation or shard, named in full
+        return f"cannot be used: {error}"
+    # A ValueError means a name that no file can have.
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def readable(name: str) -> str:
@@ -126,6 +141,18 @@ def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> I
     )
     perceptual = _perceptual_hash(pixels, raw.data) if look else 0
     return Ingested(sample, sha256.digest(), perceptual, found.notes if found else raw.remarks)
+
+
+def _require_other_image(found: Ingested, excluded: ExcludedImages) -> None:
+    """Raises _UnusableImageError for a copy of an excluded image.
+
+    The bytes are those of the source, but the look is that of the image in the shard, because
+    `dupr evaluate --leaks` will look there.
+    """
+    look = _decoded(lambda: hash_image(found.sample.image)).perceptual
+    reason = excluded.reason_for(ImageHashes(found.sha256, look))
+    if reason is not None:
+        raise _UnusableImageError(reason)
 
 
 def _open(data: bytes) -> Picture:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, Manifest
 from dupr_cli.errors import UsageError
+from dupr_cli.prepare.assembly import digests_in
 from dupr_cli.prepare.blocks import Work
+from dupr_cli.prepare.excluded_sets import ExcludedSets, describe_sets
 from dupr_cli.prepare.listing import split_entries, survey
 from dupr_cli.prepare.source_record import SOURCE, KnownSource, SourceChanges, SourceDigest
 from dupr_cli.prepare.sources import ImageSource
@@ -41,12 +43,19 @@ def require_other_folder(work: Work) -> None:
 
 
 def look(
-    work: Work, source: ImageSource, *, overwrite: bool, append: bool, is_task: bool = False
+    work: Work,
+    source: ImageSource,
+    excluded: ExcludedSets,
+    *,
+    overwrite: bool,
+    append: bool,
+    is_task: bool = False,
 ) -> Standing:
     """Examine the output folder and decide what to do.
 
-    Raises UsageError when the folder holds something else, unless it may be overwritten, or when
-    the source is not the one that was prepared.
+    excluded: hashed only if they must be compared with those of an earlier call. Raises
+    UsageError when the folder holds something else, unless it may be overwritten, or when the
+    source or the excluded images are not those of the earlier call.
     """
     out = Path(work.out)
     require_other_folder(work)
@@ -60,22 +69,24 @@ def look(
             )
         return Standing("begin")
     if is_task and state is not None and not _other_recipe(state.recipe, state.source, work):
-        return Standing("continue")  # the first task has listed the source for all tasks
+        # The first task has listed the source, and hashed the excluded images, for all tasks.
+        return Standing("continue")
     digest = survey(source, work.recipe)
     if state is not None and not finished:
-        return _for_unfinished(work, state, digest, overwrite)
+        return _for_unfinished(work, state, digest, excluded, overwrite)
     manifest = _read_manifest(out, overwrite)
     if manifest is None:
         return Standing("replace", clears=state is not None)
+    known_digest, known_excluded = digests_in(manifest.fingerprint)
     other = _other_recipe(manifest.recipe, manifest.source, work)
-    known_digest = manifest.fingerprint.rpartition("-")[2]
+    other = other or _other_images(known_excluded, excluded)
     old = not (out / SOURCE).is_file()  # written by a dupr that recorded only names
     same_source = known_digest == (digest.names_alone if old else str(digest))
     if not other and same_source:
         rest = state is not None and not _other_recipe(state.recipe, state.source, work)
         return _for_same_set(work, manifest, rest, overwrite)
     if state is not None:
-        found = _for_unfinished(work, state, digest, overwrite)
+        found = _for_unfinished(work, state, digest, excluded, overwrite)
         if found.action == "continue" and not state.appends and not overwrite:
             raise UsageError(
                 f"{out}: the folder holds finished shards, and unfinished ones that would replace "
@@ -93,8 +104,11 @@ def look(
     return _for_changed_source(work, source, append)
 
 
-def _for_unfinished(work: Work, state: State, digest: SourceDigest, overwrite: bool) -> Standing:
+def _for_unfinished(
+    work: Work, state: State, digest: SourceDigest, excluded: ExcludedSets, overwrite: bool
+) -> Standing:
     other = _other_recipe(state.recipe, state.source, work)
+    other = other or _other_images(state.excluded, excluded)
     if not other and state.digest in (str(digest), digest.names_alone):
         return Standing("continue")
     if overwrite:
@@ -152,10 +166,24 @@ def _for_changed_source(work: Work, source: ImageSource, append: bool) -> Standi
 def _other_recipe(recipe: dict[str, Any], source: str, work: Work) -> dict[str, str]:
     """What differs from the recipe and the source's address, as one line of text per key."""
     # Validation fills in the defaults of keys that an older dupr did not have.
-    before = recipe_keys(PrepareRecipe.model_validate(recipe).model_dump(mode="json"))
-    now = recipe_keys(work.recipe.model_dump(mode="json"))
-    found = differences({**before, "SOURCE": source}, {**now, "SOURCE": work.address})
-    return {key: f"  {line}" for key, line in found.items() if key != "description"}
+    before, now = PrepareRecipe.model_validate(recipe), work.recipe
+    keys = [
+        recipe_keys(r.model_dump(mode="json", exclude={"description", "exclude"}))
+        for r in (before, now)
+    ]
+    found = differences({**keys[0], "SOURCE": source}, {**keys[1], "SOURCE": work.address})
+    if before.exclude != now.exclude:
+        sets = describe_sets(before.exclude), describe_sets(now.exclude)
+        found["exclude"] = f"exclude: {sets[0]} there, {sets[1]} now"
+    return {key: f"  {line}" for key, line in found.items()}
+
+
+def _other_images(known: str, excluded: ExcludedSets) -> dict[str, str]:
+    """Like `_other_recipe`, for the images of the excluded sets. known: their earlier digest."""
+    if known == excluded.digest:
+        return {}
+    sets = describe_sets(excluded.sets)
+    return {"exclude": f"  exclude: images of {sets} are new, changed or gone"}
 
 
 def _read_manifest(out: Path, overwrite: bool) -> Manifest | None:

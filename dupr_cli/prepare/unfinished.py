@@ -2,6 +2,7 @@
 
 state.json    what is being prepared: recipe, source and its digest
 listing.json  listing/  source.jsonl.gz    the images of the source (`listing`)
+excluded.json                              the images that are left out (`exclusion`)
 blocks/       finished blocks (`blocks`)
 plan.json  skipped.jsonl  records.bin      the assembly under way (`assembly`)
 unpacked/     compressed archives as plain tars
@@ -21,15 +22,18 @@ from dupr_cli.runtime.output import remove
 _STATE = "state.json"
 _FILES = (
     "plan.json", "listing.json", "skipped.jsonl", "notes.jsonl", "source.jsonl.gz", "records.bin",
-    "*.lock", ".*.tmp", "listing/*.jsonl", "listing/*.starts", "listing/*.bucket-*", "blocks/*.tar",
-    "blocks/*.index.json", "blocks/*.records", "blocks/*-*.json", "blocks/.*.tmp",
-    "unpacked/*.tar", "unpacked/*.lock", "unpacked/.*.tmp",
+    "excluded.json", "*.lock", ".*.tmp", "listing/*.jsonl", "listing/*.starts",
+    "listing/*.bucket-*", "blocks/*.tar", "blocks/*.index.json", "blocks/*.records",
+    "blocks/*-*.json", "blocks/.*.tmp", "unpacked/*.tar", "unpacked/*.lock", "unpacked/.*.tmp",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class State:
-    """state.json. digest: of the source. appends: only new images are added to an existing set."""
+    """state.json. digest: of the source. appends: only new images are added to an existing set.
+
+    excluded: digest of the images of `exclude`, empty without it.
+    """
 
     recipe: dict[str, Any]
     kind: str
@@ -37,6 +41,7 @@ class State:
     digest: str
     labelled: bool
     appends: bool = False
+    excluded: str = ""
     dupr_version: str = __version__
     format_version: int = 1
 

@@ -121,5 +121,15 @@ class PrepareRecipe(Section):
     split: SplitSection = SplitSection()
     image: ImageSection = ImageSection()
     filter: FilterSection = FilterSection()
+    exclude: dict[str, list[str]] = {}
+    """Sets whose images must not be in the shards, such as the test set of a later evaluation: the
+    address of each, and a list of its splits, [] for those that source.splits takes by default.
+    Copies of such images, by their bytes or by their look (perceptual hash), are skipped."""
     seed: Seed = 0
     """Seed of the shuffle."""
+
+    @model_validator(mode="after")
+    def _addresses(self) -> Self:
+        if "" in self.exclude:
+            reject("exclude", "given an empty address; name a folder, file or address")
+        return self

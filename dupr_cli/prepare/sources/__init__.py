@@ -24,8 +24,11 @@ __all__ = ["Entry", "ImageSource", "RawImage", "make_source", "recognise"]
 _ORDER = ("hf", "list", "voc", "coco", "yolo", "archive", "shards", "classes", "folder")
 
 
-def recognise(address: str) -> str:
-    """The kind of source at an address. Raises UsageError if it is unknown or does not exist."""
+def recognise(address: str, advice: str = " Name the kind with --set source.kind=KIND.") -> str:
+    """The kind of source at an address. Raises UsageError if it is unknown or does not exist.
+
+    advice: how to name the kind, for the message.
+    """
     path = Path(address)
     if not is_remote(address) and "{" not in address and not path.exists():
         raise UsageError(f"{address}: the file or folder does not exist.")
@@ -37,7 +40,7 @@ def recognise(address: str) -> str:
     raise UsageError(
         f"{address}: the kind of source is not recognised. dupr reads a folder of images, archives "
         f"(.tar, .tar.gz, .zip), WebDataset shards, a VOC tree, COCO's JSON, YOLO's labels, a list "
-        f"(.txt, .csv, .parquet), and hf://owner/name. Name the kind with --set source.kind=KIND."
+        f"(.txt, .csv, .parquet), and hf://owner/name.{advice}"
     )
 
 
