@@ -31,7 +31,7 @@ CLASSES = {
     "telephone": "☎",
     "umbrella": "☂",
 }
-DISTRACTORS = "♚♛♜♝♟♠♣♥♦★☀☁☃☕☘☠☢☣☮☯☸☹☻♪♫♻⚑⚒⚖⚗⚙⚛⚡✉✌✎✒✔✘✚✠✡✪✱✸✿❄❖❤❦➔➤▲◆&@#?ABDEGKMQRSW2345689"
+DISTRACTORS = "♚♛♜♝♟♠♣♥♦★☀☁☕☘☠☢☣☮☯☸☹☻♪♫♻⚑⚒⚖⚗⚙⚛⚡✉✌✎✒✔✘✚✪✱✸✿❄❖❤❦➔➤▲◆&@#?ABDEGKMQRSW2345689"
 SIDE = 96  # of a scene, pixels
 SMALLEST, LARGEST = 20, 40  # longer side of a glyph, pixels
 _TURN = 20  # largest turn of a glyph either way, degrees
@@ -76,8 +76,10 @@ def _ground(rng: _Rng) -> _Floats:
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
         octaves.append(np.asarray(noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32))
     blend = (4 * octaves[0] + 2 * octaves[1] + octaves[2]) / (7 * 255)
-    first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
-    # Halving the ground's saturation makes the glyphs stand out.
+    first = rng.uniform(0, 255, 3).astype(np.float32)
+    # Two similar colours would leave no texture to tell patches of the ground apart.
+    second = (first + rng.uniform(80, 175, 3).astype(np.float32)) % 255
+    # Halving the saturation makes the glyphs stand out.
     first, second = (first + first.mean()) / 2, (second + second.mean()) / 2
     ground: _Floats = first + blend * (second - first)
     return ground

@@ -128,11 +128,12 @@ def test_glyphs_have_their_size_and_hardly_overlap() -> None:
         counts[len(boxes)] += 1
         for box in boxes:
             sides = box.x_max - box.x_min, box.y_max - box.y_min
-            # The faint rim of a glyph does not count.
-            assert SMALLEST - 2 <= max(sides) <= LARGEST
+            # Narrow tips that cover less than half of their pixels lie outside the box.
+            assert SMALLEST - 4 <= max(sides) <= LARGEST
         for a, b in combinations(boxes, 2):
             areas = [(box.x_max - box.x_min) * (box.y_max - box.y_min) for box in (a, b)]
-            assert shared(a, b) <= 0.15 * min(areas)
+            # A tenth of a square may be a fifth of the flat box in it.
+            assert shared(a, b) <= 0.25 * min(areas)
     assert set(counts) == {2, 3, 4, 5}
     assert min(counts.values()) > 50
 
@@ -165,7 +166,7 @@ def test_every_scene_has_a_labelled_object_inside_it(seed: int, split: str, inde
 def test_classes_are_about_equally_frequent() -> None:
     names = Counter(box.name for index in range(300) for box in render_scene(11, "train", index)[1])
     assert set(names) == set(CLASSES)
-    # About 112 of each are expected, with a standard deviation of 10.
+    # About 115 of each are expected, with a standard deviation of 10.
     assert max(names.values()) < 1.6 * min(names.values())
 
 
