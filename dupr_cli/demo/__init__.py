@@ -17,8 +17,8 @@ from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.runtime.output import holds, remove, writing
 from dupr_cli.runtime.stopping import stoppable
 
-UNLABELLED = 3000
-LABELLED = {"train": 100, "val": 200}
+UNLABELLED = 4000
+LABELLED = {"train": 200, "val": 300}
 PRETRAIN_RECIPE, EVALUATE_RECIPE = "demo-dupr-r18", "demo-voc"
 
 _MARKER, _SCENES_DONE = ".dupr-demo", ".scenes-done"

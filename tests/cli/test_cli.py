@@ -144,7 +144,7 @@ def test_the_four_stages_from_photographs_to_ap(tmp_path: Path, image_folder: Pa
     tree = tmp_path / "VOC2026"
     from dupr_cli.demo.scenes import write_voc_tree
 
-    write_voc_tree(tree, {"train": 6, "val": 4}, seed=0, size=96)
+    write_voc_tree(tree, {"train": 6, "val": 4}, seed=0)
     evaluation = dupr(
         "evaluate", "voc", weights, "none", "--data", tree, "--out", tmp_path / "ev", "--json",
         "--set", "train.iterations=2", "--set", "train.milestones=[]", "--set", "train.workers=0",
