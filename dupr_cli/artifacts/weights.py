@@ -29,6 +29,7 @@ from dupr_cli.errors import RunError, UsageError
 FORMAT_VERSION = 1
 _VERSION = "dupr_format_version"  # has a prefix because other libraries write headers too
 IMPORTED = "imported"  # stands in place of the encoder
+SUPERVISED = "supervised"  # likewise, of weights that were trained with labels
 TORCHVISION = "torchvision:"  # precedes the name of weights that torchvision publishes
 
 
@@ -231,7 +232,7 @@ def read_torchvision_weights(address: str, architecture: str) -> Weights:
         input_mean=tuple(transform.mean),
         input_std=tuple(transform.std),
         input_size=int(transform.crop_size[0]),
-        encoder="supervised",
+        encoder=SUPERVISED,
     )
     digest = hashlib.sha256()
     for key in sorted(backbone):

@@ -18,6 +18,7 @@ from dupr_cli.cli import (
     prepare,
     pretrain,
     recipe,
+    study,
 )
 from dupr_cli.cli.command import Quiet, Traceback, Verbose, root_globals
 
@@ -66,6 +67,7 @@ for module in (
     export,
     import_,
     evaluate,
+    study,
     demo,
     checkpoint,
     inspect,

@@ -15,6 +15,7 @@ import errno
 import functools
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeGuard, TypeVar, get_t
 
 import typer
 
-from dupr_cli.errors import DuprError, RunError
+from dupr_cli.errors import DuprError, RunError, UsageError
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -290,3 +291,14 @@ def overrides(given: Sequence[str] | None, **keys: tuple[str, object | None]) ->
     """
     extra = [f"{key}={value}" for key, value in keys.values() if value is not None]
     return [*(given or []), *extra]
+
+
+def parse_task(given: str | None) -> tuple[int, int] | None:
+    """I and N of `--task I/N`. Raises UsageError."""
+    if given is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", given)
+    number, total = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= total:
+        raise UsageError(f"--task {given}: give I/N with 1 <= I <= N, for example 3/64.")
+    return number, total

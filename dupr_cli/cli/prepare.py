@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +19,7 @@ from dupr_cli.cli.command import (
     Workers,
     command,
     overrides,
+    parse_task,
 )
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
@@ -172,7 +172,7 @@ def prepare(
     if exclude:
         sets = {**resolved.exclude, **dict.fromkeys(exclude, exclude_split or [])}
         resolved = apply_overrides(resolved, [Override("exclude", sets, "--exclude")])
-    part = _task(task)
+    part = parse_task(task)
     if download:
         from dupr_cli.prepare.download import download_sets
 
@@ -192,16 +192,6 @@ def _start_server_of_workers() -> None:
     """Start the server that workers fork from; it imports their modules while we import ours."""
     forkserver.set_forkserver_preload(["dupr_cli.prepare.engines"])
     forkserver.ensure_running()
-
-
-def _task(given: str | None) -> tuple[int, int] | None:
-    if given is None:
-        return None
-    match = re.fullmatch(r"(\d+)/(\d+)", given)
-    number, total = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= number <= total:
-        raise UsageError(f"--task {given}: give I/N with 1 <= I <= N, for example 3/64.")
-    return number, total
 
 
 def merge(

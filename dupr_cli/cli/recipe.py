@@ -12,7 +12,7 @@ from dupr_cli.progress import Reporter
 if TYPE_CHECKING:
     from dupr_cli.recipe import Section
 
-Stage = Literal["prepare", "pretrain", "export", "evaluate", "probe"]
+Stage = Literal["prepare", "pretrain", "export", "evaluate", "probe", "study"]
 
 
 def add_to(app: typer.Typer) -> None:

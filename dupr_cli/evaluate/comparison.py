@@ -23,8 +23,9 @@ import torch
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import write_text
-from dupr_cli.artifacts.results import RESULTS, Results
+from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
 from dupr_cli.artifacts.run import training_files
+from dupr_cli.artifacts.weights import SUPERVISED
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.features import (
@@ -34,9 +35,10 @@ from dupr_cli.evaluate.features import (
     open_features,
 )
 from dupr_cli.evaluate.leaks import Leaks, find_leaks
+from dupr_cli.evaluate.learning_rates import ChosenRate, RateTrial, choose_rate, with_rate
 from dupr_cli.evaluate.pictures import draw_curves, draw_detections
 from dupr_cli.evaluate.results_table import table
-from dupr_cli.evaluate.statistics import all_differences, summed_up
+from dupr_cli.evaluate.statistics import PRIMARY, all_differences, summed_up
 from dupr_cli.evaluate.subsets import (
     LABELS_FILE,
     choose_labels,
@@ -266,7 +268,9 @@ def prepare_comparison(
         out / FEATURES_FOLDER, notes,
     )  # fmt: skip
     labels = recipe.data.labels
-    return with_labels(whole, None if isinstance(labels, list) else labels, out)
+    if isinstance(labels, list):
+        return replace(with_labels(whole, None, out), recipe=recipe)
+    return with_labels(whole, labels, out)
 
 
 def with_labels(whole: Comparison, labels: int | str | None, out: Path) -> Comparison:
@@ -327,11 +331,13 @@ def compare(
         for note in comparison.notes:
             reporter.info(note)
     world.wait()
-    outcomes = []
+    outcomes, rates = [], []
     for compared in comparison.weights:
         if compared.weights is not None:
             reporter.info(f"{compared.address}: {compared.loaded}")
-        outcomes.append(list(_outcomes(comparison, compared, world, reporter, limits)))
+        of_weights, rate = _Trials(comparison, compared, world, reporter, limits).all()
+        outcomes.append(of_weights)
+        rates.append(rate)
     leaks: list[Leaks] = []
     if world.is_main:
         workers = comparison.recipe.train.workers
@@ -339,50 +345,102 @@ def compare(
         for found in leaks:
             if found.found:
                 reporter.warning(str(found))
-        _write_results(comparison, outcomes, leaks)
+        _write_results(comparison, outcomes, rates, leaks)
         if comparison.features.parent == comparison.out:
             remove(comparison.out, feature_files(comparison.features))
     world.wait()
     return Results.read(comparison.out)
 
 
-def _outcomes(
-    comparison: Comparison,
-    compared: ComparedWeights,
-    world: World,
-    reporter: Reporter,
-    limits: Limits | None,
-) -> Iterator[Outcome]:
-    recipe = comparison.recipe
+@dataclass
+class _Trials:
+    """The trials of one of the weights, run or read; features are computed when one is run."""
+
+    comparison: Comparison
+    compared: ComparedWeights
+    world: World
+    reporter: Reporter
+    limits: Limits | None
     features: Features | None = None
-    for seed in comparison.seeds:
-        folder = comparison.out / compared.folder / f"seed-{seed}"
-        fingerprint = comparison.trial_fingerprint(compared, seed)
-        outcome = read_outcome(
-            folder, fingerprint, compared.address, comparison.test, comparison.classes
-        )
-        world.wait()
+
+    @property
+    def folder(self) -> Path:
+        return self.comparison.out / self.compared.folder
+
+    def all(self) -> tuple[list[Outcome], ChosenRate | None]:
+        """The outcome of each seed, and the learning rate if a grid was tried."""
+        recipe, rate = self.comparison.recipe, None
+        if recipe.train.lr_grid:
+            rate = choose_rate(recipe, self.comparison.train, self.folder, self._of_rate)
+            shown = ", ".join(f"{lr:.3g}: AP {ap:.1f}" for lr, ap in rate.scores.items())
+            self.reporter.info(f"{self.compared.folder}: lr {rate.lr:.3g} ({shown})")
+            recipe = with_rate(recipe, rate.lr)
+        return [self._of_seed(recipe, seed, rate) for seed in self.comparison.seeds], rate
+
+    def _of_seed(self, recipe: EvaluateRecipe, seed: int, rate: ChosenRate | None) -> Outcome:
+        comparison, folder = self.comparison, self.folder / f"seed-{seed}"
+        fingerprint = comparison.trial_fingerprint(self.compared, seed)
+        if rate is not None:
+            fingerprint["chosen lr"] = rate.lr
+        draw = comparison.draws[seed]
+        if self.world.is_main and comparison.varies:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_labels(folder, draw, recipe.data)
+        return self._finished(recipe, seed, folder, fingerprint, (draw, comparison.test))
+
+    def _of_rate(self, trial: RateTrial) -> Outcome:
+        seed = self.comparison.seeds[0]
+        train, validation = trial.fold
+        fingerprint = {
+            **self.comparison.trial_fingerprint(self.compared, seed),
+            "training images": train.digest,
+            "test images": validation.digest,
+            "tried lr": trial.recipe.train.lr,
+        }
+        return self._finished(trial.recipe, seed, trial.folder, fingerprint, trial.fold)
+
+    def _finished(
+        self,
+        recipe: EvaluateRecipe,
+        seed: int,
+        folder: Path,
+        fingerprint: Mapping[str, object],
+        sets: tuple[LabelledSet, LabelledSet],
+    ) -> Outcome:
+        """The result in `folder`, or that of a trial that runs now. sets: to train and test on."""
+        compared, classes, (train, test) = self.compared, self.comparison.classes, sets
+        outcome = read_outcome(folder, fingerprint, compared.address, test, classes)
+        self.world.wait()
         if outcome is not None:
-            reporter.info(f"{compared.folder}, seed {seed}: finished before; its result is reused.")
-            if world.is_main:
+            self.reporter.info(
+                f"{compared.folder}, {folder.name.replace('-', ' ')}: finished before; its result "
+                f"is reused."
+            )
+            if self.world.is_main:
                 remove_checkpoints(folder)
-        else:
-            if recipe.is_frozen and features is None:
-                features = open_features(
-                    comparison.features, compared, recipe, comparison.labelled,
-                    comparison.needed, comparison.test, comparison.classes, world.device, reporter,
-                )  # fmt: skip
-            if world.is_main and comparison.varies:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_labels(folder, comparison.draws[seed], recipe.data)
-            outcome = run_trial(
-                recipe, compared, comparison.draws[seed], comparison.test, comparison.classes,
-                seed, folder, world, reporter, limits, features,
+            return outcome
+        outcome = run_trial(
+            recipe, compared, train, test, classes, seed, folder, self.world, self.reporter,
+            self.limits, self._features_for(test),
+        )  # fmt: skip
+        if self.world.is_main:
+            write_outcome(folder, fingerprint, outcome, test, classes)
+        self.world.wait()
+        return outcome
+
+    def _features_for(self, test: LabelledSet) -> Features | None:
+        comparison = self.comparison
+        if not comparison.recipe.is_frozen:
+            return None
+        if self.features is None:
+            self.features = open_features(
+                comparison.features, self.compared, comparison.recipe, comparison.labelled,
+                comparison.needed, comparison.test, comparison.classes, self.world.device,
+                self.reporter,
             )  # fmt: skip
-            if world.is_main:
-                write_outcome(folder, fingerprint, outcome, comparison.test, comparison.classes)
-            world.wait()
-        yield outcome
+        if test is comparison.test:
+            return self.features
+        return replace(self.features, test=self.features.train)
 
 
 def _claim(comparison: Comparison, overwrite: bool) -> None:
@@ -401,7 +459,8 @@ def output_files(out: Path) -> Iterator[Path]:
         _, folders = read_claim(out / CLAIM_FILE)
     except UsageError:  # damaged: trials are recognised by their folder names
         folders = []
-    trials = [trial for name in folders for trial in (out / name).glob("seed-*")]
+    kinds = ("seed-*", "lr-*")
+    trials = [t for name in folders for kind in kinds for t in (out / name).glob(kind)]
     # Older versions of dupr recorded no folders.
     trials = trials or list(out.glob("[0-9][0-9]-*/seed-*"))
     for trial in trials:
@@ -417,7 +476,10 @@ def output_files(out: Path) -> Iterator[Path]:
 
 
 def _write_results(
-    comparison: Comparison, outcomes: Sequence[Sequence[Outcome]], leaks: Sequence[Leaks]
+    comparison: Comparison,
+    outcomes: Sequence[Sequence[Outcome]],
+    rates: Sequence[ChosenRate | None],
+    leaks: Sequence[Leaks],
 ) -> None:
     recipe, out = comparison.recipe, comparison.out
     names = [compared.folder for compared in comparison.weights]
@@ -440,7 +502,12 @@ def _write_results(
         changes=changes_to_protocol(recipe),
         differences=all_differences(rows, names),
         leaks=[found.to_json() for found in leaks],
-        notes=[*comparison.notes, *(str(found) for found in leaks if found.found)],
+        notes=[
+            *comparison.notes,
+            *(str(found) for found in leaks if found.found),
+            *_notes_on_rates(comparison, names, rates),
+            *_notes_on_supervised(comparison, rows),
+        ],
     )
     first = {name: of[0] for name, of in zip(names, outcomes, strict=True)}
     _write_analyses(comparison, first)
@@ -455,6 +522,32 @@ def _write_results(
             recipe.test.pictures,
         )
     results.write(out)
+
+
+def _notes_on_rates(
+    comparison: Comparison, names: Sequence[str], rates: Sequence[ChosenRate | None]
+) -> list[str]:
+    """Which learning rate each of the weights got, if a grid was tried."""
+    chosen = [f"{name} {rate.lr:.3g}" for name, rate in zip(names, rates, strict=True) if rate]
+    if not chosen:
+        return []
+    train = comparison.recipe.train
+    return [
+        f"lr was chosen for each of the weights from {sorted(train.lr_grid)} times {train.lr:g}, "
+        f"by AP on {train.lr_validation:.0%} of the training labels: {', '.join(chosen)}."
+    ]
+
+
+def _notes_on_supervised(comparison: Comparison, rows: Sequence[WeightsResult]) -> list[str]:
+    """A plain warning if weights that were trained with labels have the highest AP."""
+    best = max(range(len(rows)), key=lambda i: rows[i].metrics[PRIMARY])
+    weights = comparison.weights[best].weights
+    if len(rows) < 2 or weights is None or weights.metadata.encoder != SUPERVISED:
+        return []
+    return [
+        f"{rows[best].weights} was trained with the labels of another data set and has the highest "
+        f"{PRIMARY} here: none of the other weights replaces it for this detector."
+    ]
 
 
 def _write_analyses(comparison: Comparison, outcomes: Mapping[str, Outcome]) -> None:

@@ -99,6 +99,8 @@ def compare_labels(
     results = {}
     for count, comparison in parts.items():
         reporter.info(f"{count} labels:")
+        if world.is_main:
+            comparison.out.mkdir(exist_ok=True)
         results[count] = compare(comparison, world, False, reporter, limits, leaks_in)
         leaks_in = ()  # the test images are the same for every number
     if world.is_main:

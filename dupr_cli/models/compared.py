@@ -6,10 +6,13 @@ same everywhere.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from dupr_cli.artifacts.hub_weights import HUB
 from dupr_cli.artifacts.weights import (
@@ -23,6 +26,9 @@ from dupr_cli.errors import UsageError
 from dupr_cli.models.resnet import ResNetBackbone
 
 RANDOM_WEIGHTS = "none"
+PERMUTED = "permuted:"
+"""Prefix of an address: the same weights with the values of each tensor shuffled, as a control that
+keeps their scale and loses their structure."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +52,53 @@ class ComparedWeights:
 def open_compared(addresses: Sequence[str], fixed: str = "auto") -> list[ComparedWeights]:
     """Open the compared weights and check that all their tensors fit.
 
-    addresses: runs, checkpoints, weights files, hf://OWNER/NAME, torchvision:NAME, or none. fixed:
-    the required architecture, or `auto`: the one that the weights name (resnet50 if none does).
+    addresses: runs, checkpoints, weights files, hf://OWNER/NAME or torchvision:NAME, each possibly
+    after permuted:, or none. fixed: the required architecture, or `auto`: the one that the weights
+    name (resnet50 if none does).
     Raises UsageError for weights that cannot be read or do not fit.
     """
     if not addresses:
         raise UsageError("Give at least one of: run directory, checkpoint, weights file, none.")
-    own = [a for a in addresses if a != RANDOM_WEIGHTS and not a.startswith(TORCHVISION)]
-    opened = {a: read_weights(a) for a in own}
+    sources = {address: address.removeprefix(PERMUTED) for address in addresses}
+    if RANDOM_WEIGHTS in (s for a, s in sources.items() if a != s):
+        raise UsageError(f"{PERMUTED}{RANDOM_WEIGHTS}: random weights have no structure to lose.")
+    own = {s for s in sources.values() if s != RANDOM_WEIGHTS and not s.startswith(TORCHVISION)}
+    opened = {source: read_weights(source) for source in sorted(own)}
     named = {weights.metadata.architecture for weights in opened.values()}
-    without_name = [a for a in addresses if a not in opened]
+    without_name = [a for a in addresses if sources[a] not in opened]
     if fixed == "auto" and without_name and len(named) > 1:
         raise UsageError(
             f"{without_name[0]}: the other weights are of {' and '.join(sorted(named))}; evaluate "
             f"them separately, each with its own {without_name[0]}."
         )
     default = fixed if fixed != "auto" else next(iter(named), "resnet50")
-    for address in addresses:
-        if address.startswith(TORCHVISION):
-            opened[address] = read_torchvision_weights(address, default)
-    return [
-        _open_one(address, opened.get(address), default, fixed, number)
-        for number, address in enumerate(addresses, 1)
-    ]
+    for source in sources.values():
+        if source.startswith(TORCHVISION):
+            opened[source] = read_torchvision_weights(source, default)
+    found = []
+    for number, address in enumerate(addresses, 1):
+        weights = opened.get(sources[address])
+        if weights is not None and address.startswith(PERMUTED):
+            weights = permuted(weights)
+        found.append(_open_one(address, weights, default, fixed, number))
+    return found
+
+
+def permuted(weights: Weights) -> Weights:
+    """The weights with the values of each tensor in a random order, the same in every call.
+
+    Tensors of one value per channel, such as those of a norm, keep their values together: the
+    channels of one module move alike.
+    """
+    tensors = {}
+    for name, tensor in weights.tensors.items():
+        place = name if tensor.ndim > 1 else name.rpartition(".")[0]
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        order = torch.randperm(tensor.numel(), generator=generator)
+        tensors[name] = tensor.flatten()[order].view(tensor.shape)
+    digest = hashlib.sha256(f"{PERMUTED}{weights.sha256}".encode()).hexdigest()
+    return replace(weights, tensors=tensors, sha256=digest)
 
 
 def _open_one(
@@ -86,8 +116,11 @@ def _open_one(
     backbone = ResNetBackbone(architecture)
     count, total = load_backbone(backbone, weights), len(backbone.state_dict())
     # Resolving the path gives a name even to a run given as `.`.
-    published = address.startswith((TORCHVISION, HUB))
-    name = address.removeprefix(HUB) if published else Path(address).resolve().stem
+    source = address.removeprefix(PERMUTED)
+    published = source.startswith((TORCHVISION, HUB))
+    name = source.removeprefix(HUB) if published else Path(source).resolve().stem
+    if address != source:
+        name = f"permuted-{name}"
     plain = re.sub(r"[^\w.-]+", "-", name)[:40]
     loaded = f"{count} of {total} tensors of the {architecture} loaded"
     return ComparedWeights(address, architecture, weights, f"{number:02d}-{plain}", loaded)

@@ -24,6 +24,7 @@ from dupr_cli.recipe.load import (
 from dupr_cli.recipe.prepare import PrepareRecipe
 from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.recipe.probe import ProbeRecipe
+from dupr_cli.recipe.study import StudyRecipe
 
 __all__ = [
     "RECIPE_MODELS",
@@ -37,6 +38,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Section",
+    "StudyRecipe",
     "as_address",
     "as_addresses",
     "as_path",

@@ -145,6 +145,12 @@ class DetectionTrainSection(Section):
     """Number of devices that the schedule is meant for; `--scale-to-device` scales batch, lr and
     schedule to the number of available devices."""
     lr: Annotated[float, Field(gt=0)] = 0.02
+    lr_grid: list[Annotated[float, Field(gt=0)]] = []
+    """Factors of lr to try for each of the weights before its trials: the one with the highest AP
+    on a validation part of the training labels is used. All weights get the same grid; the test
+    images play no part. Empty: lr itself for all."""
+    lr_validation: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the labelled images that validates lr_grid; the trials themselves train on all."""
     backbone_lr: Annotated[float, Field(gt=0)] = 1.0
     """Factor of lr for the backbone; the head always has lr itself."""
     freeze_iterations: Annotated[int, Field(ge=0)] = 0
@@ -165,6 +171,12 @@ class DetectionTrainSection(Section):
     log_every: Positive = 20
     checkpoint_every: Positive = 1000
     """Iterations between checkpoints, from which an interrupted trial continues."""
+
+    @model_validator(mode="after")
+    def _grid_has_no_repetition(self) -> DetectionTrainSection:
+        if len(set(self.lr_grid)) < len(self.lr_grid) or len(self.lr_grid) == 1:
+            reject("lr_grid", f"{self.lr_grid}; give at least two factors, each once, or []")
+        return self
 
     @model_validator(mode="after")
     def _milestones_in_order(self) -> DetectionTrainSection:

@@ -27,8 +27,9 @@ from dupr_cli.recipe.export import ExportRecipe
 from dupr_cli.recipe.prepare import PrepareRecipe
 from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.recipe.probe import ProbeRecipe
+from dupr_cli.recipe.study import StudyRecipe
 
-Recipe = PrepareRecipe | PretrainRecipe | ExportRecipe | EvaluateRecipe | ProbeRecipe
+Recipe = PrepareRecipe | PretrainRecipe | ExportRecipe | EvaluateRecipe | ProbeRecipe | StudyRecipe
 
 RECIPE_MODELS: dict[str, type[Section]] = {
     "prepare": PrepareRecipe,
@@ -36,6 +37,7 @@ RECIPE_MODELS: dict[str, type[Section]] = {
     "export": ExportRecipe,
     "evaluate": EvaluateRecipe,
     "probe": ProbeRecipe,
+    "study": StudyRecipe,
 }
 
 Path_ = tuple[str, ...]

@@ -1,0 +1,80 @@
+"""The learning rate of each of the weights: chosen on a part of the training labels, alike for all.
+
+A rate that suits one start may not suit another, so a comparison at one rate may compare rates.
+Every factor of `train.lr_grid` gets one trial on the other part of the labelled images; these
+trials are kept, and reused, like all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dupr_cli.datasets.labelled import LabelledSet
+from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.statistics import PRIMARY
+from dupr_cli.evaluate.subsets import stratified
+from dupr_cli.evaluate.trials import Outcome
+from dupr_cli.recipe import EvaluateRecipe
+
+
+@dataclass(frozen=True)
+class ChosenRate:
+    """The rate that the trials of some weights use. scores: AP on the validation part, by lr."""
+
+    lr: float
+    scores: dict[float, float]
+
+
+@dataclass(frozen=True)
+class RateTrial:
+    """A trial of one rate. fold: train on the first set, and validate on the second."""
+
+    recipe: EvaluateRecipe
+    folder: Path
+    fold: tuple[LabelledSet, LabelledSet]
+
+
+def validation_fold(
+    labelled: LabelledSet, share: float, seed: int
+) -> tuple[LabelledSet, LabelledSet]:
+    """The images to train on and to validate on; every class keeps its share in the second.
+
+    Raises UsageError when there are too few images for both.
+    """
+    count = round(share * len(labelled))
+    if not 0 < count < len(labelled):
+        raise UsageError(
+            f"train.lr_grid: {len(labelled)} labelled images are too few to validate on "
+            f"{share:.0%} of them. Set train.lr_grid=[] or give more labels."
+        )
+    held = set(stratified(labelled.annotations, count, [seed, 1]))
+    rest = [i for i in range(len(labelled)) if i not in held]
+    return labelled.subset(rest), labelled.subset(sorted(held))
+
+
+def choose_rate(
+    recipe: EvaluateRecipe,
+    labelled: LabelledSet,
+    folder: Path,
+    finished: Callable[[RateTrial], Outcome],
+) -> ChosenRate:
+    """Try each factor of the grid, and take the rate with the highest AP, the lowest of equals.
+
+    labelled: the images that the trials train on. folder: of the weights. finished: runs a trial,
+    or reads its result.
+    """
+    train = recipe.train
+    fold = validation_fold(labelled, train.lr_validation, recipe.data.labels_seed)
+    scores = {}
+    for factor in sorted(train.lr_grid):
+        tried = with_rate(recipe, train.lr * factor)
+        trial = RateTrial(tried, folder / f"lr-{factor:g}", fold)
+        scores[tried.train.lr] = finished(trial).result.metrics[PRIMARY]
+    return ChosenRate(max(scores, key=lambda lr: (scores[lr], -lr)), scores)
+
+
+def with_rate(recipe: EvaluateRecipe, lr: float) -> EvaluateRecipe:
+    """The recipe with another learning rate."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": lr})})

@@ -1,0 +1,171 @@
+"""`dupr study`: many pre-training runs and evaluations as one table.
+
+    OUT/study.yaml                         the resolved recipe
+    OUT/pretrain/<method>-s<seed>/         a run of `dupr pretrain`
+    OUT/evaluate/<protocol>/<start>/       an evaluation of `dupr evaluate`, of one start
+    OUT/report.md  report.json  report.csv  report.tex  <protocol>.png
+    OUT/cells/                             what is finished, and how long it took
+
+A start is a run, or a control such as random weights. cells.py says which cells there are, and
+report.py turns their results into the report. Every cell is an ordinary output of its stage, so
+that what is finished is not run again, and an interrupted cell continues.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dupr_cli.artifacts.files import write_text
+from dupr_cli.errors import RunError, UsageError
+from dupr_cli.progress import Reporter, SilentReporter
+from dupr_cli.recipe import Overrides, as_path, recipe_yaml, resolve_recipe
+from dupr_cli.recipe.study import StudyRecipe
+from dupr_cli.runtime.output import holds, writing
+from dupr_cli.runtime.stopping import stoppable
+from dupr_cli.study.cells import Chain, chains, check_recipes, run_chain
+from dupr_cli.study.report import StudyReport, missing_cells, write_report
+from dupr_cli.study.types import StudyPlan
+
+RECIPE_FILE = "study.yaml"
+ENGINES = ("here", "ray")
+_POLL_SECONDS = 1.0
+
+
+def plan(
+    recipe: StudyRecipe | str | Path,
+    out: str | Path,
+    *,
+    overrides: Overrides = (),
+    task: tuple[int, int] | None = None,
+) -> StudyPlan:
+    """The cells of the study and those that are not finished. Nothing is changed.
+
+    Raises UsageError as `run` does.
+    """
+    recipe, out = resolve_recipe(StudyRecipe, recipe, overrides), as_path(out, "out")
+    _check(recipe, out)
+    of_task = _of_task(chains(recipe, out), task)
+    cells = [cell.name for chain in of_task for cell in chain.cells]
+    return StudyPlan(
+        name=recipe.name,
+        cells=cells,
+        missing=[name for name in missing_cells(recipe, out) if name in cells],
+        out=str(out),
+    )
+
+
+def run(
+    recipe: StudyRecipe | str | Path,
+    out: str | Path,
+    *,
+    overrides: Overrides = (),
+    device: str = "auto",
+    task: tuple[int, int] | None = None,
+    engine: str = "here",
+    max_hours: float | None = None,
+    reporter: Reporter | None = None,
+) -> StudyReport | None:
+    """Run the cells that are not finished, then write the report; None if cells are still missing.
+
+    task: (I, N), to run only part I of N, counted from 1, beside other processes on the same `out`;
+    whichever ends last writes the report. engine: here, or ray for a running cluster whose machines
+    see `out` and the data. max_hours: each cell that is running then is saved, and the rest waits.
+    Raises UsageError for a wrong recipe or an `out` that holds something else, and the errors of
+    the stages.
+    """
+    recipe, out = resolve_recipe(StudyRecipe, recipe, overrides), as_path(out, "out")
+    reporter = reporter or SilentReporter()
+    _check(recipe, out)
+    _check_engine(engine)
+    with (
+        stoppable("Finished cells are kept, and the same command continues."),
+        writing(out, "dupr study", shared=True),
+    ):
+        write_text(out / RECIPE_FILE, recipe_yaml(recipe))
+        wanted = _of_task(chains(recipe, out), task)
+        if engine == "ray":
+            _on_ray(recipe, wanted, device, reporter)
+        else:
+            deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+            for chain in wanted:
+                run_chain(recipe, chain, device, reporter, deadline)
+        missing = missing_cells(recipe, out)
+        if missing:
+            reporter.info(f"no report yet: {len(missing)} cells are missing, such as {missing[0]}")
+            return None
+        return write_report(recipe, out)
+
+
+def report(out: str | Path) -> StudyReport:
+    """Write the report of a study again. Raises UsageError when a cell is not finished."""
+    out = as_path(out, "out")
+    if not (out / RECIPE_FILE).is_file():
+        raise UsageError(f"{out}: the folder holds no study. `dupr study RECIPE --out` writes one.")
+    recipe = resolve_recipe(StudyRecipe, out / RECIPE_FILE)
+    missing = missing_cells(recipe, out)
+    if missing:
+        raise UsageError(
+            f"{out}: {len(missing)} cells are not finished, such as {missing[0]}. Run the study."
+        )
+    with writing(out, "dupr study", shared=True):
+        return write_report(recipe, out)
+
+
+def _check(recipe: StudyRecipe, out: Path) -> None:
+    for key in ("shards", "data"):
+        if not getattr(recipe, key):
+            raise UsageError(f"{key}: the study names no {key}. Give --{key}. (recipe key: {key})")
+    check_recipes(recipe)
+    holds(out, [RECIPE_FILE], "study")
+
+
+def _of_task(every: Sequence[Chain], task: tuple[int, int] | None) -> list[Chain]:
+    if task is None:
+        return list(every)
+    number, count = task
+    return list(every[number - 1 :: count])
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: use {' or '.join(ENGINES)}.")
+    if engine == "ray" and find_spec("ray") is None:
+        raise UsageError("--engine ray needs Ray: pip install 'dupr-cli[ray]'.")
+
+
+def _on_ray(recipe: StudyRecipe, wanted: Sequence[Chain], device: str, reporter: Reporter) -> None:
+    """Run each chain as a task of a Ray cluster."""
+    ray: Any = import_module("ray")
+    begun_here = not ray.is_initialized()
+    if begun_here:
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level="error")
+        except ConnectionError as error:
+            raise UsageError(
+                "--engine ray: this machine belongs to no running Ray cluster. Start one with "
+                "`ray start --head`, or set RAY_ADDRESS."
+            ) from error
+    resources = recipe.resources
+    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2)(run_chain)
+    try:
+        with reporter.task("study", len(wanted), "chains") as progress:
+            waiting = [
+                remote.remote(recipe, chain, device, SilentReporter(), None) for chain in wanted
+            ]
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
+                for _ in ray.get(done):
+                    progress.advance()
+    except ray.exceptions.RayError as error:
+        raise RunError(
+            f"a chain of the study failed on the Ray cluster: {error}. Give the same command again "
+            f"to continue."
+        ) from error
+    finally:
+        if begun_here:
+            ray.shutdown()

@@ -1,0 +1,190 @@
+"""The cells of a study: which runs and evaluations there are, their names, and how they run.
+
+Cells that need one another form a chain: a pre-training run, its evaluations, and those of its
+permuted weights. Chains are independent, so tasks and machines share them out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dupr_cli.artifacts.files import write_json
+from dupr_cli.errors import UsageError
+from dupr_cli.progress import Reporter
+from dupr_cli.recipe import EvaluateRecipe, PretrainRecipe, load_recipe, recipe_digest
+from dupr_cli.recipe.study import StudyRecipe
+
+PRETRAIN, EVALUATE, CELLS = "pretrain", "evaluate", "cells"
+_PERMUTED = "permuted:"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that are evaluated. kind: the method or control. seed: of pre-training, or None.
+
+    weights: their address.
+    """
+
+    kind: str
+    seed: int | None
+    weights: str
+
+    @property
+    def name(self) -> str:
+        plain = self.kind.replace(_PERMUTED, "permuted-").replace("/", "-").replace(":", "-")
+        return plain if self.seed is None else f"{plain}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run or evaluation. start: None for a pre-training run.
+
+    name: also its place in OUT. record: written when it is finished, with the time it took.
+    """
+
+    name: str
+    folder: Path
+    recipe: PretrainRecipe | EvaluateRecipe
+    record: Path
+    start: Start | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was finished with its present recipe."""
+        return self.facts().get("recipe_sha256") == recipe_digest(self.recipe)
+
+    def facts(self) -> dict[str, Any]:
+        """What its record holds; empty without one. Raises UsageError when it is damaged."""
+        if not self.record.is_file():
+            return {}
+        try:
+            return dict(json.loads(self.record.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"{self.record}: the record is damaged ({error}). Delete it; the same command then "
+                f"checks the cell again."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Cells to run in this order."""
+
+    cells: list[Cell]
+
+
+def check_recipes(recipe: StudyRecipe) -> None:
+    """Raises RecipeError for a recipe of a cell that is wrong."""
+    for name in recipe.methods:
+        pretrain_recipe(recipe, name, recipe.pretrain_seeds[0])
+    for name in recipe.protocols:
+        evaluate_recipe(recipe, name)
+
+
+def pretrain_recipe(recipe: StudyRecipe, method: str, seed: int) -> PretrainRecipe:
+    section = recipe.methods[method]
+    return load_recipe(PretrainRecipe, section.recipe, [*section.set, f"seed={seed}"])
+
+
+def evaluate_recipe(recipe: StudyRecipe, protocol: str) -> EvaluateRecipe:
+    section = recipe.protocols[protocol]
+    given = [*section.set, f"trials={section.seeds}"]
+    if section.labels is not None:
+        given.append(f"data.labels={section.labels}")
+    return load_recipe(EvaluateRecipe, section.recipe, given)
+
+
+def starts(recipe: StudyRecipe, out: Path) -> list[Start]:
+    """All starts, methods first."""
+    found = [
+        Start(method, seed, str(out / PRETRAIN / f"{method}-s{seed}"))
+        for method in recipe.methods
+        for seed in recipe.pretrain_seeds
+    ]
+    for control in recipe.controls:
+        method = control.removeprefix(_PERMUTED)
+        if control == method:
+            found.append(Start(control, None, control))
+        else:
+            found += [
+                Start(control, start.seed, f"{_PERMUTED}{start.weights}")
+                for start in found
+                if start.kind == method
+            ]
+    return found
+
+
+def chains(recipe: StudyRecipe, out: Path) -> list[Chain]:
+    """All cells of the study, in chains."""
+
+    def cell(
+        name: str, settings: PretrainRecipe | EvaluateRecipe, start: Start | None = None
+    ) -> Cell:
+        record = out / CELLS / f"{name.replace('/', '-')}.json"
+        return Cell(name, out / name, settings, record, start)
+
+    found: dict[str, list[Cell]] = {}
+    protocols = {name: evaluate_recipe(recipe, name) for name in recipe.protocols}
+    for start in starts(recipe, out):
+        source = start.weights.removeprefix(_PERMUTED)
+        of_source = found.setdefault(source, [])
+        if start.kind in recipe.methods:
+            assert start.seed is not None
+            settings = pretrain_recipe(recipe, start.kind, start.seed)
+            of_source.append(cell(f"{PRETRAIN}/{start.name}", settings))
+        for protocol, evaluation in protocols.items():
+            of_source.append(cell(f"{EVALUATE}/{protocol}/{start.name}", evaluation, start))
+    return [Chain(cells) for cells in found.values()]
+
+
+def all_cells(recipe: StudyRecipe, out: Path) -> Iterator[Cell]:
+    for chain in chains(recipe, out):
+        yield from chain.cells
+
+
+def run_chain(
+    recipe: StudyRecipe, chain: Chain, device: str, reporter: Reporter, deadline: float | None
+) -> None:
+    """Run the cells of a chain that are not finished. Raises the errors of their stages.
+
+    deadline: by time.monotonic; a cell that is running then is saved, with StoppedRunError.
+    """
+    for cell in chain.cells:
+        if cell.is_finished:
+            reporter.info(f"{cell.name}: finished before")
+            continue
+        reporter.info(f"{cell.name}:")
+        started = time.perf_counter()
+        hours = None if deadline is None else max(0.0, deadline - time.monotonic()) / 3600
+        facts = _run_cell(recipe, cell, device, reporter, hours)
+        seconds = round(time.perf_counter() - started, 1)
+        cell.record.parent.mkdir(parents=True, exist_ok=True)
+        digest = recipe_digest(cell.recipe)
+        write_json(cell.record, {"recipe_sha256": digest, "seconds": seconds, **facts})
+
+
+def _run_cell(
+    recipe: StudyRecipe, cell: Cell, device: str, reporter: Reporter, hours: float | None
+) -> dict[str, float]:
+    """Run one cell; returns what its record adds."""
+    from dupr_cli import evaluate, pretrain
+
+    if isinstance(cell.recipe, PretrainRecipe):
+        result = pretrain.run(
+            cell.recipe, recipe.shards, cell.folder, device=device, max_hours=hours,
+            reporter=reporter,
+        )  # fmt: skip
+        assert result is not None  # a study runs in a single process
+        return {"images_per_second": round(result.metrics.get("images_per_second", 0.0), 1)}
+    assert cell.start is not None
+    run = evaluate.run_labels if isinstance(cell.recipe.data.labels, list) else evaluate.run
+    run(
+        cell.recipe, [cell.start.weights], recipe.data, cell.folder, device=device,
+        max_hours=hours, reporter=reporter,
+    )  # fmt: skip
+    return {}
