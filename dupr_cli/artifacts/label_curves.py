@@ -45,6 +45,18 @@ class LabelsNeeded:
     low: float | None
     high: float | None
 
+    def described(self, curves: LabelCurves) -> str:
+        """The number in words, with its interval: 61 [52, 78], or fewer than 50."""
+        counts = [point.labels for point in next(iter(next(iter(curves.curves.values())).values()))]
+        if self.needed is None:
+            return f"fewer than {counts[0]}" if self.beyond == "less" else f"more than {counts[-1]}"
+        figure = f"{self.needed:.0f}"
+        if len(curves.seeds) == 1:
+            return figure
+        low = f"<{counts[0]}" if self.low is None else f"{self.low:.0f}"
+        high = f">{counts[-1]}" if self.high is None else f"{self.high:.0f}"
+        return f"{figure} [{low}, {high}]"
+
 
 @dataclass(frozen=True)
 class LabelCurves:

@@ -1,16 +1,21 @@
 """`dupr demo`: the four stages on generated scenes, from nothing to one table.
 
-scenes.py generates the input of a user: unlabelled images and a small labelled VOC tree.
+scenes.py generates the input of a user: unlabelled images and a small labelled VOC tree. Frozen
+evaluation shows what minutes of pre-training are worth: fine-tuning a whole detector takes longer
+than that to tell weights apart.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dupr_cli.artifacts.files import write_text
+from dupr_cli.artifacts.label_curves import LabelCurves
+from dupr_cli.artifacts.results import Results
+from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.artifacts.shards import UNFINISHED
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
@@ -19,20 +24,27 @@ from dupr_cli.runtime.stopping import stoppable
 
 UNLABELLED = 4000
 LABELLED = {"train": 200, "val": 300}
-PRETRAIN_RECIPE, EVALUATE_RECIPE = "demo-dupr-r18", "demo-voc"
+PRETRAIN_RECIPE, EVALUATE_RECIPE = "demo-dupr-r18", "demo-frozen"
 
 _MARKER, _SCENES_DONE = ".dupr-demo", ".scenes-done"
-_PICTURES = ("views", "curves", "detections")
+_PICTURES = ("views", "curves", "labels-saved", "detections")
+_NAMES = ("random", "DUPR")
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The measurements. ap50, retrieval: percent, by weights; report: the table as text."""
+    """The measurements, in percent. report: the table as text.
+
+    ap50: by weights and number of labels. gain: of DUPR over random weights, mean and interval, by
+    number of labels. retrieval: by weights and level.
+    """
 
     out: str
-    ap50: dict[str, float]
+    ap50: dict[str, dict[int, float]]
+    gain: dict[int, tuple[float, float, float]]
     retrieval: dict[str, dict[str, float]]
     pictures: dict[str, str]
+    images_per_second: float
     seconds: float
     report: str
 
@@ -43,7 +55,7 @@ def describe(out: Path) -> str:
         f"{out}/images      {UNLABELLED} unlabelled scenes, prepared into {out}/shards\n"
         f"{out}/run         pre-training ({PRETRAIN_RECIPE}), exported to backbone.safetensors\n"
         f"{out}/VOC2026     {LABELLED['train']} labelled scenes, {LABELLED['val']} for testing\n"
-        f"{out}/evaluation  detectors from DUPR and random weights ({EVALUATE_RECIPE})\n"
+        f"{out}/evaluation  detectors on DUPR and random features ({EVALUATE_RECIPE})\n"
         f"{out}/pictures    view pairs, curves, detections\n"
     )
 
@@ -112,23 +124,42 @@ def _run(
     draw_curves(run_dir, pictures / "curves.png")
     reporter.info("4/5 export: the backbone in torchvision's layout")
     export.run(load_recipe(ExportRecipe, "default"), str(run_dir), weights, overwrite=True)
-    reporter.info("5/5 evaluate: a detector from DUPR weights and one from random weights")
+    reporter.info("5/5 evaluate: detectors on frozen DUPR features and on random ones")
     settings = load_recipe(EvaluateRecipe, EVALUATE_RECIPE, [f"seed={seed}"])
-    found = evaluate.run(
-        settings, [str(weights), "none"], str(tree), results, device=device, reporter=reporter
+    curves = evaluate.run_labels(
+        settings, ["none", str(weights)], str(tree), results, device=device, reporter=reporter
     )
-    (pictures / "detections.png").write_bytes((results / "detections.png").read_bytes())
-    retrieval = _retrieval(run_dir)
-    ap50 = {
-        "DUPR": found.results[0].metrics["AP50"],
-        "random": found.results[1].metrics["AP50"],
-    }
-    files = {name: str(pictures / f"{name}.png") for name in _PICTURES}
-    seconds = time.perf_counter() - start
-    result = DemoResult(str(out), ap50, retrieval, files, seconds, "")
-    report = _report(result, found.train.images, found.test.images)
+    most = results / curves.folders[max(curves.folders)]
+    for name, source in (("detections", most), ("labels-saved", results)):
+        (pictures / f"{name}.png").write_bytes((source / f"{name}.png").read_bytes())
+    result = DemoResult(
+        str(out),
+        ap50={
+            name: {point.labels: point.mean for point in points}
+            for name, points in zip(_NAMES, curves.curves["AP50"].values(), strict=True)
+        },
+        gain=_gains(results, curves),
+        retrieval=_retrieval(run_dir),
+        pictures={name: str(pictures / f"{name}.png") for name in _PICTURES},
+        images_per_second=MetricsLog(run_dir).latest().get("images_per_second", 0.0),
+        seconds=time.perf_counter() - start,
+        report="",
+    )
+    report = _report(result, curves)
     write_text(out / "report.txt", report)
-    return DemoResult(str(out), ap50, retrieval, files, seconds, report)
+    return replace(result, report=report)
+
+
+def _gains(results: Path, curves: LabelCurves) -> dict[int, tuple[float, float, float]]:
+    """The difference of AP50 between DUPR and random weights, paired by seed, with its interval."""
+    found = {}
+    for labels, folder in curves.folders.items():
+        (difference,) = (
+            d for d in Results.read(results / folder).differences if d.metric == "AP50"
+        )
+        # The table has random minus DUPR.
+        found[labels] = (-difference.mean, -difference.high, -difference.low)
+    return found
 
 
 def _claim(out: Path, seed: int, overwrite: bool) -> None:
@@ -148,7 +179,7 @@ def _claim(out: Path, seed: int, overwrite: bool) -> None:
 def _clear(out: Path) -> None:
     """Remove the files that a demo and its stages wrote, and nothing else."""
     from dupr_cli.demo.scenes import scene_files, voc_tree_files
-    from dupr_cli.evaluate.comparison import output_files as evaluation_files
+    from dupr_cli.evaluate.label_curves import sweep_files as evaluation_files
     from dupr_cli.prepare.assembly import output_files as shard_files
     from dupr_cli.prepare.unfinished import clear
     from dupr_cli.pretrain import output_files as run_files
@@ -170,35 +201,49 @@ def _clear(out: Path) -> None:
 
 def _retrieval(run_dir: Path) -> dict[str, dict[str, float]]:
     """Held-out patch retrieval of the random and the trained backbone, percent by level."""
-    from dupr_cli.artifacts.run import MetricsLog
-
     probes = [
         {k.split("/")[1]: 100 * v for k, v in line.items() if k.startswith("retrieval/")}
         for line in MetricsLog(run_dir).read()
         if any(name.startswith("retrieval/") for name in line)
     ]
-    return {"random": probes[0], "DUPR": probes[-1]}
+    return dict(zip(_NAMES, (probes[0], probes[-1]), strict=True))
 
 
-def _report(result: DemoResult, labelled: int, tested: int) -> str:
-    levels = sorted(result.retrieval["DUPR"])
-    header = f"{'weights':<10}{'AP50':>8}" + "".join(f"{v + ' retrieval':>17}" for v in levels)
+def _report(result: DemoResult, curves: LabelCurves) -> str:
+    counts, levels = list(result.gain), sorted(result.retrieval["DUPR"])
+    heads = [f"AP50, {count} labels" for count in counts] + [f"{v} retrieval" for v in levels]
     rows = [
-        f"{name:<10}{result.ap50[name]:>8.1f}"
-        + "".join(f"{result.retrieval[name][level]:>16.1f}%" for level in levels)
-        for name in ("random", "DUPR")
+        (
+            name,
+            [f"{p.mean:.1f} ±{p.high - p.mean:.1f}" for p in points]
+            + [f"{result.retrieval[name][level]:.1f}%" for level in levels],
+        )
+        for name, points in zip(_NAMES, curves.curves["AP50"].values(), strict=True)
+    ]
+    gains = [f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in result.gain.values()]
+    rows.append(("gain", gains))
+    lines = [f"{'weights':<9}" + "".join(f"{head:>19}" for head in heads)]
+    lines += [f"{name:<9}" + "".join(f"{cell:>19}" for cell in cells) for name, cells in rows]
+    saved = [
+        f"DUPR needs {row.described(curves)} labelled scenes for what random weights reach "
+        f"with {row.baseline_labels}."
+        for row in curves.saved["AP50"]
     ]
     return "\n".join(
         [
-            header,
-            *rows,
+            *lines,
             "",
-            f"AP50: Faster R-CNN R18-C4, {labelled} labelled scenes, tested on {tested}; one seed.",
-            "retrieval: a held-out patch finds itself in the other view, before fine-tuning.",
+            *saved,
             "",
-            *(f"{name:<11} {path}" for name, path in result.pictures.items()),
-            f"{'tables':<11} {result.out}/evaluation/table.txt",
-            f"{result.seconds:.0f} s",
+            f"AP50: a small FCOS head on the frozen backbone's features, tested on "
+            f"{curves.test_images} scenes;",
+            f"means and {round(100 * curves.confidence)} % intervals over {len(curves.seeds)} "
+            f"seeds, each with its own draw of the labelled scenes.",
+            "retrieval: a held-out patch finds itself in the other view, among all patches.",
+            "",
+            *(f"{name:<13} {path}" for name, path in result.pictures.items()),
+            f"{'tables':<13} {result.out}/evaluation/labels-saved.txt",
+            f"{result.seconds:.0f} s, pre-training at {result.images_per_second:.0f} images/s",
             "",
         ]
     )

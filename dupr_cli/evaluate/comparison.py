@@ -412,9 +412,9 @@ class _Trials:
         outcome = read_outcome(folder, fingerprint, compared.address, test, classes)
         self.world.wait()
         if outcome is not None:
+            kind, _, value = folder.name.partition("-")
             self.reporter.info(
-                f"{compared.folder}, {folder.name.replace('-', ' ')}: finished before; its result "
-                f"is reused."
+                f"{compared.folder}, {kind} {value}: finished before; its result is reused."
             )
             if self.world.is_main:
                 remove_checkpoints(folder)

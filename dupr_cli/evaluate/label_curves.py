@@ -247,22 +247,6 @@ def _write(out: Path, curves: LabelCurves) -> None:
     curves.write(out)
 
 
-def describe(saved: LabelsNeeded, curves: LabelCurves) -> str:
-    """How many labels some weights need, in words, with the interval."""
-    counts = [point.labels for point in next(iter(curves.curves["AP"].values()))]
-    if saved.beyond == "less":
-        return f"fewer than {counts[0]}"
-    if saved.beyond == "more":
-        return f"more than {counts[-1]}"
-    assert saved.needed is not None
-    figure = f"{saved.needed:.0f}"
-    if len(curves.seeds) > 1:
-        low = f"{saved.low:.0f}" if saved.low is not None else f"<{counts[0]}"
-        high = f"{saved.high:.0f}" if saved.high is not None else f">{counts[-1]}"
-        figure += f" [{low}, {high}]"
-    return figure
-
-
 def text(curves: LabelCurves) -> str:
     """Plain text of at most 80 columns: a table for each metric, then the labels needed."""
     lines = textwrap.wrap(f"{curves.protocol}: {curves.metric}", _WIDTH)
@@ -284,7 +268,7 @@ def text(curves: LabelCurves) -> str:
         for row in rows:
             name = textwrap.shorten(row.weights, 24)
             lines.append(
-                f"  {name:<25}{describe(row, curves):>22} in place of {row.baseline_labels} "
+                f"  {name:<25}{row.described(curves):>22} in place of {row.baseline_labels} "
                 f"({metric} {row.target:.1f})"
             )
     lines.append("")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -143,11 +143,11 @@ def train_detector(
     sums = _Sums.from_extra(found.extra if found else {})
     if done >= train.iterations:
         return
-    trained = [p for p in _backbone_parameters(detector) if p.requires_grad]
     parameters = [p for p in detector.parameters() if p.requires_grad]
     detector.train()
     shown = _newest_score(trial)
     with (
+        _delayed(detector) as train_backbone,
         Stop(limits, launched=world.size > 1) as stop,
         closing(batches_from(done)) as batches,
         reporter.task(f"train {trial.name}", train.iterations, "iterations", done) as progress,
@@ -156,8 +156,7 @@ def train_detector(
             lr = learning_rate(train, iteration)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            for parameter in trained:  # without gradients the optimiser leaves them alone
-                parameter.requires_grad_(iteration >= train.freeze_iterations)
+            train_backbone(iteration >= train.freeze_iterations)
             losses = _seeded_losses(trial, next(batches), iteration)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(scaler.scale(torch.stack(list(losses.values())).sum()))
@@ -189,6 +188,24 @@ def train_detector(
             if stopping:
                 place = f"iteration {count} of {train.iterations} of {trial.name} is saved"
                 raise stopped(code, limits, f"{place} in {trial.folder}")
+
+
+@contextmanager
+def _delayed(detector: nn.Module) -> Iterator[Callable[[bool], None]]:
+    """A function that switches the training of the backbone; it is on again afterwards.
+
+    Parameters without a gradient are left alone by the optimiser, momentum and decay included.
+    """
+    trained = [p for p in _backbone_parameters(detector) if p.requires_grad]
+
+    def switch(on: bool) -> None:
+        for parameter in trained:
+            parameter.requires_grad_(on)
+
+    try:
+        yield switch
+    finally:
+        switch(True)
 
 
 def _shown(scores: Mapping[str, float]) -> str:

@@ -242,7 +242,7 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
         lines += _table(["difference", "labels", "metric", "mean", "interval", "verdict"], rows)
     saved = [
         [row.weights, metric, str(row.baseline_labels), f"{row.target:.1f}",
-         label_curves.describe(row, curves)]
+         row.described(curves)]
         for metric, of in curves.saved.items() for row in of
     ]  # fmt: skip
     if saved and len(counts) > 1:

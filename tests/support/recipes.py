@@ -51,3 +51,31 @@ def detection_recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe
             **overrides,
         }
     )
+
+
+def frozen_recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:
+    """A dense head on frozen features, at its smallest."""
+    sections: dict[str, object] = {
+        "detector": {
+            "model": "fcos-fpn",
+            "frozen": "res5",
+            "new_norm": "none",
+            "pyramid_channels": 32,
+            "head_convolutions": 1,
+            "anchor_sizes": [8, 16, 32],
+            "rpn_pre_nms": [50, 50],
+        },
+        "data": {"train_sizes": [64], "test_size": 64, "max_size": 128, "labels_vary": True},
+        "train": {
+            "iterations": iterations,
+            "batch_size": 2,
+            "optimizer": "adamw",
+            "schedule": "cosine",
+            "milestones": [],
+            "workers": 0,
+            "warmup": 0,
+            "lr": 0.002,
+        },
+        "test": {"precise_bn_batches": 2, "pictures": 0, "score_threshold": 0.0},
+    }
+    return EvaluateRecipe.model_validate({**sections, **overrides})

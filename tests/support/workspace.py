@@ -44,6 +44,15 @@ train:
 test: {precise_bn_batches: 1, pictures: 1, score_threshold: 0.0}
 """
 
+FROZEN = """
+extends: voc-frozen-tiny
+trials: 2
+detector: {backbone: resnet18, pyramid_channels: 32, head_convolutions: 1, rpn_pre_nms: [50, 50]}
+data: {train_sizes: [32], test_size: 32, max_size: 64, labels: [2, 4]}
+train: {iterations: 2, batch_size: 2, workers: 0, warmup: 0, checkpoint_every: 1}
+test: {precise_bn_batches: 1, pictures: 1, score_threshold: 0.0}
+"""
+
 
 def _as_yaml(overrides: Sequence[str]) -> str:
     """`a.b=c` overrides as nested YAML."""
@@ -127,7 +136,7 @@ def tiny_demo(root: Path) -> Iterator[None]:
     """`dupr demo` on a few scenes and steps instead of minutes of them."""
     pretrain, evaluate = root / "demo-pretrain.yaml", root / "demo-evaluate.yaml"
     pretrain.write_text(PRETRAIN)
-    evaluate.write_text(EVALUATE)
+    evaluate.write_text(FROZEN)
     values = {
         "UNLABELLED": 40,
         "LABELLED": {"train": 4, "val": 2},
