@@ -165,15 +165,20 @@ def _for_changed_source(work: Work, source: ImageSource, append: bool) -> Standi
 
 def _other_recipe(recipe: dict[str, Any], source: str, work: Work) -> dict[str, str]:
     """What differs from the recipe and the source's address, as one line of text per key."""
-    # Validation fills in the defaults of keys that an older dupr did not have.
-    before, now = PrepareRecipe.model_validate(recipe), work.recipe
+    now = work.recipe.model_dump(mode="json")
+    try:
+        # Validation fills in the defaults of keys that an older dupr did not have.
+        before = PrepareRecipe.model_validate(recipe).model_dump(mode="json")
+    except ValueError:  # written by a later dupr with other keys: the differences name them
+        before = recipe
     keys = [
-        recipe_keys(r.model_dump(mode="json", exclude={"description", "exclude"}))
+        recipe_keys({k: v for k, v in r.items() if k not in ("description", "exclude")})
         for r in (before, now)
     ]
     found = differences({**keys[0], "SOURCE": source}, {**keys[1], "SOURCE": work.address})
-    if before.exclude != now.exclude:
-        sets = describe_sets(before.exclude), describe_sets(now.exclude)
+    excluded = before.get("exclude", {})
+    if excluded != now["exclude"]:
+        sets = describe_sets(excluded), describe_sets(now["exclude"])
         found["exclude"] = f"exclude: {sets[0]} there, {sets[1]} now"
     return {key: f"  {line}" for key, line in found.items()}
 

@@ -135,6 +135,16 @@ def test_finished_output_is_left_alone_and_another_recipe_is_refused(
     assert len(list(out.glob("*.tar"))) == 4
 
 
+def test_a_recipe_key_of_a_later_dupr_is_named(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare.run(SMALL, image_folder, out, workers=1)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["recipe"]["polish"] = {"shine": 3}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=r"polish.shine: 3 there, None now"):
+        prepare.run(SMALL, image_folder, out, workers=1)
+
+
 def test_damaged_manifest_can_be_overwritten(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare.run(SMALL, image_folder, out, workers=1)
