@@ -35,7 +35,13 @@ from dupr_cli.evaluate.features import (
     open_features,
 )
 from dupr_cli.evaluate.leaks import Leaks, find_leaks
-from dupr_cli.evaluate.learning_rates import ChosenRate, RateTrial, choose_rate, with_rate
+from dupr_cli.evaluate.learning_rates import (
+    ChosenRate,
+    RateTrial,
+    choose_rate,
+    validation_fold,
+    with_rate,
+)
 from dupr_cli.evaluate.pictures import draw_curves, draw_detections
 from dupr_cli.evaluate.results_table import table
 from dupr_cli.evaluate.statistics import PRIMARY, all_differences, summed_up
@@ -238,12 +244,21 @@ def prepare_comparison(
     compared = open_compared(weights, recipe.detector.backbone)
     splits, tested = recipe.data.train_splits, recipe.data.test_splits
     train = open_labelled(data, splits, reporter, masks=recipe.has_masks)
-    test = train
-    if tested != splits:
-        test = open_labelled(data, tested, reporter, masks=recipe.has_masks)
     labelled = train.subset(with_objects(train))
     if not len(labelled):
         raise UsageError(f"{data}: no image of the split {train.split!r} has an object.")
+    test = train
+    if recipe.data.validation is not None:
+        labelled, test = validation_fold(
+            labelled, recipe.data.validation, recipe.data.labels_seed, "data.validation"
+        )
+        train = labelled
+        notes.append(
+            f"tested on {len(test)} of the labelled images of {train.split}, which are not trained "
+            f"on: a figure to choose settings by, not to report (data.validation)."
+        )
+    elif tested != splits:
+        test = open_labelled(data, tested, reporter, masks=recipe.has_masks)
     unseen = sorted(set(test.classes) - set(train.classes))
     if unseen:
         reporter.warning(
@@ -302,6 +317,11 @@ def with_labels(whole: Comparison, labels: int | str | None, out: Path) -> Compa
 def _batch_notes(recipe: EvaluateRecipe, processes: int) -> list[str]:
     """Notes about the batch size. Raises UsageError when the batch cannot be split."""
     batch, norm = recipe.train.batch_size, recipe.detector.norm
+    if recipe.is_frozen and processes > 1:
+        raise UsageError(
+            "frozen evaluation runs in one process: its trials take a minute each, and share their "
+            "features. Leave --nproc out; `dupr study --task I/N` shares out weights."
+        )
     if batch % processes:
         raise UsageError(
             f"train.batch_size is {batch}, which does not divide equally among {processes} "
@@ -309,7 +329,7 @@ def _batch_notes(recipe: EvaluateRecipe, processes: int) -> list[str]:
             f"(recipe key: train.batch_size)"
         )
     images = batch if norm == "sync" else batch // processes
-    if norm == "frozen" or images >= _SMALL_BATCH:
+    if norm == "frozen" or recipe.is_frozen or images >= _SMALL_BATCH:
         return []
     return [
         f"batch norm is trained with statistics of {images} images (16 in the protocols): they are "

@@ -37,17 +37,17 @@ class RateTrial:
 
 
 def validation_fold(
-    labelled: LabelledSet, share: float, seed: int
+    labelled: LabelledSet, share: float, seed: int, key: str
 ) -> tuple[LabelledSet, LabelledSet]:
     """The images to train on and to validate on; every class keeps its share in the second.
 
-    Raises UsageError when there are too few images for both.
+    key: the recipe key that asks for it. Raises UsageError when there are too few images for both.
     """
     count = round(share * len(labelled))
     if not 0 < count < len(labelled):
         raise UsageError(
-            f"train.lr_grid: {len(labelled)} labelled images are too few to validate on "
-            f"{share:.0%} of them. Set train.lr_grid=[] or give more labels."
+            f"{key}: {len(labelled)} labelled images are too few to validate on {share:.0%} of "
+            f"them. Leave the key out, or give more labels. (recipe key: {key})"
         )
     held = set(stratified(labelled.annotations, count, [seed, 1]))
     rest = [i for i in range(len(labelled)) if i not in held]
@@ -66,7 +66,7 @@ def choose_rate(
     or reads its result.
     """
     train = recipe.train
-    fold = validation_fold(labelled, train.lr_validation, recipe.data.labels_seed)
+    fold = validation_fold(labelled, train.lr_validation, recipe.data.labels_seed, "train.lr_grid")
     scores = {}
     for factor in sorted(train.lr_grid):
         tried = with_rate(recipe, train.lr * factor)

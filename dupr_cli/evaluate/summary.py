@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dupr_cli.artifacts.files import atomic_file, write_json, write_text
+from dupr_cli.artifacts.label_curves import LABELS_SAVED, LabelCurves
 from dupr_cli.artifacts.results import Results
 from dupr_cli.progress import Reporter
 from dupr_cli.runtime.output import require_own, writing
@@ -45,7 +46,7 @@ def summarise(folders: Sequence[Path], out: Path | None, reporter: Reporter) -> 
     Raises UsageError for a folder without results, and for an `out` that holds anything else.
     """
     groups: dict[tuple[object, ...], list[SummaryRow]] = {}
-    for folder in folders:
+    for folder in _evaluations(folders):
         results = Results.read(folder)
         key = (results.metric, results.test.image_ids_sha256)
         groups.setdefault(key, []).extend(
@@ -68,6 +69,17 @@ def summarise(folders: Sequence[Path], out: Path | None, reporter: Reporter) -> 
             write_text(out / TABLE, summary_table(summary))
             _plot(out / PLOT, summary)
     return summary
+
+
+def _evaluations(folders: Sequence[Path]) -> list[Path]:
+    """The folders, with those of each number of labels in place of a comparison over labels."""
+    found: list[Path] = []
+    for folder in folders:
+        if (folder / LABELS_SAVED).is_file():
+            found += [folder / name for name in LabelCurves.read(folder).folders.values()]
+        else:
+            found.append(folder)
+    return found
 
 
 def summary_table(summary: Summary) -> str:

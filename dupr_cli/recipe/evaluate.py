@@ -110,6 +110,9 @@ class DetectionDataSection(Section):
     annotations/instances_train2017.json."""
     test_splits: Annotated[list[str], Field(min_length=1)] = ["val"]
     """Splits to test on, joined."""
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Test on this share of the labelled training images, and train on the rest: to choose settings
+    without the test splits, which are then not opened."""
     labels: Positive | Labels | LabelList | None = None
     """Train only on this number of labelled images, on this share of them (`1%`), or on those that
     a labels.json names. A list of numbers and shares, such as [50, 100, all], evaluates each and

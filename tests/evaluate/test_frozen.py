@@ -338,6 +338,23 @@ def test_the_rate_is_chosen_on_training_labels_alike_for_all(
     assert sum("lr 1e-06: finished before" in line for line in reporter.said) == 2
 
 
+@pytest.mark.slow
+def test_validation_leaves_the_test_split_alone(tree: Path, tmp_path: Path) -> None:
+    data = frozen_recipe().data.model_copy(update={"validation": 0.25, "test_splits": ["nowhere"]})
+    recipe = frozen_recipe().model_copy(update={"data": data})
+    found = evaluate.run(recipe, ["none"], str(tree), tmp_path, device="cpu")
+    assert (found.train.images, found.test.images) == (6, 2)
+    assert any("not to report" in note for note in found.notes)
+    rows = json.loads((tmp_path / "01-none" / "seed-0" / "detections.json").read_text())
+    assert {row["image_id"] for row in rows} <= set(opened(tree, "train").ids)
+
+
+def test_frozen_evaluation_is_refused_in_several_processes(tree: Path, tmp_path: Path) -> None:
+    done = dupr("evaluate", "voc", "none", "--frozen", "--data", tree, "--out", tmp_path / "out",
+                "--nproc", 2, "--dry-run", code=2)  # fmt: skip
+    assert "runs in one process" in done.stderr
+
+
 def test_permuted_weights_keep_their_values_and_lose_their_order(weights: Path) -> None:
     plain, shuffled = open_compared([str(weights), f"permuted:{weights}"])
     (again,) = open_compared([f"permuted:{weights}"])

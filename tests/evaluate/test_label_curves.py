@@ -124,6 +124,10 @@ def test_the_whole_comparison(tmp_path: Path) -> None:
     assert "\\bottomrule" in (out / "labels-saved.tex").read_text()
     assert Image.open(out / "labels-saved.png").width > 600
 
+    done = dupr("evaluate", "report", out, "--json")
+    (group,) = json.loads(done.stdout)["groups"]
+    assert [row["labels"] for row in group] == [4, 4, 8, 8]
+
     # One more number of labels runs alone; the others are reused.
     reporter = Listening()
     more = evaluate.run_labels(
