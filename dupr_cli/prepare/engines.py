@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from importlib import import_module
-from importlib.util import find_spec
 from threading import Thread
 from typing import Any
 
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.prepare.blocks import BlockReport, Work, write_block
 from dupr_cli.progress import Task
+from dupr_cli.runtime.ray_cluster import ray_cluster, require_ray
 from dupr_cli.runtime.stopping import deferred, ignore_signals, raise_if_stopped
 
 Block = tuple[str, int]
@@ -34,8 +33,8 @@ def check_engine(engine: str) -> None:
     """Raises UsageError when the engine is unknown or its package is not installed."""
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: use {' or '.join(ENGINES)}.")
-    if engine == "ray" and find_spec("ray") is None:
-        raise UsageError("--engine ray needs Ray: pip install 'dupr-cli[ray]'.")
+    if engine == "ray":
+        require_ray()
 
 
 def write_blocks(
@@ -150,19 +149,9 @@ def _write_in_worker(work: Work, block: Block, threads: int) -> BlockReport:
 
 def _on_ray(work: Work, blocks: Sequence[Block], remote: bool, progress: Task) -> None:
     """Run blocks as tasks of a Ray cluster, whose machines must all see source and output."""
-    ray: Any = import_module("ray")
-    begun_here = not ray.is_initialized()
-    if begun_here:
-        try:
-            ray.init(address="auto", log_to_driver=False, logging_level="error")
-        except ConnectionError as error:
-            raise UsageError(
-                "--engine ray: this machine belongs to no running Ray cluster. Start one with "
-                "`ray start --head`, or set RAY_ADDRESS."
-            ) from error
-    write = ray.remote(num_cpus=1, max_retries=2)(write_block)
     threads = REMOTE_THREADS if remote else 1
-    try:
+    with ray_cluster() as ray:
+        write = ray.remote(num_cpus=1, max_retries=2)(write_block)
         shared = ray.put(work)
         cores = int(ray.cluster_resources().get("CPU", 1))
         waiting: list[Any] = []
@@ -175,13 +164,3 @@ def _on_ray(work: Work, blocks: Sequence[Block], remote: bool, progress: Task) -
             done, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
             for report in ray.get(done):
                 progress.advance(report.images)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.as_instanceof_cause()
-        raise (cause if isinstance(cause, OSError) else RunError(str(error))) from error
-    except ray.exceptions.RayError as error:
-        raise RunError(
-            f"the Ray cluster failed: {error}. Give the same command again to continue."
-        ) from error
-    finally:
-        if begun_here:
-            ray.shutdown()

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dupr_cli.artifacts.files import write_text
-from dupr_cli.errors import RunError, UsageError
+from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import Overrides, as_path, recipe_yaml, resolve_recipe
 from dupr_cli.recipe.study import StudyRecipe
 from dupr_cli.runtime.output import holds, writing
+from dupr_cli.runtime.ray_cluster import ray_cluster, require_ray
 from dupr_cli.runtime.stopping import stoppable
 from dupr_cli.study.cells import Chain, chains, check_recipes, run_chain
 from dupr_cli.study.report import StudyReport, missing_cells, write_report
@@ -134,38 +132,19 @@ def _of_task(every: Sequence[Chain], task: tuple[int, int] | None) -> list[Chain
 def _check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: use {' or '.join(ENGINES)}.")
-    if engine == "ray" and find_spec("ray") is None:
-        raise UsageError("--engine ray needs Ray: pip install 'dupr-cli[ray]'.")
+    if engine == "ray":
+        require_ray()
 
 
 def _on_ray(recipe: StudyRecipe, wanted: Sequence[Chain], device: str, reporter: Reporter) -> None:
-    """Run each chain as a task of a Ray cluster."""
-    ray: Any = import_module("ray")
-    begun_here = not ray.is_initialized()
-    if begun_here:
-        try:
-            ray.init(address="auto", log_to_driver=False, logging_level="error")
-        except ConnectionError as error:
-            raise UsageError(
-                "--engine ray: this machine belongs to no running Ray cluster. Start one with "
-                "`ray start --head`, or set RAY_ADDRESS."
-            ) from error
+    """Run each chain as a task of a Ray cluster, whose machines must all see the data and OUT."""
     resources = recipe.resources
-    remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2)(run_chain)
-    try:
-        with reporter.task("study", len(wanted), "chains") as progress:
-            waiting = [
-                remote.remote(recipe, chain, device, SilentReporter(), None) for chain in wanted
-            ]
-            while waiting:
-                done, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
-                for _ in ray.get(done):
-                    progress.advance()
-    except ray.exceptions.RayError as error:
-        raise RunError(
-            f"a chain of the study failed on the Ray cluster: {error}. Give the same command again "
-            f"to continue."
-        ) from error
-    finally:
-        if begun_here:
-            ray.shutdown()
+    with ray_cluster() as ray, reporter.task("study", len(wanted), "chains") as progress:
+        remote = ray.remote(
+            num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2
+        )(run_chain)  # fmt: skip
+        waiting = [remote.remote(recipe, chain, device, SilentReporter(), None) for chain in wanted]
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
+            for _ in ray.get(done):
+                progress.advance()
