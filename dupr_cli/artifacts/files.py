@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +45,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other process uses, on any machine that sees the folder."""
+    host = zlib.crc32(socket.gethostname().encode())
+    return path.with_name(f".{path.name}.{host}{os.getpid():07d}.tmp")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears at `path` only if the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with naming(path), temporary.open("wb") as file:
             yield file
@@ -87,7 +95,7 @@ def write_json(path: Path, value: object) -> None:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` with its files only if the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

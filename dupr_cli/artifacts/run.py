@@ -226,6 +226,15 @@ class MetricsLog:
                 break
         return lines
 
+    def retrieval(self) -> list[dict[str, float]]:
+        """Held-out patch retrieval of all pairs, percent by level, at the start and as measured."""
+        prefix = "retrieval/"
+        return [
+            {k.removeprefix(prefix): 100 * v for k, v in line.items() if k.startswith(prefix)}
+            for line in self.read()
+            if any(name.startswith(prefix) for name in line)
+        ]
+
     def latest(self) -> dict[str, float]:
         """The newest value of every logged quantity."""
         values: dict[str, float] = {}

@@ -238,6 +238,11 @@ def _resolve(protocol: str, options: FineTuning, common: Common) -> EvaluateReci
         trials=("trials", options.seeds),
         labels=("data.labels", _labels(options.labels)),
     )
+    if options.frozen and protocol == "cityscapes":
+        raise UsageError(
+            "--frozen: Cityscapes is measured by masks, which need a fine-tuned detector. "
+            "`dupr evaluate coco --frozen` takes its boxes in COCO's layout."
+        )
     default = f"{protocol}-frozen-tiny" if options.frozen else f"{protocol}-tiny"
     resolved = load_recipe(EvaluateRecipe, common.recipe or default, given)
     if options.frozen and not resolved.is_frozen:

@@ -132,6 +132,7 @@ def _run(
     most = results / curves.folders[max(curves.folders)]
     for name, source in (("detections", most), ("labels-saved", results)):
         (pictures / f"{name}.png").write_bytes((source / f"{name}.png").read_bytes())
+    retrieval = MetricsLog(run_dir).retrieval()
     result = DemoResult(
         str(out),
         ap50={
@@ -139,7 +140,7 @@ def _run(
             for name, points in zip(_NAMES, curves.curves["AP50"].values(), strict=True)
         },
         gain=_gains(results, curves),
-        retrieval=_retrieval(run_dir),
+        retrieval=dict(zip(_NAMES, (retrieval[0], retrieval[-1]), strict=True)),
         pictures={name: str(pictures / f"{name}.png") for name in _PICTURES},
         images_per_second=MetricsLog(run_dir).latest().get("images_per_second", 0.0),
         seconds=time.perf_counter() - start,
@@ -179,7 +180,7 @@ def _claim(out: Path, seed: int, overwrite: bool) -> None:
 def _clear(out: Path) -> None:
     """Remove the files that a demo and its stages wrote, and nothing else."""
     from dupr_cli.demo.scenes import scene_files, voc_tree_files
-    from dupr_cli.evaluate.label_curves import sweep_files as evaluation_files
+    from dupr_cli.evaluate.label_curves import label_curve_files as evaluation_files
     from dupr_cli.prepare.assembly import output_files as shard_files
     from dupr_cli.prepare.unfinished import clear
     from dupr_cli.pretrain import output_files as run_files
@@ -199,16 +200,6 @@ def _clear(out: Path) -> None:
     remove(out, files)
 
 
-def _retrieval(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Held-out patch retrieval of the random and the trained backbone, percent by level."""
-    probes = [
-        {k.split("/")[1]: 100 * v for k, v in line.items() if k.startswith("retrieval/")}
-        for line in MetricsLog(run_dir).read()
-        if any(name.startswith("retrieval/") for name in line)
-    ]
-    return dict(zip(_NAMES, (probes[0], probes[-1]), strict=True))
-
-
 def _report(result: DemoResult, curves: LabelCurves) -> str:
     counts, levels = list(result.gain), sorted(result.retrieval["DUPR"])
     heads = [f"AP50, {count} labels" for count in counts] + [f"{v} retrieval" for v in levels]
@@ -222,8 +213,8 @@ def _report(result: DemoResult, curves: LabelCurves) -> str:
     ]
     gains = [f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in result.gain.values()]
     rows.append(("gain", gains))
-    lines = [f"{'weights':<9}" + "".join(f"{head:>19}" for head in heads)]
-    lines += [f"{name:<9}" + "".join(f"{cell:>19}" for cell in cells) for name, cells in rows]
+    lines = [f"{'weights':<9}" + "".join(f"{head:>17}" for head in heads)]
+    lines += [f"{name:<9}" + "".join(f"{cell:>17}" for cell in cells) for name, cells in rows]
     saved = [
         f"DUPR needs {row.described(curves)} labelled scenes for what random weights reach "
         f"with {row.baseline_labels}."

@@ -49,6 +49,7 @@ from dupr_cli.evaluate.subsets import (
     LABELS_FILE,
     choose_labels,
     draw_note,
+    require_objects,
     with_objects,
     write_labels,
 )
@@ -179,7 +180,9 @@ class Comparison:
     @property
     def varies(self) -> bool:
         """Whether every seed trains on its own draw of the labelled images."""
-        return self.recipe.data.labels_vary and len(self.train) < len(self.labelled)
+        labels = self.recipe.data.labels
+        stored = isinstance(labels, str) and labels.endswith(".json")
+        return self.recipe.data.labels_vary and not stored and len(self.train) < len(self.labelled)
 
     def trial_fingerprint(self, compared: ComparedWeights, seed: int) -> dict[str, object]:
         """What identifies the result of one trial."""
@@ -272,11 +275,7 @@ def prepare_comparison(
             f"{train.split} and {test.split}: AP will include images that were trained on."
         )
     test = test.subset(range(len(test))[: recipe.data.test_images])
-    if all((a.difficult | a.crowd).all() for a in test.annotations):
-        raise UsageError(
-            f"{data}: the {len(test)} images of the split {test.split!r} have no object to find "
-            f"(difficult objects do not count)."
-        )
+    require_objects(test, f"the split {test.split!r}")
     classes = sorted({*train.classes, *test.classes})
     whole = Comparison(
         recipe, compared, labelled, {}, labelled, test, classes, device, processes, out,
@@ -382,6 +381,7 @@ class _Trials:
     reporter: Reporter
     limits: Limits | None
     features: Features | None = None
+    ran: bool = False  # a trial in this call
 
     @property
     def folder(self) -> Path:
@@ -391,7 +391,8 @@ class _Trials:
         """The outcome of each seed, and the learning rate if a grid was tried."""
         recipe, rate = self.comparison.recipe, None
         if recipe.train.lr_grid:
-            rate = choose_rate(recipe, self.comparison.train, self.folder, self._of_rate)
+            first = self.comparison.seeds[0]
+            rate = choose_rate(recipe, self.comparison.train, self.folder, first, self._of_rate)
             shown = ", ".join(f"{lr:.3g}: AP {ap:.1f}" for lr, ap in rate.scores.items())
             self.reporter.info(f"{self.compared.folder}: lr {rate.lr:.3g} ({shown})")
             recipe = with_rate(recipe, rate.lr)
@@ -439,6 +440,11 @@ class _Trials:
             if self.world.is_main:
                 remove_checkpoints(folder)
             return outcome
+        if self.ran and self.limits is not None and self.world.size == 1:
+            self.limits.require_time(
+                f"the trials of {compared.folder} before {folder.name} are kept"
+            )
+        self.ran = True
         outcome = run_trial(
             recipe, compared, train, test, classes, seed, folder, self.world, self.reporter,
             self.limits, self._features_for(test),
@@ -482,7 +488,7 @@ def output_files(out: Path) -> Iterator[Path]:
     kinds = ("seed-*", "lr-*")
     trials = [t for name in folders for kind in kinds for t in (out / name).glob(kind)]
     # Older versions of dupr recorded no folders.
-    trials = trials or list(out.glob("[0-9][0-9]-*/seed-*"))
+    trials = trials or [t for kind in kinds for t in out.glob(f"[0-9][0-9]-*/{kind}")]
     for trial in trials:
         yield trial / RESULT_FILE
         yield trial / DETECTIONS_FILE
@@ -524,6 +530,7 @@ def _write_results(
         leaks=[found.to_json() for found in leaks],
         notes=[
             *comparison.notes,
+            *_notes_on_draws(comparison),
             *(str(found) for found in leaks if found.found),
             *_notes_on_rates(comparison, names, rates),
             *_notes_on_supervised(comparison, rows),
@@ -542,6 +549,16 @@ def _write_results(
             recipe.test.pictures,
         )
     results.write(out)
+
+
+def _notes_on_draws(comparison: Comparison) -> list[str]:
+    if not comparison.varies:
+        return []
+    return [
+        f"every seed trains on its own draw of {len(comparison.train)} of the "
+        f"{len(comparison.labelled)} labelled images, the same for all weights; the images named "
+        f"here are those of seed {comparison.seeds[0]}."
+    ]
 
 
 def _notes_on_rates(

@@ -206,7 +206,7 @@ def open_features(
         "architecture": compared.architecture,
         "levels": list(DENSE_LEVELS),
         "batch norm": [labelled.digest, data.train_sizes, measured_batches(recipe, labelled)],
-        "batch size": recipe.train.batch_size,
+        "batches": [recipe.train.batch_size, data.flip, data.group_by_aspect],
         "max_size": data.max_size,
         "precision": recipe.train.precision,
         "device": device.type,

@@ -14,7 +14,7 @@ from pathlib import Path
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.statistics import PRIMARY
-from dupr_cli.evaluate.subsets import stratified
+from dupr_cli.evaluate.subsets import require_objects, stratified
 from dupr_cli.evaluate.trials import Outcome
 from dupr_cli.recipe import EvaluateRecipe
 
@@ -41,7 +41,8 @@ def validation_fold(
 ) -> tuple[LabelledSet, LabelledSet]:
     """The images to train on and to validate on; every class keeps its share in the second.
 
-    key: the recipe key that asks for it. Raises UsageError when there are too few images for both.
+    key: the recipe key that asks for it. Raises UsageError when there are too few images for both,
+    or nothing to find in the second.
     """
     count = round(share * len(labelled))
     if not 0 < count < len(labelled):
@@ -51,26 +52,29 @@ def validation_fold(
         )
     held = set(stratified(labelled.annotations, count, [seed, 1]))
     rest = [i for i in range(len(labelled)) if i not in held]
-    return labelled.subset(rest), labelled.subset(sorted(held))
+    validation = labelled.subset(sorted(held))
+    require_objects(validation, f"the part that validates ({key})")
+    return labelled.subset(rest), validation
 
 
 def choose_rate(
     recipe: EvaluateRecipe,
     labelled: LabelledSet,
     folder: Path,
+    seed: int,
     finished: Callable[[RateTrial], Outcome],
 ) -> ChosenRate:
     """Try each factor of the grid, and take the rate with the highest AP, the lowest of equals.
 
-    labelled: the images that the trials train on. folder: of the weights. finished: runs a trial,
-    or reads its result.
+    labelled: the images that the trials train on. folder: of the weights. seed: of these trials.
+    finished: runs a trial, or reads its result.
     """
     train = recipe.train
     fold = validation_fold(labelled, train.lr_validation, recipe.data.labels_seed, "train.lr_grid")
     scores = {}
     for factor in sorted(train.lr_grid):
         tried = with_rate(recipe, train.lr * factor)
-        trial = RateTrial(tried, folder / f"lr-{factor:g}", fold)
+        trial = RateTrial(tried, folder / f"lr-{factor:g}-seed-{seed}", fold)
         scores[tried.train.lr] = finished(trial).result.metrics[PRIMARY]
     return ChosenRate(max(scores, key=lambda lr: (scores[lr], -lr)), scores)
 

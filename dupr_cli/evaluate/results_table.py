@@ -87,7 +87,7 @@ def table(results: Results) -> str:
     for name, entry in zip(names, results.results, strict=True):
         figures = "".join(_figure(entry, metric, count) for metric in compared)
         lines.append(
-            f"{_short(name):<{_NAME_WIDTH}} {entry.architecture:<11}{figures}"
+            f"{shortened(name):<{_NAME_WIDTH}} {entry.architecture:<11}{figures}"
             f"{entry.seconds['train']:9.0f}"
         )
     lines += _difference_lines(results, count)
@@ -151,7 +151,7 @@ def _metric_table(
     lines = [f"{'metric':<{_NAME_WIDTH}}{_numbers(names, columns)}"]
     for metric in metrics:
         cells = [results.results[i].metrics.get(metric) for i in columns]
-        lines.append(f"{_short(metric):<{_NAME_WIDTH}}{_cells(cells)}")
+        lines.append(f"{shortened(metric):<{_NAME_WIDTH}}{_cells(cells)}")
     return lines
 
 
@@ -173,9 +173,10 @@ def _class_table(results: Results, names: Sequence[str], columns: range) -> list
     for name in results.classes:
         found = [results.results[i].per_class.get(name) for i in columns]
         cells = [None if of is None else of["AP"] for of in found]
-        lines.append(f"{_short(name):<{_NAME_WIDTH}}{_cells(cells)}")
+        lines.append(f"{shortened(name):<{_NAME_WIDTH}}{_cells(cells)}")
     return lines
 
 
-def _short(name: str, width: int = _NAME_WIDTH) -> str:
+def shortened(name: str, width: int = _NAME_WIDTH) -> str:
+    """A name of at most `width` characters."""
     return name if len(name) <= width else name[: width - 3] + "..."

@@ -67,10 +67,14 @@ def limited(recipe: EvaluateRecipe, limit: int) -> tuple[EvaluateRecipe, str]:
     }
     images = min(limit, data.test_images or limit)
     batches = min(limit, recipe.test.precise_bn_batches)
+    changed: dict[str, object] = {"test_images": images}
+    if recipe.is_frozen and data.labels is None:
+        # Features are computed of all labelled images, wanted or not.
+        changed["labels"] = iterations * train.batch_size
     cut = {
         "test": recipe.test.model_copy(update={"precise_bn_batches": batches}),
         "train": train.model_copy(update=shorter),
-        "data": data.model_copy(update={"test_images": images}),
+        "data": data.model_copy(update=changed),
     }
     note = f"limited to {iterations} iterations and {images} test images: its AP is not a result"
     return recipe.model_copy(update=cut), note

@@ -30,6 +30,15 @@ def with_objects(images: LabelledSet) -> list[int]:
     return [i for i, annotation in enumerate(images.annotations) if (~annotation.crowd).any()]
 
 
+def require_objects(images: LabelledSet, what: str) -> None:
+    """Raises UsageError unless an object is to be found in the images. what: for the message."""
+    if all((a.difficult | a.crowd).all() for a in images.annotations):
+        raise UsageError(
+            f"{images.address}: the {len(images)} images of {what} have no object to find "
+            f"(difficult objects do not count)."
+        )
+
+
 def choose_labels(
     images: LabelledSet, data: DetectionDataSection, trial: int | None = None
 ) -> list[int]:
@@ -136,7 +145,8 @@ def stored_labels(path: Path, images: LabelledSet) -> list[int]:
         ) from error
     if unknown:
         raise UsageError(
-            f"{path}: {len(unknown)} of its {len(wanted)} images are not in {images.address}, "
-            f"split {images.split}; the first is {unknown[0]}."
+            f"{path}: {len(unknown)} of its {len(wanted)} images are not among those of "
+            f"{images.address}, split {images.split}, that have an object; the first is "
+            f"{unknown[0]}."
         )
     return sorted(known[image_id] for image_id in set(wanted))

@@ -24,11 +24,9 @@ from dupr_cli.artifacts.weights import (
 )
 from dupr_cli.errors import UsageError
 from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.recipe.base import PERMUTED
 
 RANDOM_WEIGHTS = "none"
-PERMUTED = "permuted:"
-"""Prefix of an address: the same weights with the values of each tensor shuffled, as a control that
-keeps their scale and loses their structure."""
 
 
 @dataclass(frozen=True)

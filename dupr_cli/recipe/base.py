@@ -18,6 +18,8 @@ Backbone = Literal[
 ]
 # Prefix of a network's name: any network that timm can split into levels, for pre-training.
 TIMM = "timm:"
+# Prefix of weights whose tensors are shuffled, a control that keeps scale and loses structure.
+PERMUTED = "permuted:"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

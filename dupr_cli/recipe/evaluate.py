@@ -21,7 +21,7 @@ Model = Literal[
 LabelList = Annotated[
     list[Positive | Annotated[str, Field(pattern=r"^(all|\d+(\.\d+)?%)$")]], Field(min_length=2)
 ]
-_DENSE = ("retinanet-fpn", "fcos-fpn")
+DENSE_MODELS = ("retinanet-fpn", "fcos-fpn")
 Labels = Annotated[str, Field(pattern=r"^(all|\d+(\.\d+)?%|.+\.json)$")]
 
 
@@ -94,7 +94,7 @@ class DetectorSection(Section):
 
     @model_validator(mode="after")
     def _frozen_fits(self) -> DetectorSection:
-        if self.frozen == "res5" and self.model not in _DENSE:
+        if self.frozen == "res5" and self.model not in DENSE_MODELS:
             reject(
                 "frozen",
                 f"res5, but {self.model} works on images; give detector.model = fcos-fpn, or "
@@ -244,6 +244,11 @@ class EvaluateRecipe(Section):
                 "data.train_sizes",
                 f"{self.data.train_sizes}, but the features of a frozen backbone are computed "
                 f"once, at one size; give one",
+            )
+        if self.detector.frozen is not None and not self.test.precise_bn_batches:
+            reject(
+                "test.precise_bn_batches",
+                "0, but the batch norm of a frozen backbone is measured over them; give at least 1",
             )
         if self.has_masks and self.test.metric != "coco":
             reject(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dupr_cli.recipe.base import Section, Seed, reject
+from dupr_cli.recipe.base import PERMUTED, Section, Seed, reject
 from dupr_cli.recipe.evaluate import LabelList
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
@@ -33,8 +33,10 @@ class StudyProtocolSection(Section):
 
 
 class StudyResourcesSection(Section):
+    """A cell runs in one process, on one device."""
+
     cpus: Annotated[int, Field(ge=1)] = 2
-    gpus: Annotated[float, Field(ge=0)] = 0
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0
 
 
 class StudyRecipe(Section):
@@ -66,9 +68,13 @@ class StudyRecipe(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> StudyRecipe:
         for control in self.controls:
-            method = control.removeprefix("permuted:")
+            method = control.removeprefix(PERMUTED)
             if control != method and method not in self.methods:
                 reject("controls", f"{control}, but methods has no {method}")
+            if control in self.methods:
+                reject("controls", f"{control}, but a method has this name; rename the method")
+        if len(set(self.controls)) < len(self.controls):
+            reject("controls", f"{self.controls}; give each once")
         if self.baseline not in (*self.methods, *self.controls):
             reject(
                 "baseline",

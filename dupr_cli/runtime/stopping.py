@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -33,10 +33,24 @@ _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one call: hours from its start, and optimiser steps. None means no limit."""
+    """Limits of one call: hours from its start, and optimiser steps. None means no limit.
+
+    began: when the call started, by time.monotonic. All trainings of a call share it.
+    """
 
     max_hours: float | None = None
     stop_after: int | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def time_is_up(self) -> bool:
+        hours = (time.monotonic() - self.began) / 3600
+        return self.max_hours is not None and hours >= self.max_hours
+
+    def require_time(self, what: str) -> None:
+        """Raises StoppedRunError when the time is up. what: is kept, for the message."""
+        if self.time_is_up:
+            raise stopped(_TIME_IS_UP, self, what)
 
 
 class StopSignal(BaseException):
@@ -167,7 +181,7 @@ class Stop:
 
     def __init__(self, limits: Limits, launched: bool) -> None:
         self._limits, self._launched = limits, launched
-        self._started, self._number = time.monotonic(), 0
+        self._number = 0
         self._patience = _Patience()
         self._before: dict[int, _Handler] = {}
 
@@ -191,11 +205,9 @@ class Stop:
     @property
     def code(self) -> int:
         """0 to continue, otherwise the reason to stop, as a number that processes can agree on."""
-        hours = (time.monotonic() - self._started) / 3600
-        limit = self._limits.max_hours
         # A signal from before the loop, whose exception was swallowed, still asks to stop.
         number = self._number or (_seen[0] if _seen else 0)
-        if not number and limit is not None and hours >= limit:
+        if not number and self._limits.time_is_up:
             return _TIME_IS_UP
         return number
 

@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dupr_cli.artifacts.files import write_text
-from dupr_cli.errors import UsageError
+from dupr_cli.errors import RunError, UsageError
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import Overrides, as_path, recipe_yaml, resolve_recipe
 from dupr_cli.recipe.study import StudyRecipe
 from dupr_cli.runtime.output import holds, writing
 from dupr_cli.runtime.ray_cluster import ray_cluster, require_ray
 from dupr_cli.runtime.stopping import stoppable
-from dupr_cli.study.cells import Chain, chains, check_recipes, run_chain
+from dupr_cli.study.cells import Chain, chains, check_inputs, check_recipes, run_chain
 from dupr_cli.study.report import StudyReport, missing_cells, write_report
 from dupr_cli.study.types import StudyPlan
 
@@ -72,9 +72,10 @@ def run(
 
     task: (I, N), to run only part I of N, counted from 1, beside other processes on the same `out`;
     whichever ends last writes the report. engine: here, or ray for a running cluster whose machines
-    see `out` and the data. max_hours: each cell that is running then is saved, and the rest waits.
-    Raises UsageError for a wrong recipe or an `out` that holds something else, and the errors of
-    the stages.
+    see `out` and the data by the same paths. max_hours: the cell that is running then is saved, and
+    the rest waits.
+    Raises UsageError for a wrong recipe, unusable data or an `out` that holds something else,
+    RunError at the end if cells failed, StoppedRunError when it is stopped.
     """
     recipe, out = resolve_recipe(StudyRecipe, recipe, overrides), as_path(out, "out")
     reporter = reporter or SilentReporter()
@@ -84,14 +85,21 @@ def run(
         stoppable("Finished cells are kept, and the same command continues."),
         writing(out, "dupr study", shared=True),
     ):
-        write_text(out / RECIPE_FILE, recipe_yaml(recipe))
+        if not _same_file(out, recipe):
+            write_text(out / RECIPE_FILE, recipe_yaml(recipe))
         wanted = _of_task(chains(recipe, out), task)
+        ends = None if max_hours is None else time.time() + 3600 * max_hours
         if engine == "ray":
-            _on_ray(recipe, wanted, device, reporter)
+            failed = _on_ray(recipe, wanted, device, reporter, ends)
         else:
-            deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
-            for chain in wanted:
-                run_chain(recipe, chain, device, reporter, deadline)
+            failed = [run_chain(recipe, chain, device, reporter, ends) for chain in wanted]
+        failed = [words for words in failed if words]
+        if failed:
+            raise RunError(
+                f"{len(failed)} cells failed; the others are kept:\n  "
+                + "\n  ".join(failed)
+                + "\nMend the cause and give the same command again."
+            )
         missing = missing_cells(recipe, out)
         if missing:
             reporter.info(f"no report yet: {len(missing)} cells are missing, such as {missing[0]}")
@@ -99,27 +107,27 @@ def run(
         return write_report(recipe, out)
 
 
-def report(out: str | Path) -> StudyReport:
-    """Write the report of a study again. Raises UsageError when a cell is not finished."""
-    out = as_path(out, "out")
-    if not (out / RECIPE_FILE).is_file():
-        raise UsageError(f"{out}: the folder holds no study. `dupr study RECIPE --out` writes one.")
-    recipe = resolve_recipe(StudyRecipe, out / RECIPE_FILE)
-    missing = missing_cells(recipe, out)
-    if missing:
-        raise UsageError(
-            f"{out}: {len(missing)} cells are not finished, such as {missing[0]}. Run the study."
-        )
-    with writing(out, "dupr study", shared=True):
-        return write_report(recipe, out)
-
-
 def _check(recipe: StudyRecipe, out: Path) -> None:
+    """Raises UsageError, or RunError for damaged data, for what would fail only after hours."""
     for key in ("shards", "data"):
         if not getattr(recipe, key):
             raise UsageError(f"{key}: the study names no {key}. Give --{key}. (recipe key: {key})")
     check_recipes(recipe)
-    holds(out, [RECIPE_FILE], "study")
+    if holds(out, [RECIPE_FILE], "study"):
+        before = resolve_recipe(StudyRecipe, out / RECIPE_FILE)
+        for key in ("shards", "data"):
+            there, now = getattr(before, key), getattr(recipe, key)
+            if there != now:
+                raise UsageError(
+                    f"{out} holds a study of other data:\n  {key}: {there} there, {now} now\n"
+                    f"Give another --out for a new study."
+                )
+    check_inputs(recipe, out)
+
+
+def _same_file(out: Path, recipe: StudyRecipe) -> bool:
+    file = out / RECIPE_FILE
+    return file.is_file() and file.read_text() == recipe_yaml(recipe)
 
 
 def _of_task(every: Sequence[Chain], task: tuple[int, int] | None) -> list[Chain]:
@@ -136,15 +144,25 @@ def _check_engine(engine: str) -> None:
         require_ray()
 
 
-def _on_ray(recipe: StudyRecipe, wanted: Sequence[Chain], device: str, reporter: Reporter) -> None:
-    """Run each chain as a task of a Ray cluster, whose machines must all see the data and OUT."""
-    resources = recipe.resources
+def _on_ray(
+    recipe: StudyRecipe,
+    wanted: Sequence[Chain],
+    device: str,
+    reporter: Reporter,
+    ends: float | None,
+) -> list[str]:
+    """Run each chain as a task of a Ray cluster, whose machines must all see the data and OUT by
+    the same paths; returns what `run_chain` does for each."""
+    resources, failed = recipe.resources, []
     with ray_cluster() as ray, reporter.task("study", len(wanted), "chains") as progress:
-        remote = ray.remote(
-            num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2
-        )(run_chain)  # fmt: skip
-        waiting = [remote.remote(recipe, chain, device, SilentReporter(), None) for chain in wanted]
+        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=2)
+        waiting = [
+            remote(run_chain).remote(recipe, chain, device, SilentReporter(), ends)
+            for chain in wanted
+        ]
         while waiting:
             done, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
-            for _ in ray.get(done):
+            for words in ray.get(done):
+                failed.append(words)
                 progress.advance()
+    return failed

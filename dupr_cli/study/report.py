@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,7 +26,6 @@ from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.study import StudyRecipe
 from dupr_cli.study.cells import EVALUATE, PRETRAIN, Start, all_cells, evaluate_recipe, starts
 
-METRICS = ("AP", "AP50")
 FORMAT_VERSION = 1
 REPORT = "report"
 
@@ -69,9 +68,9 @@ def missing_cells(recipe: StudyRecipe, out: Path) -> list[str]:
 
 def write_report(recipe: StudyRecipe, out: Path) -> StudyReport:
     """Read the results of all cells, and write the report into OUT."""
-    protocols = [_of_protocol(recipe, out, name) for name in recipe.protocols]
+    protocols = _corrected([_of_protocol(recipe, out, name) for name in recipe.protocols])
     retrieval = {
-        start.name: _retrieval(out / PRETRAIN / start.name)
+        start.name: MetricsLog(out / PRETRAIN / start.name).retrieval()[-1]
         for start in starts(recipe, out)
         if start.kind in recipe.methods
     }
@@ -87,13 +86,6 @@ def write_report(recipe: StudyRecipe, out: Path) -> StudyReport:
     )
     write_json(out / f"{REPORT}.json", asdict(replace(report, out="")))
     return report
-
-
-def _retrieval(run: Path) -> dict[str, float]:
-    prefix = "retrieval/"
-    probes = [line for line in MetricsLog(run).read() if any(k.startswith(prefix) for k in line)]
-    last = probes[-1] if probes else {}
-    return {k.removeprefix(prefix): 100 * v for k, v in last.items() if k.startswith(prefix)}
 
 
 def _of_protocol(recipe: StudyRecipe, out: Path, protocol: str) -> ProtocolReport:
@@ -131,9 +123,7 @@ def _of_protocol(recipe: StudyRecipe, out: Path, protocol: str) -> ProtocolRepor
         }
         for kind in kinds
     }
-    return ProtocolReport(
-        protocol, decides, curves, _corrected(differences, decides), runs, f"{protocol}.png"
-    )
+    return ProtocolReport(protocol, decides, curves, differences, runs, f"{protocol}.png")
 
 
 def _results(
@@ -170,26 +160,25 @@ def _differences(
         paired_difference(entry, base, metric, (kind, baseline))
         for kind, entry in zip(kinds, results, strict=True)
         if kind != baseline
-        for metric in METRICS
+        for metric in label_curves.METRICS
     ]
     return [difference for difference in found if difference is not None]
 
 
-def _corrected(
-    differences: Mapping[int, Sequence[PairedDifference]], decides: str
-) -> dict[int, list[PairedDifference]]:
-    """The p-values of the metric that decides, corrected for the number of comparisons."""
+def _corrected(protocols: Sequence[ProtocolReport]) -> list[ProtocolReport]:
+    """The p-values of the metrics that decide, corrected for all comparisons of the study."""
     places = [
-        (count, i)
-        for count, of in differences.items()
+        (number, count, i)
+        for number, protocol in enumerate(protocols)
+        for count, of in protocol.differences.items()
         for i, difference in enumerate(of)
-        if difference.metric == decides
+        if difference.metric == protocol.decides
     ]
-    adjusted = holm([p_value(differences[count][i]) for count, i in places])
-    found = {count: list(of) for count, of in differences.items()}
-    for (count, i), value in zip(places, adjusted, strict=True):
-        found[count][i] = replace(found[count][i], adjusted_p=value)
-    return found
+    values = [p_value(protocols[number].differences[count][i]) for number, count, i in places]
+    found = [{count: list(of) for count, of in p.differences.items()} for p in protocols]
+    for (number, count, i), value in zip(places, holm(values), strict=True):
+        found[number][count][i] = replace(found[number][count][i], adjusted_p=value)
+    return [replace(p, differences=of) for p, of in zip(protocols, found, strict=True)]
 
 
 def markdown(report: StudyReport) -> str:
@@ -219,7 +208,9 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
         f"## {protocol.name}",
         "",
         f"{curves.protocol}: {curves.metric}. {len(curves.seeds)} seeds, {curves.test_images} "
-        f"images tested. Means and {percent} % intervals over seeds; {protocol.decides} decides.",
+        f"images tested. Means and {percent} % intervals over seeds of the evaluation, in which "
+        f"neither the chance of pre-training nor that of the random backbone is. "
+        f"{protocol.decides} decides.",
         "",
     ]
     for metric, of_kinds in curves.curves.items():
@@ -235,8 +226,8 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
     ]  # fmt: skip
     if rows:
         lines += [
-            f"Differences from {baseline}, paired by seed; the verdict is corrected for the number "
-            f"of comparisons (Holm):",
+            f"Differences from {baseline}, paired by seed; verdicts are corrected for all "
+            f"comparisons of the study (Holm):",
             "",
         ]
         lines += _table(["difference", "labels", "metric", "mean", "interval", "verdict"], rows)

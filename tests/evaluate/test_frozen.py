@@ -25,6 +25,7 @@ from dupr_cli.evaluate.detectors import Target, build_detector
 from dupr_cli.evaluate.detectors.fcos import Fcos, _NoBackbone
 from dupr_cli.evaluate.detectors.norms import freeze_up_to
 from dupr_cli.evaluate.features import Features, open_features
+from dupr_cli.evaluate.scaling import limited
 from dupr_cli.evaluate.training import Trial, learning_rate, make_optimizer, train_detector
 from dupr_cli.models.compared import open_compared
 from dupr_cli.models.frozen import normalised_batch
@@ -327,7 +328,7 @@ def test_the_rate_is_chosen_on_training_labels_alike_for_all(
     test_ids = set(opened(tree, "val").ids)
     for folder in ("01-backbone", "02-none"):
         tried = sorted(path.name for path in (tmp_path / folder).glob("lr-*"))
-        assert tried == ["lr-1", "lr-1e-06"]
+        assert tried == ["lr-1-seed-0", "lr-1e-06-seed-0"]
         for name in tried:
             rows = json.loads((tmp_path / folder / name / "detections.json").read_text())
             assert not test_ids & {row["image_id"] for row in rows}
@@ -335,7 +336,24 @@ def test_the_rate_is_chosen_on_training_labels_alike_for_all(
         recipe, [str(weights), "none"], str(tree), tmp_path, device="cpu", reporter=reporter
     )
     assert again == found
-    assert sum("lr 1e-06: finished before" in line for line in reporter.said) == 2
+    assert sum("lr 1e-06-seed-0: finished before" in line for line in reporter.said) == 2
+
+
+@pytest.mark.slow
+def test_the_time_limit_is_that_of_all_trials_together(tree: Path, tmp_path: Path) -> None:
+    recipe = frozen_recipe().model_copy(update={"trials": 3})
+    with pytest.raises(StoppedRunError, match="iteration 1 of 2"):
+        evaluate.run(recipe, ["none"], str(tree), tmp_path, device="cpu", max_hours=1e-9)
+    # The last iteration finishes the first trial; the second may not begin.
+    with pytest.raises(StoppedRunError, match="before seed-1 are kept"):
+        evaluate.run(recipe, ["none"], str(tree), tmp_path, device="cpu", max_hours=1e-9)
+    found = evaluate.run(recipe, ["none"], str(tree), tmp_path, device="cpu")
+    assert len(found.results[0].trials) == 3
+
+
+def test_limit_keeps_the_features_few(tree: Path) -> None:
+    short, _ = limited(frozen_recipe(9), 3)
+    assert short.data.labels == 6
 
 
 @pytest.mark.slow
@@ -399,6 +417,11 @@ def test_wrong_uses_say_what_to_do(tree: Path, tmp_path: Path) -> None:
         code=2,
     )
     assert "fcos-fpn" in done.stderr
+    measured = ("--set", "test.precise_bn_batches=0")
+    done = dupr("evaluate", "voc", "none", "--frozen", *common, *measured, code=2)
+    assert "give at least 1" in done.stderr
+    done = dupr("evaluate", "cityscapes", "none", "--frozen", *common, code=2)
+    assert "evaluate coco --frozen" in done.stderr
     assert not out.exists()
 
 

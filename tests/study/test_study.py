@@ -13,6 +13,7 @@ from PIL import Image
 from dupr_cli.recipe import StudyRecipe, load_recipe, shipped_recipes
 from dupr_cli.study import plan
 from dupr_cli.study.cells import chains, evaluate_recipe, pretrain_recipe
+from dupr_cli.study.report import missing_cells
 from tests.support.command_line import dupr
 from tests.support.images import write_shards
 from tests.support.labelled_scenes import make_tree
@@ -21,7 +22,7 @@ from tests.support.trees import file_digests, tree_bytes
 
 PRETRAIN = [*TINY, "train.steps=4"]
 FROZEN = [
-    "detector.backbone=resnet18", "detector.pyramid_channels=32", "detector.head_convolutions=1",
+    "detector.pyramid_channels=32", "detector.head_convolutions=1",
     "detector.rpn_pre_nms=[50, 50]", "data.train_sizes=[64]", "data.test_size=64",
     "data.max_size=128", "train.iterations=3", "train.batch_size=2", "train.workers=0",
     "train.warmup=0", "train.checkpoint_every=2", "test.precise_bn_batches=1", "test.pictures=0",
@@ -169,6 +170,48 @@ def test_a_cell_is_an_ordinary_run_and_evaluation(study: Path, whole: Path) -> N
 
 
 @pytest.mark.slow
+def test_all_starts_have_the_backbone_of_the_methods(whole: Path) -> None:
+    for start in ("none", "dupr-s0", "permuted-dupr-s0"):
+        file = whole / "evaluate" / "frozen" / start / "labels-4" / "results.json"
+        (entry,) = json.loads(file.read_text())["results"]
+        assert entry["architecture"] == "resnet18"
+
+
+@pytest.mark.slow
+def test_other_data_is_another_study(study: Path, whole: Path) -> None:
+    make_tree(study / "tree2")
+    before = file_digests(whole)
+    done = dupr("study", study / "tiny.yaml", "--out", whole, "--data", study / "tree2", code=2)
+    assert f"data: {study / 'tree'} there" in done.stderr
+    assert file_digests(whole) == before
+
+
+@pytest.mark.slow
+def test_evaluations_of_a_changed_run_are_not_finished(study: Path, whole: Path) -> None:
+    changed = "methods.moco.set=[train.steps=5]"
+    recipe = load_recipe(StudyRecipe, str(study / "tiny.yaml"), [changed])
+    missing = missing_cells(recipe, whole)
+    assert missing == [
+        f"{kind}/moco-s{seed}" for seed in (0, 1) for kind in ("pretrain", "evaluate/frozen")
+    ]
+
+
+@pytest.mark.slow
+def test_a_failed_chain_does_not_keep_others_from_running(study: Path) -> None:
+    """The learning rate of the only method makes it diverge."""
+    out = study / "failing"
+    recipe = yaml.safe_load((study / "tiny.yaml").read_text())
+    recipe["methods"] = {"dupr": recipe["methods"]["dupr"]}
+    recipe["methods"]["dupr"]["set"] = [*PRETRAIN, "optimizer.lr=1e30", "train.max_bad_steps=1"]
+    recipe |= {"pretrain_seeds": [0], "controls": ["none"]}
+    (study / "failing.yaml").write_text(yaml.safe_dump(recipe))
+    done = dupr("study", study / "failing.yaml", "--out", out, "--device", "cpu", code=1)
+    assert "1 cells failed" in done.stderr
+    assert "pretrain/dupr-s0" in done.stderr
+    assert (out / "cells" / "evaluate" / "frozen" / "none.json").is_file()
+
+
+@pytest.mark.slow
 def test_more_seeds_run_alone(study: Path, whole: Path) -> None:
     recipe = yaml.safe_load((study / "tiny.yaml").read_text())
     recipe["pretrain_seeds"] = [0, 1, 2]
@@ -198,6 +241,10 @@ def test_wrong_studies_say_what_to_do(study: Path) -> None:
         (("--set", "controls=['permuted:nobody']"), "no nobody"),
         (("--set", "methods.dupr.recipe=nothing"), "nothing"),
         (("--engine", "cloud"), "here or ray"),
+        (("--set", "controls=[none, dupr]"), "a method has this name"),
+        (("--data", study / "nowhere"), "nowhere"),
+        (("--set", "protocols.frozen.labels=[8, all]"), "like another number of the list"),
+        (("--set", "methods.moco.set=[model.backbone=resnet34]"), "resnet18 and resnet34"),
         (("--task", "4/3"), "--task 4/3"),
     ):
         done = dupr("study", tiny, "--out", out, *options, code=2)

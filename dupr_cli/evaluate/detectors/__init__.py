@@ -23,12 +23,10 @@ from dupr_cli.evaluate.detectors.two_stage import TwoStage
 from dupr_cli.models.frozen import FrozenBackbone, normalised_batch
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Level
-from dupr_cli.recipe.evaluate import EvaluateRecipe
+from dupr_cli.recipe.evaluate import DENSE_MODELS, EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
 __all__ = ["Detector", "FrozenDetector", "HeadOutput", "Target", "build_detector", "dense_head"]
-
-_DENSE_HEADS = ("retinanet-fpn", "fcos-fpn")
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,7 @@ def build_detector(
         mean, std = weights.metadata.input_mean, weights.metadata.input_std
     replace_batch_norms(backbone, recipe.detector.norm)
     network: TwoStage | OneStage
-    if recipe.detector.model in _DENSE_HEADS:
+    if recipe.detector.model in DENSE_MODELS:
         network = OneStage(backbone, dense_head(backbone.channels, num_classes, recipe, world))
     else:
         network = TwoStage(backbone, num_classes, recipe)

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 
 from dupr_cli.evaluate.detectors.anchors import Anchors
-from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, dense_pyramid
+from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, DENSE_STRIDES, dense_pyramid
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 
-_STRIDES = (8, 16, 32, 64, 128)
 _NAMES = {
     "classification": "loss_classifier",
     "bbox_regression": "loss_box_reg",
@@ -47,7 +46,7 @@ class Fcos(nn.Module):
         super().__init__()
         detector, test = recipe.detector, recipe.test
         self.levels, channels = DENSE_LEVELS, detector.pyramid_channels
-        strides = _STRIDES[: len(detector.anchor_sizes)]
+        strides = DENSE_STRIDES[: len(detector.anchor_sizes)]
         self.fpn = dense_pyramid(channels_in, detector, strides)
         # A cell's "anchor" only carries its centre and the range of objects it answers for.
         self._cells = Anchors([[size] for size in detector.anchor_sizes], [1.0], strides)

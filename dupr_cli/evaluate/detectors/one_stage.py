@@ -20,7 +20,9 @@ from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.recipe.evaluate import DetectorSection
 
 DENSE_LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
-"""The levels that dense heads use."""
+"""The levels of the backbone that dense heads use."""
+DENSE_STRIDES = (8, 16, 32, 64, 128)
+"""Strides of the pyramid on them, with its two coarser levels."""
 
 
 class DenseHead(Protocol):

@@ -17,13 +17,12 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from dupr_cli.evaluate.detectors.anchors import Anchors
-from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, dense_pyramid
+from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, DENSE_STRIDES, dense_pyramid
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target, select_detections
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
-_STRIDES = (8, 16, 32, 64, 128)
 _PRIOR = 0.01  # initial probability of an object at an anchor
 _SMOOTH_L1_BETA = 0.1
 _START_POSITIVES = 100.0  # initial value of the running mean
@@ -47,9 +46,11 @@ class RetinaNet(nn.Module):
         self.levels, self._num_classes = DENSE_LEVELS, num_classes
         self._candidates = detector.rpn_pre_nms[1]
         channels = detector.pyramid_channels
-        self.fpn = dense_pyramid(channels_in, detector, _STRIDES)
+        self.fpn = dense_pyramid(channels_in, detector, DENSE_STRIDES)
         sizes = [[size] for size in detector.anchor_sizes]
-        self.anchors = Anchors(sizes, detector.anchor_ratios, _STRIDES, detector.anchor_octaves)
+        self.anchors = Anchors(
+            sizes, detector.anchor_ratios, DENSE_STRIDES, detector.anchor_octaves
+        )
         per_cell = self.anchors.per_cell
         self.cls_subnet, self.bbox_subnet = _subnet(channels), _subnet(channels)
         self.cls_score = nn.Conv2d(channels, per_cell * num_classes, 3, padding=1)
