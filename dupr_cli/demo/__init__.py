@@ -23,7 +23,7 @@ from dupr_cli.runtime.output import holds, remove, writing
 from dupr_cli.runtime.stopping import stoppable
 
 UNLABELLED = 4000
-LABELLED = {"train": 200, "val": 300}
+LABELLED = {"train": 200, "val": 200}
 PRETRAIN_RECIPE, EVALUATE_RECIPE = "demo-dupr-r18", "demo-frozen"
 
 _MARKER, _SCENES_DONE = ".dupr-demo", ".scenes-done"
@@ -202,7 +202,7 @@ def _clear(out: Path) -> None:
 
 def _report(result: DemoResult, curves: LabelCurves) -> str:
     counts, levels = list(result.gain), sorted(result.retrieval["DUPR"])
-    heads = [f"AP50, {count} labels" for count in counts] + [f"{v} retrieval" for v in levels]
+    heads = [f"AP50: {count} labels" for count in counts] + [f"{v} retrieval" for v in levels]
     rows = [
         (
             name,
@@ -213,8 +213,8 @@ def _report(result: DemoResult, curves: LabelCurves) -> str:
     ]
     gains = [f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in result.gain.values()]
     rows.append(("gain", gains))
-    lines = [f"{'weights':<9}" + "".join(f"{head:>17}" for head in heads)]
-    lines += [f"{name:<9}" + "".join(f"{cell:>17}" for cell in cells) for name, cells in rows]
+    lines = [f"{'weights':<8}" + "".join(f"{head:>18}" for head in heads)]
+    lines += [f"{name:<8}" + "".join(f"{cell:>18}" for cell in cells) for name, cells in rows]
     saved = [
         f"DUPR needs {row.described(curves)} labelled scenes for what random weights reach "
         f"with {row.baseline_labels}."
