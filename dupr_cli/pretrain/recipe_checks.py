@@ -14,8 +14,8 @@ from dupr_cli.views.geometry import as_crop, overlap_fraction, random_crop_pair
 # MoCo v2 uses 0.03 at 256 images. Below a third of the scaled rate, someone forgot to scale it;
 # short runs on a CPU use several times more, but ten times is too much for any run.
 _RATE_PER_IMAGE, _LOWEST_RATE, _HIGHEST_RATE = 0.03 / 256, 1 / 3, 10
-# A key encoder has forgotten its random start after this many times 1 / (1 - momentum) steps.
-_MEMORIES = 3
+# A run should be at least this many times 1 / (1 - momentum) steps long; 2.4 is enough in the demo.
+_MEMORIES = 2
 # A queue longer than this share of the images makes an image its own negative too often.
 _LARGEST_QUEUE = 1 / 4
 # Largest standard deviation of the blur as a share of the view's side: MoCo v2's 2.0 at 224 pixels,

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from tests.support.command_line import dupr
 from tests.support.images import noise_image
+from tests.support.ray_cluster import only_ray_test, small_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -89,14 +89,11 @@ def test_tasks_and_merge(tmp_path: Path, source: Path, whole: dict[str, str]) ->
 
 
 def test_on_ray(tmp_path: Path, source: Path, whole: dict[str, str]) -> None:
-    ray = import_module("ray")
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    try:
-        dupr("prepare", source, tmp_path / "out", *OPTIONS, "--engine", "ray")
-        assert digests(tmp_path / "out") == whole
-    finally:
-        ray.shutdown()
-    done = dupr("prepare", source, tmp_path / "b", "--engine", "ray", code=2)
+    with only_ray_test():
+        with small_cluster():
+            dupr("prepare", source, tmp_path / "out", *OPTIONS, "--engine", "ray")
+            assert digests(tmp_path / "out") == whole
+        done = dupr("prepare", source, tmp_path / "b", "--engine", "ray", code=2)
     assert "no running Ray cluster" in done.stderr
     assert not (tmp_path / "b" / "manifest.json").exists()
 

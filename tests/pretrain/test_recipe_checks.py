@@ -40,7 +40,7 @@ def test_shipped_recipes_need_no_advice() -> None:
             ["data.batch_size=1024", "method.batch_norm.groups=32"], None, None,
             "lr is 0.03 for a batch of 1024.* gives 0.12",
         ),
-        ([], None, 500, "momentum is 0.999, but the run has 500 steps.* Use 0.988"),
+        ([], None, 500, "momentum is 0.999, but the run has 500 steps.* Use 0.992"),
         (
             ["method.views.size=64", "method.patch.bins={res4: 4, res5: 2}"], None, None,
             r"blur.sigma goes up to 2 pixels in views of 64.* Use \[0.1, 0.6\]",

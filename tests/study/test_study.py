@@ -17,6 +17,7 @@ from dupr_cli.study.report import missing_cells
 from tests.support.command_line import dupr
 from tests.support.images import write_shards
 from tests.support.labelled_scenes import make_tree
+from tests.support.ray_cluster import only_ray_test, small_cluster
 from tests.support.recipes import TINY
 from tests.support.trees import file_digests, tree_bytes
 
@@ -139,15 +140,14 @@ def test_tasks_and_interruptions_give_the_same_report(study: Path, whole: Path) 
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_gives_the_same_report(study: Path, whole: Path) -> None:
-    ray = pytest.importorskip("ray")
-    out = study / "on-ray"
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    try:
-        dupr("study", study / "tiny.yaml", "--out", out, "--device", "cpu", "--engine", "ray")
-    finally:
-        ray.shutdown()
-    assert reports(out) == reports(whole)
+def test_a_ray_cluster_gives_the_same_report(study: Path) -> None:
+    few = ("--set", "pretrain_seeds=[0]", "--set", "controls=[none]", "--set",
+           f"methods={{dupr: {{recipe: dupr-r18-cpu-smoke, set: {PRETRAIN}}}}}")  # fmt: skip
+    common = ("study", study / "tiny.yaml", *few, "--device", "cpu", "--out")
+    dupr(*common, study / "few")
+    with only_ray_test(), small_cluster():
+        dupr(*common, study / "on-ray", "--engine", "ray")
+    assert reports(study / "on-ray") == reports(study / "few")
 
 
 @pytest.mark.slow
