@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.versions import check_version
@@ -105,7 +106,6 @@ class LabelCurves:
             ) from error
 
 
-def _point(values: dict[str, object]) -> CurvePoint:
-    of_seeds = values.pop("values")
-    assert isinstance(of_seeds, dict)
-    return CurvePoint(values={int(k): float(v) for k, v in of_seeds.items()}, **values)  # type: ignore[arg-type]
+def _point(values: dict[str, Any]) -> CurvePoint:
+    by_seed = {int(seed): float(value) for seed, value in values["values"].items()}
+    return CurvePoint(**{**values, "values": by_seed})

@@ -56,7 +56,7 @@ def describe(out: Path) -> str:
         f"{out}/run         pre-training ({PRETRAIN_RECIPE}), exported to backbone.safetensors\n"
         f"{out}/VOC2026     {LABELLED['train']} labelled scenes, {LABELLED['val']} for testing\n"
         f"{out}/evaluation  detectors on DUPR and random features ({EVALUATE_RECIPE})\n"
-        f"{out}/pictures    view pairs, curves, detections\n"
+        f"{out}/pictures    view pairs, curves, labels saved, detections\n"
     )
 
 

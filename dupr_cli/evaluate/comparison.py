@@ -440,6 +440,7 @@ class _Trials:
             if self.world.is_main:
                 remove_checkpoints(folder)
             return outcome
+        # Several processes must agree to stop, which they do within the training.
         if self.ran and self.limits is not None and self.world.size == 1:
             self.limits.require_time(
                 f"the trials of {compared.folder} before {folder.name} are kept"

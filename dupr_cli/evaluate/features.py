@@ -224,13 +224,17 @@ def open_features(
         of(test, data.test_size, mirrored=False),
     )
     missing = [
-        (features, images, side)
-        for features, images, side in (
-            (found.train, train, data.train_sizes[0]), (found.test, test, data.test_size),
+        (kind, features, images, side)
+        for kind, features, images, side in (
+            ("training", found.train, train, data.train_sizes[0]),
+            ("test", found.test, test, data.test_size),
         )
         if not features.is_whole()
     ]  # fmt: skip
-    wanted, free = sum(f.bytes for f, _, _ in missing), shutil.disk_usage(folder).free
+    wanted, free = (
+        sum(features.bytes for _, features, _, _ in missing),
+        shutil.disk_usage(folder).free,
+    )
     if wanted > free:
         raise RunError(
             f"{folder}: the features of {compared.address} take {wanted / 2**30:.1f} GiB, and "
@@ -248,8 +252,9 @@ def open_features(
                     task.advance()
 
             backbone.measure_on_normalised(normalised())
-    for features, images, side in missing:
-        _compute(features, images, side, recipe, backbone, compared.folder, reporter)
+    for kind, features, images, side in missing:
+        name = f"{kind} features {compared.folder}"
+        _compute(features, images, side, recipe, backbone, name, reporter)
     return found
 
 
@@ -267,12 +272,12 @@ def _compute(
     name: str,
     reporter: Reporter,
 ) -> None:
+    """Compute the features of all images into their file. name: for progress and messages."""
     requests = [[ImageRequest(position, side)] for position in range(len(images))]
     read = ImageLoading(images, recipe.data, images.classes, masks=False)
-    kind = "training" if features.mirrored else "test"
     with (
         atomic_file(features.file) as file,
-        reporter.task(f"{kind} features {name}", len(images), "images") as task,
+        reporter.task(name, len(images), "images") as task,
         closing(load(read, collate, requests, recipe.train.workers)) as batches,
     ):
         for image_id, batch in zip(images.ids, batches, strict=True):
@@ -285,7 +290,7 @@ def _compute(
                     values = maps[level][view].half().cpu().contiguous()
                     if not bool(values.isfinite().all()):
                         raise RunError(
-                            f"{name}: the features of {image_id} at {level} are not finite, or "
+                            f"{name}: those of {image_id} at {level} are not finite, or "
                             f"larger than half precision holds. The weights are damaged, or their "
                             f"batch norm was never trained."
                         )

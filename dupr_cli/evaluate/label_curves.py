@@ -279,7 +279,7 @@ def text(curves: LabelCurves) -> str:
             heads = [point.labels for point in of_weights[curves.baseline][some]]
             lines += ["", f"{metric + ' with labels:':<22}" + "".join(f"{c:>11}" for c in heads)]
             for name, points in of_weights.items():
-                cells = "".join(f"{_figure(point):>11}" for point in points[some])
+                cells = "".join(f"{figure_of(point):>11}" for point in points[some])
                 lines.append(f"{shortened(name, 21):<22}{cells}")
     percent = round(100 * curves.confidence)
     lines += (
@@ -299,7 +299,8 @@ def text(curves: LabelCurves) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figure(point: CurvePoint) -> str:
+def figure_of(point: CurvePoint) -> str:
+    """The mean of a point, with half its interval if there are several seeds: 12.7 ±2.8."""
     reach = f" ±{point.high - point.mean:.1f}" if len(point.values) > 1 else ""
     return f"{point.mean:.1f}{reach}"
 
@@ -337,7 +338,7 @@ def table_tex(curves: LabelCurves) -> str:
     for metric, of_weights in curves.curves.items():
         lines.append("\\midrule")
         for name, points in of_weights.items():
-            figures = (_figure(point).replace("±", "\\pm ") for point in points)
+            figures = (figure_of(point).replace("±", "\\pm ") for point in points)
             cells = " & ".join(f"${figure}$" for figure in figures)
             escaped = name.replace("_", "\\_")
             lines.append(f"{metric} & {escaped} & {cells} \\\\")

@@ -284,4 +284,5 @@ def _seeded_losses(trial: Trial, batch: Batch, iteration: int) -> dict[str, Tens
     number = (trial.seed * 1_000_003 + iteration) * trial.world.size + trial.world.rank
     torch.manual_seed(number % 2**63)
     # A trial's batches fit its detector: images, or features of a frozen backbone.
-    return cast(Any, trial.detector).losses(batch.images, batch.targets)  # type: ignore[no-any-return]
+    losses: dict[str, Tensor] = cast(Any, trial.detector).losses(batch.images, batch.targets)
+    return losses

@@ -215,7 +215,7 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
     ]
     for metric, of_kinds in curves.curves.items():
         rows = [
-            [kind, *(_mean(p.mean, p.high - p.mean, len(p.values)) for p in points)]
+            [kind, *(label_curves.figure_of(point) for point in points)]
             for kind, points in of_kinds.items()
         ]
         lines += _table([f"{metric} with labels", *map(str, counts)], rows)
@@ -251,10 +251,6 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
         lines += [f"Each pre-training run by itself, {protocol.decides}:", ""]
         lines += _table(["start", "labels", "runs", "standard deviation"], spread)
     return [*lines, f"![{protocol.name}]({protocol.figure})", ""]
-
-
-def _mean(mean: float, reach: float, count: int) -> str:
-    return f"{mean:.1f} ±{reach:.1f}" if count > 1 else f"{mean:.1f}"
 
 
 def _verdict(found: PairedDifference) -> str:

@@ -266,7 +266,7 @@ def test_frozen_up_to_a_level_runs_from_the_command_line(tree: Path, tmp_path: P
     detector_section = detection_recipe().detector.model_copy(update={"frozen": "res4"})
     recipe = detection_recipe().model_copy(update={"detector": detector_section})
     found = evaluate.run(recipe, ["none"], str(tree), tmp_path / "out", device="cpu")
-    assert found.recipe["detector"]["frozen"] == "res4"  # type: ignore[index]
+    assert EvaluateRecipe.model_validate(found.recipe).detector.frozen == "res4"
 
 
 def test_factor_and_delay_of_the_backbones_rate() -> None:
