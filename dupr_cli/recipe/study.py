@@ -53,6 +53,8 @@ class StudyRecipe(Section):
     """The labelled set, as `dupr evaluate` takes it."""
     methods: Annotated[dict[Name, StudyMethodSection], Field(min_length=1)]
     """What is pre-trained, by name."""
+    pretrain_set: list[str] = []
+    """Overrides for all methods, such as train.precision=bfloat16; a method's own come after."""
     pretrain_seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     """Every method is pre-trained with each of these seeds."""
     controls: list[str] = ["none"]
@@ -62,6 +64,8 @@ class StudyRecipe(Section):
     """The start that others are compared with: a method or a control."""
     protocols: Annotated[dict[Name, StudyProtocolSection], Field(min_length=1)]
     """How each start is evaluated, by name."""
+    evaluate_set: list[str] = []
+    """Overrides for all protocols; a protocol's own come after."""
     resources: StudyResourcesSection = StudyResourcesSection()
     """What each chain of runs asks a Ray cluster for."""
 

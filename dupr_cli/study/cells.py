@@ -113,7 +113,8 @@ def check_inputs(recipe: StudyRecipe, out: Path) -> None:
 
 def pretrain_recipe(recipe: StudyRecipe, method: str, seed: int) -> PretrainRecipe:
     section = recipe.methods[method]
-    return load_recipe(PretrainRecipe, section.recipe, [*section.set, f"seed={seed}"])
+    given = [*recipe.pretrain_set, *section.set, f"seed={seed}"]
+    return load_recipe(PretrainRecipe, section.recipe, given)
 
 
 def evaluate_recipe(recipe: StudyRecipe, protocol: str) -> EvaluateRecipe:
@@ -123,7 +124,7 @@ def evaluate_recipe(recipe: StudyRecipe, protocol: str) -> EvaluateRecipe:
     Raises UsageError when the methods have several backbones.
     """
     section = recipe.protocols[protocol]
-    given = [*section.set, f"trials={section.seeds}"]
+    given = [*recipe.evaluate_set, *section.set, f"trials={section.seeds}"]
     if section.labels is not None:
         given.append(f"data.labels={section.labels}")
     loaded = load_recipe(EvaluateRecipe, section.recipe, given)

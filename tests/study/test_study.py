@@ -265,3 +265,16 @@ def test_shipped_studies_have_whole_recipes(name: str, tmp_path: Path) -> None:
         assert evaluate_recipe(recipe, protocol).trials == recipe.protocols[protocol].seeds
     names = [cell.name for chain in chains(recipe, tmp_path) for cell in chain.cells]
     assert len(set(names)) == len(names)
+
+
+def test_settings_of_all_methods_and_protocols_yield_to_their_own() -> None:
+    everywhere = [
+        "pretrain_set=[train.steps=7, train.precision=bfloat16]",
+        "evaluate_set=[train.iterations=9, train.precision=bfloat16]",
+        "methods.dupr.set=[train.steps=8]",
+    ]
+    recipe = load_recipe(StudyRecipe, "small-cpu", everywhere)
+    assert pretrain_recipe(recipe, "dupr", 0).train.steps == 8
+    assert pretrain_recipe(recipe, "dupr", 0).train.precision == "bfloat16"
+    assert evaluate_recipe(recipe, "frozen").train.iterations == 9
+    assert evaluate_recipe(recipe, "frozen").train.precision == "bfloat16"
