@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from dupr_cli.errors import UsageError
-from dupr_cli.models.centres import measured_first_centres
+from dupr_cli.models.measured import measured_first_centres
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, TIMM, Level
 
 

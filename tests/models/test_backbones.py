@@ -13,7 +13,7 @@ from torch import nn
 from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.models.batch_norm import group_batch_norms, ungroup_batch_norms
-from dupr_cli.models.centres import measured_first_centres
+from dupr_cli.models.measured import measured_first_centres
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe import PretrainRecipe, load_recipe
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
