@@ -1,7 +1,8 @@
 """Weights files and weights addresses: what `export` writes and `evaluate` reads.
 
-A weights file is a `.safetensors` of one backbone, in torchvision's names without fc. Its header
-metadata gives layout, architecture, input statistics and origin. `read_weights` takes every form of
+A weights file is a `.safetensors` of one backbone, in the names of its own library (the layout:
+torchvision's without fc, or timm's without the classifier). Its header metadata gives layout,
+architecture, input statistics and origin. `read_weights` takes every form of
 weights that the command line accepts: such a file, local or on the Hugging Face Hub, a run
 directory (its newest checkpoint), or one checkpoint. Nothing is ever unpickled.
 """
@@ -37,7 +38,8 @@ TORCHVISION = "torchvision:"  # precedes the name of weights that torchvision pu
 class WeightsMetadata:
     """The header metadata of a weights file, where every value is a string.
 
-    method: the pre-training method, by its name in the literature; empty if unknown.
+    method: the pre-training method, by its name in the literature; empty if unknown. further: names
+    of tensors in the file that are not the backbone's, which other libraries need to load it.
     """
 
     layout: str
@@ -50,6 +52,7 @@ class WeightsMetadata:
     step: int = 0
     recipe_sha256: str = ""
     method: str = ""
+    further: tuple[str, ...] = ()
     dupr_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -86,6 +89,7 @@ class WeightsMetadata:
             "recipe_sha256": self.recipe_sha256,
             "method": self.method,
             "dupr_version": self.dupr_version,
+            **({"further": json.dumps(self.further)} if self.further else {}),
         }
 
     @classmethod
@@ -107,6 +111,7 @@ class WeightsMetadata:
             step=int(header["step"]),
             recipe_sha256=header["recipe_sha256"],
             method=header.get("method", ""),
+            further=tuple(json.loads(header.get("further", "[]"))),
             dupr_version=header["dupr_version"],
             format_version=version,
         )
@@ -114,7 +119,7 @@ class WeightsMetadata:
 
 @dataclass(frozen=True)
 class Weights:
-    """Backbone weights in torchvision's names, and where they come from."""
+    """Backbone weights in the names of their layout, and where they come from."""
 
     address: str
     metadata: WeightsMetadata
@@ -194,11 +199,19 @@ def read_weights(address: str, encoder: str = "query") -> Weights:
             f"{address}: the header does not describe the weights ({error}). `dupr export` did not "
             f"write this file."
         ) from error
-    if metadata.layout != "torchvision":
+    if metadata.layout != layout_of(metadata.architecture):
         raise UsageError(
-            f"{address}: the layout is {metadata.layout!r}, but only torchvision can be read."
+            f"{address}: the layout is {metadata.layout!r}, but the weights of a "
+            f"{metadata.architecture} are read in the layout {layout_of(metadata.architecture)!r}."
         )
-    return Weights(address, metadata, tensors, sha256_file(path))
+    own = {name: tensor for name, tensor in tensors.items() if name not in metadata.further}
+    return Weights(address, metadata, own, sha256_file(path))
+
+
+def layout_of(architecture: str) -> str:
+    """The library whose names the tensors of a backbone have: `timm` for timm:NAME."""
+    library, separator, _ = architecture.partition(":")
+    return library if separator else "torchvision"
 
 
 def read_torchvision_weights(address: str, architecture: str) -> Weights:
@@ -253,7 +266,7 @@ def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weig
         raise UsageError(f"{model} has no tensors named {prefix}*.")
     state = checkpoint.state
     metadata = WeightsMetadata(
-        layout="torchvision",
+        layout=layout_of(state.architecture),
         architecture=state.architecture,
         input_mean=tuple(state.input_mean),
         input_std=tuple(state.input_std),
@@ -265,36 +278,3 @@ def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weig
         dupr_version=state.dupr_version,
     )
     return Weights(address, metadata, backbone, sha256_file(model))
-
-
-def load_backbone(module: torch.nn.Module, weights: Weights) -> int:
-    """Load weights into a backbone, all tensors or none; returns their number.
-
-    Raises UsageError with the names that do not match when the weights are incomplete or belong to
-    another architecture.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - weights.tensors.keys())
-    unknown = sorted(weights.tensors.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(weights.tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & weights.tensors.keys()
-        if own[name].shape != weights.tensors[name].shape
-    ]
-    if missing or unknown or shapes:
-        matched = len(own) - len(missing) - len(shapes)
-        parts = [
-            f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
-            for names, what in (
-                (missing, "missing"),
-                (unknown, "unknown"),
-                (shapes, "of another shape"),
-            )
-            if names
-        ]
-        raise UsageError(
-            f"{weights.address}: the weights do not fit a {weights.metadata.architecture}: "
-            f"{matched} of {len(own)} tensors match, {', '.join(parts)}. Nothing was loaded."
-        )
-    module.load_state_dict(weights.tensors)
-    return len(own)

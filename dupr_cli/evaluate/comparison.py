@@ -28,6 +28,7 @@ from dupr_cli.artifacts.run import training_files
 from dupr_cli.artifacts.weights import SUPERVISED
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.detectors import check_architecture
 from dupr_cli.evaluate.features import (
     FEATURES_FOLDER,
     Features,
@@ -245,6 +246,8 @@ def prepare_comparison(
     reporter, processes = reporter or SilentReporter(), processes or world_size()
     notes = [*notes, *_batch_notes(recipe, processes)]
     compared = open_compared(weights, recipe.detector.backbone)
+    for architecture in {one.architecture for one in compared}:
+        check_architecture(recipe, architecture)
     splits, tested = recipe.data.train_splits, recipe.data.test_splits
     train = open_labelled(data, splits, reporter, masks=recipe.has_masks)
     labelled = train.subset(with_objects(train))

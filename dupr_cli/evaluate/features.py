@@ -199,7 +199,7 @@ def open_features(
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     backbone = freeze(compared, recipe.seed, device, getattr(torch, recipe.train.precision))
-    channels = {level: backbone.network.channels[level] for level in DENSE_LEVELS}
+    channels = {level: backbone.shape.channels[level] for level in DENSE_LEVELS}
     data = recipe.data
     known = {
         "weights": compared.sha256 or f"{RANDOM_WEIGHTS}, seed {recipe.seed}",

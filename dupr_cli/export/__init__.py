@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from dupr_cli.artifacts.files import sha256_file
-from dupr_cli.artifacts.weights import Weights, load_backbone, read_weights
+from dupr_cli.artifacts.weights import Weights, read_weights
 from dupr_cli.export.formats import ExportFormat, folders_of, make_format
 from dupr_cli.export.hub import push_files
 from dupr_cli.export.record import place, require_replaceable, write_record
 from dupr_cli.export.types import ExportedFormat, ExportPlan, ExportResult, PushOptions
 from dupr_cli.export.verification import verify
-from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.models.backbone import fitted
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     ExportRecipe,
@@ -48,16 +48,17 @@ def plan(
 
     recipe = resolve_recipe(ExportRecipe, recipe, overrides)
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
-    for name in recipe.formats:
+    for name in recipe.formats or []:
         make_format(name)
     read = read_weights(weights, recipe.encoder)
-    if (target := _output(recipe, out, push)).is_file():
+    formats = recipe.formats or [read.metadata.layout]
+    if (target := _output(formats, out, push)).is_file():
         require_replaceable(target, [target], overwrite)
     return ExportPlan(
         weights=weights,
         architecture=read.metadata.architecture,
         step=read.metadata.step,
-        formats=recipe.formats,
+        formats=formats,
         encoder=recipe.encoder,
         dtype=recipe.dtype,
         out=str(target),
@@ -65,10 +66,10 @@ def plan(
     )
 
 
-def _output(recipe: ExportRecipe, out: Path | None, push: PushOptions | None) -> Path:
+def _output(formats: Sequence[str], out: Path | None, push: PushOptions | None) -> Path:
     if out is not None:
         return out
-    alone = recipe.formats == ["torchvision"] and push is None
+    alone = formats == ["torchvision"] and push is None
     return Path("backbone.safetensors" if alone else "exported")
 
 
@@ -99,12 +100,13 @@ def run(
     weights, out = as_address(weights, "weights"), None if out is None else as_path(out, "out")
     given = [Path(folder) for folder in as_addresses(results, "results")]
     reporter = reporter or SilentReporter()
-    target = _output(recipe, out, push)
+    read = read_weights(weights, recipe.encoder)
+    recipe = recipe.model_copy(update={"formats": recipe.formats or [read.metadata.layout]})
+    formats = [make_format(name) for name in recipe.formats or []]
+    target = _output([chosen.name for chosen in formats], out, push)
     if target.is_file():
         require_replaceable(target, [target], overwrite)
-    read = _rounded(read_weights(weights, recipe.encoder), recipe.dtype)
-    load_backbone(ResNetBackbone(read.metadata.architecture), read)
-    formats = [make_format(name) for name in recipe.formats]
+    read = _rounded(fitted(read), recipe.dtype)
     places = folders_of(formats)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))

@@ -88,7 +88,7 @@ def model_card(
     """The README.md: front matter, origin, how to load each format, results, limitations."""
     metadata, name = weights.metadata, repository.rpartition("/")[2]
     front = ModelCardData(
-        library_name=_library(recipe.formats),
+        library_name=_library(recipe.formats or []),
         pipeline_tag="object-detection" if evaluations else "image-feature-extraction",
         license=recipe.card.license,
         datasets=recipe.card.datasets or None,

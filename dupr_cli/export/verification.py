@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dupr_cli.artifacts.weights import Weights, load_backbone
+from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError
 from dupr_cli.export.formats import ExportFormat, Features, LibraryMissingError
-from dupr_cli.models.resnet import ResNetBackbone
-from dupr_cli.recipe.base import LEVELS
+from dupr_cli.models.backbone import load_backbone, make_backbone
 
 # Relative to the largest value of a level. The same operations in another order differ by rounding;
 # a framework that computes in reduced precision (ONNX of such weights) rounds at every layer.
@@ -67,10 +66,10 @@ def fixed_images() -> Tensor:
 
 def features_of(weights: Weights, images: Tensor) -> Features:
     """dupr's own features, in the precision of the images."""
-    backbone = ResNetBackbone(weights.metadata.architecture).eval()
+    backbone = make_backbone(weights.metadata.architecture).eval()
     load_backbone(backbone, weights)
     backbone.to(images.dtype)
-    features: Features = backbone(images, LEVELS)
+    features: Features = backbone(images)
     return features
 
 
@@ -85,7 +84,7 @@ def _require_equal(tensors: dict[str, Tensor], weights: Weights, name: str) -> N
 def _largest_difference(found: Features, expected: Features) -> float:
     """Infinite if a level is missing or has another shape."""
     largest = 0.0
-    for level in LEVELS:
+    for level in expected:
         if level not in found or found[level].shape != expected[level].shape:
             return float("inf")
         deviation = (found[level].float() - expected[level]).abs().max()

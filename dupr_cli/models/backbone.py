@@ -1,31 +1,38 @@
 """Backbones: networks as feature extractors over levels res2..res5.
 
-Every stage that handles a network uses them. A ResNet's state-dict names are torchvision's own,
-without fc, so that weights move between stages and to other tools without renaming. Any network
-that timm can cut into levels can be pre-trained, as `timm:NAME`.
+Every stage that handles a network uses them. State-dict names are those of the network's own
+library, without the classifier, so that weights move between stages and to other tools without
+renaming.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Protocol, cast
 
 from torch import Tensor, nn
 
+from dupr_cli.artifacts.weights import Weights
+from dupr_cli.errors import UsageError
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.models.timm import TimmBackbone
 from dupr_cli.recipe.base import TIMM, Level
 
 
 class Backbone(Protocol):
-    """The interface that pre-training needs. Implementations are nn.Modules.
+    """The interface that every stage needs. Implementations are nn.Modules.
 
-    channels, strides: of each level's feature map. first_centres: pixels from the left and upper
-    edge of an image to the centre of a level's first cell. recompute: levels are recomputed in the
-    backward pass instead of being stored (activation checkpointing), which trades time for memory.
+    family: the library of the network, which names its tensors. levels: those that the network has,
+    in order. channels, strides: of each level's feature map. first_centres: pixels from the left
+    and upper edge of an image to the centre of a level's first cell. recompute: levels are
+    recomputed in the backward pass instead of being stored (activation checkpointing), which trades
+    time for memory.
     """
 
+    family: str
     architecture: str
+    levels: tuple[Level, ...]
     channels: dict[Level, int]
     strides: dict[Level, int]
     first_centres: dict[Level, float]
@@ -33,10 +40,17 @@ class Backbone(Protocol):
 
     def __call__(
         self, images: Tensor, levels: Collection[Level] = ..., last: Level = ...
-    ) -> dict[Level, Tensor]: ...
+    ) -> dict[Level, Tensor]:
+        """Feature maps (N, C, H/stride, W/stride) of the wanted levels that the network has."""
+        ...
 
     def after(self, last: Level) -> list[nn.Module]:
         """The modules that need not be computed when `last` is the last level wanted."""
+        ...
+
+    def own_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors under the names of the state dict; earlier versions may have named them
+        otherwise."""
         ...
 
 
@@ -48,9 +62,59 @@ def as_backbone(module: nn.Module) -> Backbone:
 def make_backbone(architecture: str) -> nn.Module:
     """A randomly initialised `Backbone`: torchvision's ResNet of that name, or `timm:NAME`.
 
-    Raises UsageError when timm is not installed, or its network does not have levels of stride
-    4, 8, 16 and 32.
+    Raises UsageError when timm is not installed, or has no such network, or none with a level.
     """
     if architecture.startswith(TIMM):
         return TimmBackbone(architecture)
     return ResNetBackbone(architecture)
+
+
+def require_levels(backbone: nn.Module, levels: Collection[Level], purpose: str) -> None:
+    """Raises UsageError when the backbone lacks one of the levels. purpose: begins the message."""
+    has = as_backbone(backbone).levels
+    missing = [level for level in levels if level not in has]
+    if missing:
+        raise UsageError(
+            f"{purpose}: {as_backbone(backbone).architecture} has the levels {', '.join(has)}, "
+            f"but not {', '.join(missing)}."
+        )
+
+
+def load_backbone(module: nn.Module, weights: Weights) -> int:
+    """Load weights into a `Backbone`, all tensors or none; returns their number.
+
+    Raises UsageError with the names that do not match when the weights are incomplete or belong to
+    another architecture.
+    """
+    own, given = module.state_dict(), as_backbone(module).own_names(weights.tensors)
+    missing = sorted(own.keys() - given.keys())
+    unknown = sorted(given.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & given.keys()
+        if own[name].shape != given[name].shape
+    ]
+    if missing or unknown or shapes:
+        matched = len(own) - len(missing) - len(shapes)
+        parts = [
+            f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+            for names, what in (
+                (missing, "missing"),
+                (unknown, "unknown"),
+                (shapes, "of another shape"),
+            )
+            if names
+        ]
+        raise UsageError(
+            f"{weights.address}: the weights do not fit a {weights.metadata.architecture}: "
+            f"{matched} of {len(own)} tensors match, {', '.join(parts)}. Nothing was loaded."
+        )
+    module.load_state_dict(given)
+    return len(own)
+
+
+def fitted(weights: Weights) -> Weights:
+    """The weights under the present names. Raises UsageError when they do not fit."""
+    backbone = make_backbone(weights.metadata.architecture)
+    load_backbone(backbone, weights)
+    return replace(weights, tensors=as_backbone(backbone).own_names(weights.tensors))

@@ -18,12 +18,11 @@ from dupr_cli.artifacts.hub_weights import HUB
 from dupr_cli.artifacts.weights import (
     TORCHVISION,
     Weights,
-    load_backbone,
     read_torchvision_weights,
     read_weights,
 )
 from dupr_cli.errors import UsageError
-from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.models.backbone import load_backbone, make_backbone
 from dupr_cli.recipe.base import PERMUTED
 
 RANDOM_WEIGHTS = "none"
@@ -111,7 +110,7 @@ def _open_one(
             f"detector.backbone to auto or {architecture}. (recipe key: detector.backbone)"
         )
     # Load it once here, so that a tensor that does not fit is found before training starts.
-    backbone = ResNetBackbone(architecture)
+    backbone = make_backbone(architecture)
     count, total = load_backbone(backbone, weights), len(backbone.state_dict())
     # Resolving the path gives a name even to a run given as `.`.
     source = address.removeprefix(PERMUTED)

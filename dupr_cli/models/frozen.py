@@ -10,12 +10,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dupr_cli.artifacts.weights import load_backbone
+from dupr_cli.models.backbone import Backbone, as_backbone, load_backbone, make_backbone
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
-from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Level
 
 
@@ -23,14 +22,20 @@ from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Level
 class FrozenBackbone:
     """A backbone in eval mode on its device, with the normalisation of its input.
 
-    mean, std: (1, 3, 1, 1), of pixels in [0, 1]. precision: of the convolutions.
+    network: a `Backbone`. mean, std: (1, 3, 1, 1), of pixels in [0, 1]. precision: of the
+    convolutions.
     """
 
-    network: ResNetBackbone
+    network: nn.Module
     mean: Tensor
     std: Tensor
     device: torch.device
     precision: torch.dtype
+
+    @property
+    def shape(self) -> Backbone:
+        """The network's levels, channels and strides."""
+        return as_backbone(self.network)
 
     def maps(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
         """Images (N, 3, H, W) to maps (N, C, H / stride, W / stride) float32 of each level.
@@ -95,7 +100,7 @@ def freeze(
 ) -> FrozenBackbone:
     """The backbone with the given weights; a random one follows from the seed."""
     torch.manual_seed(seed)
-    network = ResNetBackbone(compared.architecture)
+    network = make_backbone(compared.architecture)
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     if compared.weights is not None:

@@ -1,4 +1,4 @@
-"""Measures where the cells of a backbone's levels are centred in the image.
+"""Measures on a backbone what its library does not tell: where cells lie, what a level needs.
 
 RoIAlign, and every detector, takes cell i to be centred at (i + 1/2) strides. Padded convolutions
 of stride 2 see one pixel further to the left than to the right, and in a ResNet their shifts add up
@@ -7,7 +7,7 @@ to (stride - 1) / 2. A network that is made of patches, such as ConvNeXt, has no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -18,6 +18,34 @@ from dupr_cli.recipe.base import Level
 # Pixels. The part of the receptive field that matters fits into the first at a stride of 32; the
 # second is for networks of fixed size.
 _SIZES = (384, 224)
+
+
+def unused_modules(backbone: nn.Module, last: Level) -> list[nn.Module]:
+    """The modules whose own parameters do not act on a `Backbone`'s level `last` or earlier ones.
+
+    Which they are is seen in a backward pass; the backbone is left as it was.
+    """
+    was_training = backbone.training
+    frozen = [p for p in backbone.parameters() if not p.requires_grad]
+    parameters = list(backbone.requires_grad_(True).eval().parameters())
+    # A level's map may be computed beside the later ones, so earlier levels are asked for too.
+    levels = [v for v in cast("Sequence[Level]", backbone.levels) if v <= last]
+    device = parameters[0].device
+    try:
+        with torch.enable_grad():
+            maps = backbone(torch.zeros(1, 3, 224, 224, device=device), levels, last)
+            total = torch.stack([features.sum() for features in maps.values()]).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    finally:
+        backbone.train(was_training)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    used = {id(p) for p, g in zip(parameters, gradients, strict=True) if g is not None}
+    return [
+        module
+        for module in backbone.modules()
+        if (own := list(module.parameters(recurse=False))) and not any(id(p) in used for p in own)
+    ]
 
 
 def measured_first_centres(make: Callable[[], nn.Module]) -> dict[Level, float]:

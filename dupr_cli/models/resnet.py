@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import get_args
 
 import torchvision
@@ -22,13 +22,16 @@ class ResNetBackbone(nn.Module):
     Source: He et al. 2016, with the stride in the 3x3 convolution, as in torchvision.
     """
 
+    family = "torchvision"
+    levels = LEVELS
+
     def __init__(self, architecture: str) -> None:
         """Raises UsageError unless the architecture is one of torchvision's ResNets."""
         super().__init__()
         if architecture not in get_args(TorchvisionName):
             raise UsageError(
-                f"{architecture} is not a torchvision ResNet. Pre-training also accepts timm's "
-                f"networks; export and evaluation accept {', '.join(get_args(TorchvisionName))}."
+                f"{architecture} is not a torchvision ResNet; those are "
+                f"{', '.join(get_args(TorchvisionName))}."
             )
         self.architecture = architecture
         self.recompute = False
@@ -58,6 +61,10 @@ class ResNetBackbone(nn.Module):
     def after(self, last: Level) -> list[nn.Module]:
         """The stages that need not be computed when `last` is the last level wanted."""
         return [self.stage(level) for level in LEVELS[LEVELS.index(last) + 1 :]]
+
+    def own_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are: the names have always been torchvision's."""
+        return dict(tensors)
 
     def forward(
         self, images: Tensor, levels: Collection[Level] = LEVELS, last: Level = "res5"

@@ -23,9 +23,9 @@ from dupr_cli.artifacts.run import (
     write_environment,
 )
 from dupr_cli.artifacts.shards import ShardSet, open_shards
-from dupr_cli.artifacts.weights import load_backbone, read_weights
+from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.errors import UsageError
-from dupr_cli.models.backbone import make_backbone
+from dupr_cli.models.backbone import load_backbone, make_backbone, require_levels
 from dupr_cli.pretrain.data import BatchOrder
 from dupr_cli.pretrain.method import method_class
 from dupr_cli.pretrain.recipe_checks import science_warnings
@@ -41,7 +41,7 @@ from dupr_cli.recipe import (
     recipe_yaml,
     resolve_recipe,
 )
-from dupr_cli.recipe.base import TIMM
+from dupr_cli.recipe.base import LEVELS, TIMM
 from dupr_cli.runtime.devices import choose_device
 from dupr_cli.runtime.output import differences, environment, holds, remove, writing
 from dupr_cli.runtime.parallel import join, world_size
@@ -182,7 +182,10 @@ def _require_parts(recipe: PretrainRecipe) -> None:
 
     method_class(recipe)
     if recipe.model.backbone.startswith(TIMM):
-        make_backbone(recipe.model.backbone)
+        backbone = make_backbone(recipe.model.backbone)
+        image, patch = recipe.method.image.weights, recipe.method.patch.weights
+        used = [v for v in LEVELS if image.get(v) or patch.get(v)]
+        require_levels(backbone, used, f"the losses are at {', '.join(used)} (method.*.weights)")
 
 
 def _require_init(recipe: PretrainRecipe) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from dupr_cli.artifacts.run import CheckpointState, MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
-from dupr_cli.artifacts.weights import load_backbone, read_weights
-from dupr_cli.models.backbone import as_backbone
+from dupr_cli.artifacts.weights import read_weights
+from dupr_cli.models.backbone import as_backbone, load_backbone
 from dupr_cli.models.batch_norm import commit_statistics, drop_statistics, group_batch_norms
 from dupr_cli.pretrain.data import BatchOrder, probe_batches, training_batches
 from dupr_cli.pretrain.encoders import Embeddings, join, momentum_update

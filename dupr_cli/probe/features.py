@@ -68,7 +68,7 @@ def extract(
     section, levels = recipe.images, recipe.levels
     read = CentreCrops(images, section.resize, section.crop)
     requests = in_batches(len(images), section.batch_size)
-    features = {v: torch.empty(len(images), frozen.network.channels[v]) for v in levels}
+    features = {v: torch.empty(len(images), frozen.shape.channels[v]) for v in levels}
     first = 0
     with reporter.task(f"features {name}", len(images), "images") as task:
         for batch in load(read, torch.stack, requests, section.workers, frozen.device):

@@ -71,7 +71,7 @@ def train_linear(
     section, device = recipe.sgd, frozen.device
     before = backbone_digest(frozen.network)
     torch.manual_seed(recipe.seed)
-    heads = {level: _head(frozen.network.channels[level], classes) for level in recipe.levels}
+    heads = {level: _head(frozen.shape.channels[level], classes) for level in recipe.levels}
     for head in heads.values():
         head.to(device)
     lr = section.lr * section.batch_size / 256

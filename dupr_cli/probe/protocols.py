@@ -252,7 +252,7 @@ def _retrieve_patches(
             for batch in pairs()
             for view in range(2)
         )
-    network = frozen.network
+    network = frozen.shape
     grids = {v: Grid(network.strides[v], network.first_centres[v]) for v in levels}
     found: dict[Level, list[PairedBins]] = {level: [] for level in levels}
     with reporter.task(f"views {compared.folder}", len(images), "images") as progress:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NoReturn
+from difflib import get_close_matches
+from typing import Annotated, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -16,7 +17,7 @@ LEVEL_STRIDES: dict[Level, int] = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 Backbone = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"
 ]
-# Prefix of a network's name: any network that timm can split into levels, for pre-training.
+# Prefix of a network's name: any network of timm's that returns maps of such strides.
 TIMM = "timm:"
 # Prefix of weights whose tensors are shuffled, a control that keeps scale and loses structure.
 PERMUTED = "permuted:"
@@ -47,3 +48,12 @@ def reject(key: str, message: str) -> NoReturn:
     completes the sentence "KEY is ...".
     """
     raise PydanticCustomError("dupr_check", "{message}", {"message": message, "key": key})
+
+
+def check_backbone(name: str) -> None:
+    """Reject a `backbone` that no family has by its name; whether timm has it is seen later."""
+    names = get_args(Backbone)
+    if not name.startswith(TIMM) and name not in names:
+        near = get_close_matches(name, names, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(names)} or timm:NAME"
+        reject("backbone", f"{name}, which is not a backbone. {hint}")

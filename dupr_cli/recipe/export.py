@@ -32,10 +32,10 @@ class ExportRecipe(Section):
     stage: Literal["export"] = "export"
     description: str = ""
     """One line for `dupr recipe list`."""
-    formats: Annotated[list[str], Field(min_length=1)] = ["torchvision"]
+    formats: Annotated[list[str], Field(min_length=1)] | None = None
     """Layouts: torchvision, timm, transformers, detectron2, mmdetection, onnx, or those of other
-    packages. A single one is written to the top of the output, several each to its own folder
-    (timm's to the top, where its loader looks)."""
+    packages; by default that of the network's own library. A single one is written to the top of
+    the output, several each to its own folder (timm's to the top, where its loader looks)."""
     encoder: Literal["query", "key"] = "query"
     """The encoder whose backbone is exported: the one trained by gradient (query, which MoCo
     transfers) or its moving average (key)."""
@@ -45,10 +45,11 @@ class ExportRecipe(Section):
 
     @model_validator(mode="after")
     def _known_formats(self) -> ExportRecipe:
-        for name in self.formats:
+        formats = self.formats or []
+        for name in formats:
             if not is_plugin(EXPORT_FORMATS, name):
                 known = ", ".join(plugin_names(EXPORT_FORMATS))
-                reject("formats", f"{self.formats}, but {name} is unknown; use {known}")
-        if len(set(self.formats)) < len(self.formats):
-            reject("formats", f"{self.formats}, but each format may be given only once")
+                reject("formats", f"{formats}, but {name} is unknown; use {known}")
+        if len(set(formats)) < len(formats):
+            reject("formats", f"{formats}, but each format may be given only once")
         return self

@@ -6,7 +6,7 @@ The defaults are the values at the paper's scale; docs/method.md gives the sourc
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -15,12 +15,11 @@ from dupr_cli.recipe.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LEVEL_STRIDES,
-    TIMM,
-    Backbone,
     Fraction,
     Level,
     Section,
     Seed,
+    check_backbone,
     reject,
 )
 
@@ -35,18 +34,15 @@ DUPR = "DUPR"
 class ModelSection(Section):
     backbone: str = "resnet50"
     """torchvision's resnet18, resnet34, resnet50, resnet101, resnext50_32x4d or wide_resnet50_2,
-    or timm:NAME for a network that timm can split into levels (needs the extra `timm`)."""
+    or timm:NAME for a network of timm's that returns maps of strides 4 to 32 (needs the extra
+    `timm`)."""
     init: str | None = None
     """Weights from which the backbones of both encoders start: a run, a weights file (`dupr import`
     makes one from a public checkpoint), hf://OWNER/NAME. Random by default."""
 
     @model_validator(mode="after")
     def _known(self) -> ModelSection:
-        names = get_args(Backbone)
-        if not self.backbone.startswith(TIMM) and self.backbone not in names:
-            near = get_close_matches(self.backbone, names, 1)
-            hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(names)} or timm:NAME"
-            reject("backbone", f"{self.backbone}, which is not a backbone. {hint}")
+        check_backbone(self.backbone)
         return self
 
 

@@ -6,7 +6,6 @@ data, the learning rate and all random streams follow from the seed and the step
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +45,28 @@ class TrainingState:
     world: World
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers without repetition: a module may have two names."""
-        saved = self.model.state_dict().keys()
-        buffers = {k: v for k, v in self.model.named_buffers() if k in saved}
-        return {**dict(self.model.named_parameters()), **buffers}
+        """The state dict without repetition: a module may have two names."""
+        first: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            first.setdefault(id(tensor), (name, tensor))
+        return dict(first.values())
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.tensors().items() if isinstance(p, nn.Parameter)}
+
+    def _renamed(self, saved: dict[str, Tensor], before: str = "") -> dict[str, Tensor]:
+        """Tensors of the names that earlier versions gave to a backbone's, under the present ones.
+
+        before: precedes the names of the model's tensors.
+        """
+        for path, module in self.model.named_modules():
+            own_names = getattr(module, "own_names", None)
+            prefix = f"{before}{path}." if path else before
+            if own_names is not None:
+                inner = {n.removeprefix(prefix): n for n in saved if n.startswith(prefix)}
+                taken = {name: saved.pop(full) for name, full in inner.items()}
+                saved.update({prefix + name: t for name, t in own_names(taken).items()})
+        return saved
 
     def save(self, facts: CheckpointState, keep: int, keep_every: int | None = None) -> None:
         """Write the checkpoint of facts.step on rank 0 while the others wait.
@@ -62,7 +79,7 @@ class TrainingState:
             facts.processes, facts.loss_scaler = self.world.size, self.scaler.state_dict()
             buffers = {
                 f"{_PREFIXES.get(kind, kind)}.{name}": buffer
-                for name, parameter in self.model.named_parameters()
+                for name, parameter in self._parameters().items()
                 for kind, buffer in self.optimizer.state.get(parameter, {}).items()
                 if buffer is not None
             }
@@ -117,7 +134,7 @@ class TrainingState:
             return
 
     def _fill(self, checkpoint: Checkpoint) -> None:
-        saved, _ = read_safetensors(checkpoint.path / MODEL_FILE)
+        saved = self._renamed(read_safetensors(checkpoint.path / MODEL_FILE)[0])
         own = self.tensors()
         differing = sorted(
             name
@@ -137,8 +154,10 @@ class TrainingState:
         if checkpoint.state.loss_scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(checkpoint.state.loss_scaler))
 
-    def _fill_optimizer(self, saved: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
+    def _fill_optimizer(self, saved: dict[str, Tensor]) -> None:
+        for kind in ("", *_KINDS):
+            saved = self._renamed(saved, f"{_PREFIXES.get(kind, kind)}." if kind else "")
+        for name, parameter in self._parameters().items():
             for kind in _KINDS:
                 buffer = saved.get(f"{_PREFIXES.get(kind, kind)}.{name}")
                 if buffer is None and kind == "momentum_buffer":

@@ -25,12 +25,12 @@ from dupr_cli.artifacts.shard_files import Sample, index_path, scan_tar, write_s
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.artifacts.weights import (
     Weights,
-    load_backbone,
     read_weights,
     write_weights,
 )
 from dupr_cli.datasets.voc import VocTree, find_voc_trees
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.models.backbone import load_backbone
 from dupr_cli.models.resnet import ResNetBackbone
 from tests.support.images import encode, noise_image, write_shards
 from tests.support.labelled_scenes import voc_year

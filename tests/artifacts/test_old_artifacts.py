@@ -21,9 +21,10 @@ from dupr_cli.artifacts.files import sha256_file
 from dupr_cli.artifacts.results import Results
 from dupr_cli.artifacts.run import newest_checkpoint
 from dupr_cli.artifacts.shards import open_shards
-from dupr_cli.artifacts.weights import load_backbone, read_weights
+from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.datasets.labelled import open_labelled
 from dupr_cli.evaluate.subsets import stored_labels
+from dupr_cli.models.backbone import load_backbone
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import PretrainRecipe, load_recipe

@@ -121,7 +121,7 @@ def test_head_sizes_follow_backbone_and_recipe() -> None:
 def test_res5_of_the_backbone_is_the_box_head() -> None:
     detector = built(recipe())
     head = detector.network.get_submodule("roi_heads.head")
-    assert head.res5 is detector.backbone.stage("res5")
+    assert head.res5 is detector.backbone.get_submodule("layer4")
     assert not any("head.res5" in name for name, _ in detector.named_parameters())
 
 
@@ -286,9 +286,9 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 def test_precise_statistics_are_a_plain_mean_over_batches(tmp_path: Path) -> None:
     detector = built(recipe())
-    first = detector.backbone.bn1
+    first = detector.backbone.get_submodule("bn1")
     seen: list[torch.Tensor] = []
-    detector.backbone.conv1.register_forward_hook(
+    detector.backbone.get_submodule("conv1").register_forward_hook(
         lambda _module, _inputs, output: seen.append(output.detach().mean(dim=(0, 2, 3)))
     )
     trial = Trial(detector, recipe(), 0, "none", tmp_path, ALONE)

@@ -27,8 +27,10 @@ from dupr_cli.evaluate.detectors.norms import freeze_up_to
 from dupr_cli.evaluate.features import Features, open_features
 from dupr_cli.evaluate.scaling import limited
 from dupr_cli.evaluate.training import Trial, learning_rate, make_optimizer, train_detector
+from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.compared import open_compared
 from dupr_cli.models.frozen import normalised_batch
+from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.base import Level
@@ -91,7 +93,7 @@ def test_losses_and_detections_are_torchvisions() -> None:
     """The oracle is torchvision's own FCOS, with its own anchors, on the same pyramid and head."""
     recipe = frozen_recipe()
     torch.manual_seed(0)
-    ours = Fcos(CHANNELS, 3, recipe)
+    ours = Fcos(as_backbone(ResNetBackbone("resnet18")), 3, recipe)
     with torch.no_grad():
         ours.fcos.head.classification_head.cls_logits.bias.fill_(-1.0)
     oracle = FCOS(
@@ -125,7 +127,7 @@ def test_losses_and_detections_are_torchvisions() -> None:
 def test_an_object_is_learned_at_its_place() -> None:
     """A head trained on one object finds it there, and its mirror image on the other side."""
     torch.manual_seed(0)
-    head = Fcos(CHANNELS, 1, frozen_recipe())
+    head = Fcos(as_backbone(ResNetBackbone("resnet18")), 1, frozen_recipe())
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.003)
     box = torch.tensor([[8.0, 16, 40, 48]])
     given = {level: torch.zeros(1, CHANNELS[level], *m.shape[2:]) for level, m in maps(0).items()}

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
+from dupr_cli.artifacts.weights import Weights, WeightsMetadata, layout_of
 from dupr_cli.errors import UsageError
-from dupr_cli.models.backbone import as_backbone, make_backbone
+from dupr_cli.models.backbone import (
+    as_backbone,
+    load_backbone,
+    make_backbone,
+    require_levels,
+)
 from dupr_cli.models.batch_norm import group_batch_norms, ungroup_batch_norms
 from dupr_cli.models.measured import measured_first_centres
 from dupr_cli.models.resnet import ResNetBackbone
@@ -39,19 +47,80 @@ def test_features_equal_torchvisions(name: str) -> None:
         assert as_backbone(ours).channels[level] == tensor.shape[1]
 
 
-@pytest.mark.parametrize("name", ["resnet18d", "convnext_atto", "efficientnet_b0"])
-def test_features_equal_timms(name: str) -> None:
-    import timm
+TIMMS = [
+    "resnet18d", "convnext_atto", "hgnetv2_b0", "cspdarknet53", "mobilenetv4_conv_small",
+    "efficientnet_b0", "swin_tiny_patch4_window7_224",
+]  # fmt: skip
 
-    reference = timm.create_model(name, features_only=True).eval()
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_features_and_names_equal_timms(name: str) -> None:
+    whole = timm.create_model(name, num_classes=0).eval()
     ours = make_backbone(f"timm:{name}").eval()
-    ours.get_submodule("network").load_state_dict(reference.state_dict())
-    x = torch.randn(1, 3, 64, 64)
-    expected = {64 // f.shape[-1]: f for f in reference(x)}
+    own, theirs = ours.state_dict(), whole.state_dict()
+    assert own.keys() <= theirs.keys()
+    assert not any(key.startswith(("stages", "layers", "blocks")) for key in theirs - own.keys())
+    ours.load_state_dict({key: theirs[key] for key in own})
+    x = torch.randn(1, 3, 224, 224)
+    levels = cast(Any, whole).forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
+    expected = {224 // features.shape[-1]: features for features in levels}
     found = ours(x, ("res3", "res5"))
     assert list(found) == ["res3", "res5"]
-    assert torch.equal(found["res3"], expected[8])
-    assert torch.equal(found["res5"], expected[32])
+    for level, features in found.items():
+        stride = as_backbone(ours).strides[level]
+        assert torch.allclose(features, expected[stride], atol=1e-5)
+        assert features.shape[1] == as_backbone(ours).channels[level]
+
+
+@pytest.mark.parametrize("name", TIMMS[:-1])
+def test_earlier_names_of_timms_networks_are_read(name: str) -> None:
+    """Earlier versions held timm's lists of features, which flatten their first level of names."""
+    earlier = timm.create_model(name, features_only=True).eval()
+    tensors = {f"network.{key}": tensor for key, tensor in earlier.state_dict().items()}
+    ours = make_backbone(f"timm:{name}").eval()
+    weights = Weights("w", _metadata(f"timm:{name}"), tensors)
+    assert load_backbone(ours, weights) == len(tensors)
+    x = torch.randn(1, 3, 64, 64)
+    expected = {64 // features.shape[-1]: features for features in earlier(x)}
+    for level, features in ours(x).items():
+        assert torch.allclose(features, expected[as_backbone(ours).strides[level]], atol=1e-5)
+    holder = nn.ModuleDict({"backbone": make_backbone(f"timm:{name}")})
+    holder.load_state_dict({f"backbone.{key}": tensor for key, tensor in tensors.items()})
+    assert torch.equal(next(holder.parameters()), next(ours.parameters()))
+
+
+def _metadata(architecture: str) -> WeightsMetadata:
+    return WeightsMetadata(
+        layout_of(architecture), architecture, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3), 224
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm:resnet18d", "timm:hgnetv2_b0"])
+def test_what_a_level_does_not_need(name: str) -> None:
+    backbone = make_backbone(name)
+    unneeded = as_backbone(backbone).after("res4")
+    parameters = {id(p) for module in unneeded for p in module.parameters()}
+    last: Tensor = backbone(torch.randn(2, 3, 64, 64), ("res4",), "res4")["res4"]
+    torch.autograd.backward(last.sum())
+    without = {id(p) for p in backbone.parameters() if p.grad is None}
+    assert parameters == without
+    assert parameters
+    assert backbone.training
+
+
+def test_transformers_take_images_of_any_size() -> None:
+    backbone = make_backbone("timm:swin_tiny_patch4_window7_224").eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 96, 160))
+    shapes = {level: tuple(features.shape[2:]) for level, features in maps.items()}
+    assert shapes == {"res2": (24, 40), "res3": (12, 20), "res4": (6, 10), "res5": (3, 5)}
+
+
+def test_a_network_with_one_stride_has_one_level() -> None:
+    backbone = make_backbone("timm:vit_tiny_patch16_224")
+    assert as_backbone(backbone).levels == ("res4",)
+    with pytest.raises(UsageError, match="has the levels res4, but not res3, res5"):
+        require_levels(backbone, ["res3", "res4", "res5"], "detector.model")
 
 
 def test_timms_batch_norms_keep_their_activation_in_groups() -> None:
@@ -78,16 +147,14 @@ def test_timms_batch_norms_keep_their_activation_in_groups() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("timm:resnet18x", "has no resnet18x"), ("timm:vit_tiny_patch16_224", "are missing")],
+    [
+        ("timm:resnet18x", "has no resnet18x"),
+        ("timm:vit_small_patch14_dinov2", r"strides \[14, 14, 14\]; none of \[4, 8, 16, 32\]"),
+    ],
 )
 def test_what_timm_cannot_give_is_said(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_backbone(name)
-
-
-def test_export_says_what_it_cannot_take() -> None:
-    with pytest.raises(UsageError, match="timm:resnet18d is not a torchvision ResNet"):
-        ResNetBackbone("timm:resnet18d")
 
 
 def test_a_timm_backbone_trains(tmp_path: Path, tiny_shards: Path) -> None:

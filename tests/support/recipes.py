@@ -24,7 +24,7 @@ TINY = (
 
 
 # A ResNet of 0.4 million parameters, for runs whose network is not what is tested: a checkpoint
-# of a ResNet-18 is 140 MB to write and to flush. Nothing but pre-training takes it.
+# of a ResNet-18 is 140 MB to write and to flush.
 SMALL_NETWORK = "model.backbone=timm:test_resnet"
 
 

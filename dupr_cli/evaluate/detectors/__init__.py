@@ -5,7 +5,7 @@ They are built from torchvision's detection parts wherever those follow the prot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,20 +13,36 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from dupr_cli.artifacts.weights import Weights, load_backbone
+from dupr_cli.artifacts.weights import Weights
+from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.detectors.fcos import Fcos
 from dupr_cli.evaluate.detectors.norms import replace_batch_norms
-from dupr_cli.evaluate.detectors.one_stage import DenseHead, OneStage
+from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, DenseHead, OneStage
 from dupr_cli.evaluate.detectors.retinanet import RetinaNet
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.evaluate.detectors.two_stage import TwoStage
+from dupr_cli.models.backbone import (
+    Backbone,
+    as_backbone,
+    load_backbone,
+    make_backbone,
+    require_levels,
+)
 from dupr_cli.models.frozen import FrozenBackbone, normalised_batch
 from dupr_cli.models.resnet import ResNetBackbone
-from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Level
+from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, LEVELS, Level
 from dupr_cli.recipe.evaluate import DENSE_MODELS, EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
-__all__ = ["Detector", "FrozenDetector", "HeadOutput", "Target", "build_detector", "dense_head"]
+__all__ = [
+    "Detector",
+    "FrozenDetector",
+    "HeadOutput",
+    "Target",
+    "build_detector",
+    "check_architecture",
+    "dense_head",
+]
 
 
 @dataclass(frozen=True)
@@ -100,12 +116,12 @@ class Detector(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     @property
-    def backbone(self) -> ResNetBackbone:
+    def backbone(self) -> nn.Module:
         return self.network.backbone
 
     @property
     def architecture(self) -> str:
-        return self.backbone.architecture
+        return as_backbone(self.backbone).architecture
 
     def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode.
@@ -141,12 +157,28 @@ def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def dense_head(
-    channels: Mapping[Level, int], num_classes: int, recipe: EvaluateRecipe, world: World
+    backbone: Backbone, num_classes: int, recipe: EvaluateRecipe, world: World
 ) -> nn.Module:
-    """The recipe's `DenseHead`. channels: of the backbone's levels."""
+    """The recipe's `DenseHead`. backbone: only its levels' shapes are looked at."""
     if recipe.detector.model == "fcos-fpn":
-        return Fcos(channels, num_classes, recipe)
-    return RetinaNet(channels, num_classes, recipe, world)
+        return Fcos(backbone, num_classes, recipe)
+    return RetinaNet(backbone, num_classes, recipe, world)
+
+
+def check_architecture(recipe: EvaluateRecipe, architecture: str) -> None:
+    """Raises UsageError when the recipe's detector cannot have this backbone."""
+    model = recipe.detector.model
+    backbone = make_backbone(architecture)
+    if model.endswith("-c4"):
+        if not isinstance(backbone, ResNetBackbone):
+            raise UsageError(
+                f"detector.model: {model} uses a ResNet's last stage as its head, but the backbone "
+                f"is {architecture}. Give a recipe with an FPN, such as voc-frozen-tiny. "
+                f"(recipe key: detector.model)"
+            )
+        return
+    needed = DENSE_LEVELS if model in DENSE_MODELS else LEVELS
+    require_levels(backbone, needed, f"detector.model: {model} needs {', '.join(needed)}")
 
 
 def build_frozen_detector(
@@ -159,9 +191,9 @@ def build_frozen_detector(
     """A head ready to train on stored features, on the device; its randomness follows from the
     seed."""
     torch.manual_seed(seed)
-    head = dense_head(frozen.network.channels, num_classes, recipe, world)
+    head = dense_head(frozen.shape, num_classes, recipe, world)
     precision = getattr(torch, recipe.train.precision)
-    detector = FrozenDetector(head, frozen, frozen.network.architecture, precision)
+    detector = FrozenDetector(head, frozen, frozen.shape.architecture, precision)
     detector.to(memory_format=torch.channels_last)
     return detector.to(world.device)
 
@@ -181,7 +213,7 @@ def build_detector(
     Raises UsageError when a tensor of the weights is missing, unknown or of another shape.
     """
     torch.manual_seed(seed)
-    backbone = ResNetBackbone(architecture)
+    backbone = make_backbone(architecture)
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     loaded = 0
@@ -191,7 +223,7 @@ def build_detector(
     replace_batch_norms(backbone, recipe.detector.norm)
     network: TwoStage | OneStage
     if recipe.detector.model in DENSE_MODELS:
-        network = OneStage(backbone, dense_head(backbone.channels, num_classes, recipe, world))
+        network = OneStage(backbone, dense_head(as_backbone(backbone), num_classes, recipe, world))
     else:
         network = TwoStage(backbone, num_classes, recipe)
     precision = getattr(torch, recipe.train.precision)

@@ -14,7 +14,11 @@ from torchvision.models.detection.image_list import ImageList
 
 
 class Anchors(nn.Module):
-    """Anchors of all levels: at every cell, each size with each ratio, centred on its corner."""
+    """Anchors of all levels: at every cell, each size with each ratio.
+
+    A ResNet's are centred on the corner of its cells, as in the protocols: half a pixel from where
+    the cells are. Those of other networks lie half a pixel from their cells, too.
+    """
 
     def __init__(
         self,
@@ -22,10 +26,14 @@ class Anchors(nn.Module):
         ratios: Sequence[float],
         strides: Sequence[int],
         octaves: int = 1,
+        first_centres: Sequence[float] | None = None,
     ) -> None:
-        """sizes: of each level, pixels. ratios: height over width. strides: of the levels."""
+        """sizes: of each level, pixels. ratios: height over width. strides: of the levels.
+        first_centres: of the levels' first cells, see `Backbone`; those of a ResNet by default.
+        """
         super().__init__()
         self.strides = tuple(strides)
+        self._first = [centre - 0.5 for centre in first_centres or [0.5] * len(strides)]
         steps = [2 ** (k / octaves) for k in range(octaves)]
         self._shapes = [
             torch.tensor([_shape(size * step, ratio) for size in of_level for step in steps
@@ -41,7 +49,8 @@ class Anchors(nn.Module):
         """(H * W * per_cell, 4) boxes in pixels of the padded image, for a map (N, C, H, W)."""
         (height, width), device = feature.shape[-2:], feature.device
         shapes = self._shapes[level].to(device)
-        y, x = (torch.arange(n, device=device) * self.strides[level] for n in (height, width))
+        stride, first = self.strides[level], self._first[level]
+        y, x = (torch.arange(n, device=device) * stride + first for n in (height, width))
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         corners = torch.stack([grid_x, grid_y, grid_x, grid_y], dim=-1).float()
         return (corners[:, :, None] + shapes).view(-1, 4)

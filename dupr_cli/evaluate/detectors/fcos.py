@@ -1,7 +1,7 @@
 """FCOS: one stage without anchors, small enough to train on features in a minute.
 
-torchvision's head, assignment, losses and selection; the cells' centres are those of a ResNet's
-levels, at multiples of the stride.
+torchvision's head, assignment, losses and selection; the cells' centres are the backbone's, less
+half a pixel.
 Source: Tian et al., "FCOS: a simple and strong anchor-free object detector" (arXiv 2006.09214), as
 in torchvision (centre sampling, GIoU, norms of 32 groups in the towers).
 """
@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 
 from dupr_cli.evaluate.detectors.anchors import Anchors
-from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, DENSE_STRIDES, dense_pyramid
+from dupr_cli.evaluate.detectors.one_stage import (
+    DENSE_LEVELS,
+    DENSE_STRIDES,
+    dense_centres,
+    dense_pyramid,
+)
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
+from dupr_cli.models.backbone import Backbone
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 
@@ -39,17 +45,20 @@ class _NoBackbone(nn.Identity):
 class Fcos(nn.Module):
     """Pyramid and FCOS's towers: a `DenseHead`."""
 
-    def __init__(
-        self, channels_in: Mapping[Level, int], num_classes: int, recipe: EvaluateRecipe
-    ) -> None:
-        """channels_in: of the backbone's levels."""
+    def __init__(self, backbone: Backbone, num_classes: int, recipe: EvaluateRecipe) -> None:
+        """backbone: only its levels' shapes are looked at."""
         super().__init__()
         detector, test = recipe.detector, recipe.test
         self.levels, channels = DENSE_LEVELS, detector.pyramid_channels
         strides = DENSE_STRIDES[: len(detector.anchor_sizes)]
-        self.fpn = dense_pyramid(channels_in, detector, strides)
+        self.fpn = dense_pyramid(backbone, detector, strides)
         # A cell's "anchor" only carries its centre and the range of objects it answers for.
-        self._cells = Anchors([[size] for size in detector.anchor_sizes], [1.0], strides)
+        self._cells = Anchors(
+            [[size] for size in detector.anchor_sizes],
+            [1.0],
+            strides,
+            first_centres=dense_centres(backbone, strides),
+        )
         self.fcos = FCOS(
             _NoBackbone(channels),
             num_classes,

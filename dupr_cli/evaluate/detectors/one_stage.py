@@ -15,7 +15,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from dupr_cli.evaluate.detectors.norms import make_norm
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
-from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.models.backbone import Backbone
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.recipe.evaluate import DetectorSection
 
@@ -44,7 +44,7 @@ class DenseHead(Protocol):
 class OneStage(nn.Module):
     """Backbone and dense head. `divisible`: sides of a batch are multiples of this."""
 
-    def __init__(self, backbone: ResNetBackbone, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.divisible = LEVEL_STRIDES["res5"]
@@ -67,18 +67,24 @@ class OneStage(nn.Module):
 
 
 def dense_pyramid(
-    channels: Mapping[Level, int], detector: DetectorSection, strides: Sequence[int]
+    backbone: Backbone, detector: DetectorSection, strides: Sequence[int]
 ) -> FeaturePyramidNetwork:
     """A feature pyramid on res3 to res5, with two coarser levels if there are five strides.
 
-    channels: of the backbone's levels. Source: Lin et al. 2017, as in RetinaNet.
+    Source: Lin et al. 2017, as in RetinaNet.
     """
     coarser = None
     if len(strides) > len(DENSE_LEVELS):
-        coarser = LastLevelP6P7(channels["res5"], detector.pyramid_channels)
+        coarser = LastLevelP6P7(backbone.channels["res5"], detector.pyramid_channels)
     return FeaturePyramidNetwork(
-        [channels[level] for level in DENSE_LEVELS],
+        [backbone.channels[level] for level in DENSE_LEVELS],
         detector.pyramid_channels,
         coarser,
         None if detector.new_norm == "none" else make_norm(detector.new_norm),
     )
+
+
+def dense_centres(backbone: Backbone, strides: Sequence[int]) -> list[float]:
+    """`first_centres` of the pyramid's levels; the coarser ones begin where res5 does."""
+    levels = [*DENSE_LEVELS, *["res5"] * (len(strides) - len(DENSE_LEVELS))]
+    return [backbone.first_centres[cast(Level, level)] for level in levels]

@@ -17,8 +17,14 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from dupr_cli.evaluate.detectors.anchors import Anchors
-from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, DENSE_STRIDES, dense_pyramid
+from dupr_cli.evaluate.detectors.one_stage import (
+    DENSE_LEVELS,
+    DENSE_STRIDES,
+    dense_centres,
+    dense_pyramid,
+)
 from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target, select_detections
+from dupr_cli.models.backbone import Backbone
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 from dupr_cli.runtime.parallel import World
@@ -35,21 +41,25 @@ class RetinaNet(nn.Module):
 
     def __init__(
         self,
-        channels_in: Mapping[Level, int],
+        backbone: Backbone,
         num_classes: int,
         recipe: EvaluateRecipe,
         world: World,
     ) -> None:
-        """channels_in: of the backbone's levels."""
+        """backbone: only its levels' shapes are looked at."""
         super().__init__()
         detector, self._test, self._world = recipe.detector, recipe.test, world
         self.levels, self._num_classes = DENSE_LEVELS, num_classes
         self._candidates = detector.rpn_pre_nms[1]
         channels = detector.pyramid_channels
-        self.fpn = dense_pyramid(channels_in, detector, DENSE_STRIDES)
+        self.fpn = dense_pyramid(backbone, detector, DENSE_STRIDES)
         sizes = [[size] for size in detector.anchor_sizes]
         self.anchors = Anchors(
-            sizes, detector.anchor_ratios, DENSE_STRIDES, detector.anchor_octaves
+            sizes,
+            detector.anchor_ratios,
+            DENSE_STRIDES,
+            detector.anchor_octaves,
+            dense_centres(backbone, DENSE_STRIDES),
         )
         per_cell = self.anchors.per_cell
         self.cls_subnet, self.bbox_subnet = _subnet(channels), _subnet(channels)

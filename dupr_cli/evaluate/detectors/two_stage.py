@@ -21,6 +21,7 @@ from dupr_cli.evaluate.detectors.norms import make_norm
 from dupr_cli.evaluate.detectors.proposals import make_proposals
 from dupr_cli.evaluate.detectors.regions import RegionPooling
 from dupr_cli.evaluate.detectors.roi_heads import BoxPredictor, HeadOutput, RoIHeads, Target
+from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS
 from dupr_cli.recipe.evaluate import EvaluateRecipe
@@ -109,15 +110,16 @@ class MaskHead(nn.Module):
 class TwoStage(nn.Module):
     """Backbone, proposals and heads. `divisible`: sides of a batch are multiples of this."""
 
-    def __init__(self, backbone: ResNetBackbone, num_classes: int, recipe: EvaluateRecipe) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int, recipe: EvaluateRecipe) -> None:
+        """backbone: a `Backbone`; a torchvision ResNet in the C4 form."""
         super().__init__()
-        detector = recipe.detector
+        detector, shape = recipe.detector, as_backbone(backbone)
         self.backbone = backbone
         self._pyramid = detector.model.endswith("-fpn")
         if self._pyramid:
             norm = None if detector.new_norm == "none" else make_norm(detector.new_norm)
             self.fpn = FeaturePyramidNetwork(
-                [backbone.channels[level] for level in LEVELS],
+                [shape.channels[level] for level in LEVELS],
                 detector.pyramid_channels,
                 LastLevelMaxPool(),
                 norm,
@@ -126,12 +128,14 @@ class TwoStage(nn.Module):
             sizes: list[list[float]] = [[size] for size in detector.anchor_sizes]
             head: C4Head | FPNHead = FPNHead(num_classes, recipe)
             channels = detector.pyramid_channels
+            centres = [shape.first_centres[level] for level in (*LEVELS, "res5")]
         else:
+            assert isinstance(backbone, ResNetBackbone)
             strides, sizes = [LEVEL_STRIDES["res4"]], [list(detector.anchor_sizes)]
             head = C4Head(backbone, num_classes, recipe)
-            channels = backbone.channels["res4"]
+            channels, centres = shape.channels["res4"], [shape.first_centres["res4"]]
         self.divisible = 32 if self._pyramid else strides[0]
-        anchors = Anchors(sizes, detector.anchor_ratios, strides, detector.anchor_octaves)
+        anchors = Anchors(sizes, detector.anchor_ratios, strides, detector.anchor_octaves, centres)
         self.rpn = make_proposals(channels, anchors, detector)
         predictor = BoxPredictor(head.width, num_classes)
         self.roi_heads = RoIHeads(

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dupr_cli.artifacts.files import write_bytes
-from dupr_cli.artifacts.weights import Weights, load_backbone
+from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import Loaded
-from dupr_cli.models.resnet import ResNetBackbone
-from dupr_cli.recipe.base import LEVELS
+from dupr_cli.models.backbone import as_backbone, load_backbone, make_backbone
 
 FILE = "backbone.onnx"
 _OPSET = 18
@@ -23,14 +22,15 @@ _STRIDE = 32
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
-class _Levels(nn.Module):
-    def __init__(self, backbone: ResNetBackbone) -> None:
+class _Maps(nn.Module):
+    """A backbone's maps as a tuple, in the order of its levels."""
+
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = self.backbone(images, LEVELS)
-        return tuple(features[level] for level in LEVELS)
+        return tuple(self.backbone(images).values())
 
 
 class OnnxFormat:
@@ -44,11 +44,12 @@ class OnnxFormat:
             raise UsageError(f"--to onnx needs {', '.join(missing)}: pip install 'dupr-cli[onnx]'.")
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
-        if weights.tensors["conv1.weight"].dtype == torch.bfloat16:
+        dtype = _dtype(weights)
+        if dtype == torch.bfloat16:
             raise UsageError("--to onnx: onnxruntime lacks bfloat16; give another --dtype.")
-        backbone = ResNetBackbone(weights.metadata.architecture)
+        backbone = make_backbone(weights.metadata.architecture)
         load_backbone(backbone, weights)
-        model = _Levels(backbone.to(weights.tensors["conv1.weight"].dtype)).eval()
+        model = _Maps(backbone.to(dtype)).eval()
         sizes = {
             0: torch.export.Dim("batch", min=1),
             2: torch.export.Dim("height", min=_STRIDE),
@@ -56,12 +57,12 @@ class OnnxFormat:
         }
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, 3, 96, 128, dtype=weights.tensors["conv1.weight"].dtype),),
+            (torch.zeros(2, 3, 96, 128, dtype=dtype),),
             dynamo=True,
             verbose=False,
             opset_version=_OPSET,
             input_names=["images"],
-            output_names=list(LEVELS),
+            output_names=list(as_backbone(backbone).levels),
             dynamic_shapes=(sizes,),
         )
         assert program is not None
@@ -75,16 +76,17 @@ class OnnxFormat:
         session = onnxruntime.InferenceSession(
             str(folder / FILE), providers=["CPUExecutionProvider"]
         )
-        dtype = weights.tensors["conv1.weight"].dtype
-        maps = session.run(list(LEVELS), {"images": images.to(dtype).numpy()})
-        features = {level: torch.from_numpy(m) for level, m in zip(LEVELS, maps, strict=True)}
+        levels = as_backbone(make_backbone(weights.metadata.architecture)).levels
+        maps = session.run(list(levels), {"images": images.to(_dtype(weights)).numpy()})
+        features = {level: torch.from_numpy(m) for level, m in zip(levels, maps, strict=True)}
         return Loaded(features, f"onnxruntime {onnxruntime.__version__}")
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
         """Always raises: norms are folded into convolutions. `load` does the checking."""
-        raise RunError(f"{weights.address}: {FILE} holds no tensors by torchvision's names")
+        raise RunError(f"{weights.address}: {FILE} holds no tensors by the backbone's names")
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
+        levels = as_backbone(make_backbone(weights.metadata.architecture)).levels
         return [
             (
                 "python",
@@ -93,6 +95,10 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("{place}{FILE}")
 images = np.zeros((1, 3, 224, 224), dtype=np.float32)
-res2, res3, res4, res5 = session.run(None, {{"images": images}})""",
+{", ".join(levels)} = session.run(None, {{"images": images}})""",
             )
         ]
+
+
+def _dtype(weights: Weights) -> torch.dtype:
+    return next(t.dtype for t in weights.tensors.values() if t.is_floating_point())

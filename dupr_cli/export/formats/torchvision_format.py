@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from dupr_cli.artifacts.hub_weights import EXPORTED
 from dupr_cli.artifacts.weights import Weights, read_safetensors, write_weights
+from dupr_cli.errors import UsageError
 from dupr_cli.export.formats import Loaded
 from dupr_cli.export.formats.safetensors_files import load_strictly, renamed_back
 
@@ -25,6 +26,11 @@ class TorchvisionFormat:
     top = False
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
+        if weights.metadata.layout != self.name:
+            raise UsageError(
+                f"--to torchvision: the weights are of a {weights.metadata.architecture}, which "
+                f"torchvision lacks. Give --to {weights.metadata.layout}."
+            )
         write_weights(folder / FILE, weights.tensors, weights.metadata)
 
     def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:

@@ -1,0 +1,127 @@
+"""Networks that are not torchvision's, through every stage of the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dupr_cli.artifacts.weights import read_weights
+from dupr_cli.models.backbone import as_backbone, load_backbone, make_backbone
+from tests.support.command_line import dupr, pretrain
+from tests.support.labelled_scenes import make_tree
+
+NETWORKS = ["timm:test_convnext", "timm:test_efficientnet"]
+SMALL = [
+    "data.train_sizes=[64]", "data.test_size=64", "data.max_size=128", "train.iterations=2",
+    "train.batch_size=2", "train.workers=0", "train.warmup=0", "train.milestones=[]",
+    "train.checkpoint_every=1", "test.precise_bn_batches=1", "test.pictures=0",
+    "detector.pyramid_channels=32", "detector.rpn_pre_nms=[50, 50]",
+]  # fmt: skip
+
+
+def sets(*overrides: str) -> list[str]:
+    return [argument for override in overrides for argument in ("--set", override)]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+        tiny_shards: Path) -> Path:  # fmt: skip
+    """A run of two steps, the second of which continues the first."""
+    out = tmp_path_factory.mktemp("any") / "run"
+    options = sets(f"model.backbone={request.param}", "train.steps=2", "train.checkpoint_every=1")
+    pretrain(tiny_shards, out, *options, "--stop-after", 1, code=75)
+    pretrain(tiny_shards, out, *options)
+    return out
+
+
+def architecture_of(run: Path) -> str:
+    return read_weights(str(run)).metadata.architecture
+
+
+def test_a_stopped_run_continues_exactly(run: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    options = sets(f"model.backbone={architecture_of(run)}", "train.steps=2")
+    pretrain(tiny_shards, whole, *options, *sets("train.checkpoint_every=1"))
+    place = Path("checkpoints") / "step-00000002" / "model.safetensors"
+    assert (run / place).read_bytes() == (whole / place).read_bytes()
+
+
+def test_timm_loads_the_export(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dupr("export", run, "--out", out)  # timm's layout is that of timm's networks
+    levels = timm.create_model(
+        f"local-dir:{out}", pretrained=True, features_only=True, feature_cls="getter"
+    ).eval()
+    whole = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    weights = read_weights(str(run))
+    ours = make_backbone(weights.metadata.architecture).eval()
+    load_backbone(ours, weights)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        theirs = {64 // maps.shape[2]: maps for maps in levels(images)}
+        for level, maps in ours(images).items():
+            assert torch.equal(maps, theirs[as_backbone(ours).strides[level]])
+    state = whole.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.tensors.items())
+    # The file is one of dupr's too: what timm has after the last level is left aside.
+    again = read_weights(str(out / "model.safetensors"))
+    assert again.tensors.keys() == weights.tensors.keys()
+    assert state.keys() - again.tensors.keys() == set(again.metadata.further)
+    assert again.metadata.layout == "timm"
+
+
+def test_other_layouts_say_what_they_hold(run: Path, tmp_path: Path) -> None:
+    for layout in ("torchvision", "transformers", "detectron2", "mmdetection"):
+        done = dupr("export", run, "--to", layout, "--out", tmp_path / layout, code=2)
+        assert f"--to {layout}" in " ".join(done.stderr.split())
+        assert architecture_of(run) in " ".join(done.stderr.split())
+        assert not (tmp_path / layout).exists()
+
+
+def test_onnx_has_the_same_features(run: Path, tmp_path: Path) -> None:
+    done = dupr("export", run, "--to", "onnx", "--out", tmp_path / "onnx", "--json")
+    (exported,) = json.loads(done.stdout)["formats"]
+    assert exported["features_compared"]
+    assert exported["max_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("options", [
+    ("--frozen", "--recipe", "voc-frozen-tiny"),
+    ("--recipe", "voc-frozen-tiny", *sets("detector.frozen=res4")),
+    ("--recipe", "voc-tiny", *sets("detector.model=faster-rcnn-fpn",
+                                   "detector.anchor_sizes=[8, 16, 32, 64, 128]")),
+], ids=["frozen", "frozen up to res4", "pyramid"])  # fmt: skip
+def test_detectors_are_trained_on_it(run: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    tree = make_tree(tmp_path / "tree")
+    given = ["evaluate", "voc", run, "none", "--data", tree, "--seeds", 1, *options, *sets(*SMALL)]
+    dupr(*given, "--out", tmp_path / "whole")
+    results = json.loads((tmp_path / "whole" / "results.json").read_bytes())
+    assert architecture_of(run) in json.dumps(results)
+
+
+def test_the_c4_form_says_what_it_needs(run: Path, tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    done = dupr("evaluate", "voc", run, "--recipe", "voc-tiny", "--data", tree,
+                "--out", tmp_path / "out", code=2)  # fmt: skip
+    assert "faster-rcnn-c4 uses a ResNet's last stage" in " ".join(done.stderr.split())
+
+
+def test_probes_take_it(run: Path, tmp_path: Path, tiny_shards: Path) -> None:
+    for split in ("train", "val"):
+        for number in range(6):
+            folder = tmp_path / "classes" / split / ("dark", "light")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (40 + 150 * (number % 2),) * 3).save(
+                folder / f"{number}.png"
+            )
+    small = sets("images.resize=32", "images.crop=32", "images.workers=0", "images.bn_images=4",
+                 "knn.neighbours=[1]", "knn.shown=1")  # fmt: skip
+    dupr("evaluate", "knn", run, "none", "--data", tmp_path / "classes", "--out", tmp_path / "knn",
+         *small)  # fmt: skip
+    results = json.loads((tmp_path / "knn" / "results.json").read_bytes())
+    assert "timm" in json.dumps(results)
