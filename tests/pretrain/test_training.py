@@ -183,7 +183,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     found = trained(recipe, tiny_shards, tmp_path / "run")
     assert all(bool(torch.isfinite(values).all()) for values in found.values())
     assert found["image_queues.res5.pushed"] == 4 * 8  # nothing of the two enters
-    assert found["query.backbone.network.bn1.num_batches_tracked"] == 4
+    assert found["query.backbone.bn1.num_batches_tracked"] == 4
     assert MetricsLog(tmp_path / "run").latest()["bad_steps"] == 2
 
 
