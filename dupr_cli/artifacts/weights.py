@@ -2,9 +2,9 @@
 
 A weights file is a `.safetensors` of one backbone, in the names of its own library (the layout:
 torchvision's without fc, or timm's without the classifier). Its header metadata gives layout,
-architecture, input statistics and origin. `read_weights` takes every form of
-weights that the command line accepts: such a file, local or on the Hugging Face Hub, a run
-directory (its newest checkpoint), or one checkpoint. Nothing is ever unpickled.
+architecture, input statistics and origin. `read_weights` takes every form of weights that the
+command line accepts: such a file, local or on the Hugging Face Hub, a run directory (its newest
+checkpoint), or one checkpoint. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -223,6 +223,11 @@ def read_torchvision_weights(address: str, architecture: str) -> Weights:
     import torchvision
 
     name = address.removeprefix(TORCHVISION)
+    if layout_of(architecture) != "torchvision":
+        raise UsageError(
+            f"{address}: torchvision has no {architecture}. Compare its weights with those of "
+            f"torchvision's networks only."
+        )
     known = torchvision.models.get_model_weights(architecture)
     if name not in known.__members__:
         raise UsageError(

@@ -23,14 +23,12 @@ from dupr_cli.recipe.base import TIMM, Level
 class Backbone(Protocol):
     """The interface that every stage needs. Implementations are nn.Modules.
 
-    family: the library of the network, which names its tensors. levels: those that the network has,
-    in order. channels, strides: of each level's feature map. first_centres: pixels from the left
-    and upper edge of an image to the centre of a level's first cell. recompute: levels are
-    recomputed in the backward pass instead of being stored (activation checkpointing), which trades
-    time for memory.
+    levels: those that the network has, in order. channels, strides: of each level's feature map.
+    first_centres: pixels from the left and upper edge of an image to the centre of a level's first
+    cell. recompute: levels are recomputed in the backward pass instead of being stored (activation
+    checkpointing), which trades time for memory.
     """
 
-    family: str
     architecture: str
     levels: tuple[Level, ...]
     channels: dict[Level, int]
@@ -105,8 +103,10 @@ def load_backbone(module: nn.Module, weights: Weights) -> int:
             )
             if names
         ]
+        wanted, theirs = as_backbone(module).architecture, weights.metadata.architecture
+        of = "" if theirs == wanted else f" of a {theirs}"
         raise UsageError(
-            f"{weights.address}: the weights do not fit a {weights.metadata.architecture}: "
+            f"{weights.address}: the weights{of} do not fit a {wanted}: "
             f"{matched} of {len(own)} tensors match, {', '.join(parts)}. Nothing was loaded."
         )
     module.load_state_dict(given)

@@ -21,7 +21,7 @@ _SIZES = (384, 224)
 
 
 def unused_modules(backbone: nn.Module, last: Level) -> list[nn.Module]:
-    """The modules whose own parameters do not act on a `Backbone`'s level `last` or earlier ones.
+    """The modules none of whose parameters acts on a `Backbone`'s level `last` or earlier ones.
 
     Which they are is seen in a backward pass; the backbone is left as it was.
     """
@@ -30,10 +30,10 @@ def unused_modules(backbone: nn.Module, last: Level) -> list[nn.Module]:
     parameters = list(backbone.requires_grad_(True).eval().parameters())
     # A level's map may be computed beside the later ones, so earlier levels are asked for too.
     levels = [v for v in cast("Sequence[Level]", backbone.levels) if v <= last]
-    device = parameters[0].device
+    device, side = parameters[0].device, _SIZES[-1]
     try:
         with torch.enable_grad():
-            maps = backbone(torch.zeros(1, 3, 224, 224, device=device), levels, last)
+            maps = backbone(torch.zeros(1, 3, side, side, device=device), levels, last)
             total = torch.stack([features.sum() for features in maps.values()]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     finally:
@@ -44,7 +44,7 @@ def unused_modules(backbone: nn.Module, last: Level) -> list[nn.Module]:
     return [
         module
         for module in backbone.modules()
-        if (own := list(module.parameters(recurse=False))) and not any(id(p) in used for p in own)
+        if (within := list(module.parameters())) and not any(id(p) in used for p in within)
     ]
 
 

@@ -22,7 +22,6 @@ class ResNetBackbone(nn.Module):
     Source: He et al. 2016, with the stride in the 3x3 convolution, as in torchvision.
     """
 
-    family = "torchvision"
     levels = LEVELS
 
     def __init__(self, architecture: str) -> None:

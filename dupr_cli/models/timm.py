@@ -29,8 +29,6 @@ class TimmBackbone(nn.Module):
     Of several maps of one stride, the level is the last.
     """
 
-    family = "timm"
-
     def __init__(self, architecture: str) -> None:
         """architecture: timm:NAME. Raises UsageError, see `make_backbone`."""
         super().__init__()
@@ -47,7 +45,7 @@ class TimmBackbone(nn.Module):
             )
         self.network: Any = getter.model
         places = {v: last[LEVEL_STRIDES[v]] for v in self.levels}
-        # timm's own numbers of the levels' maps, and the options it needs for images of any size.
+        # timm's own numbers of the levels' maps.
         self.out_indices = [int(getter.out_indices[place]) for place in places.values()]
         self.channels: dict[Level, int] = {v: channels[place] for v, place in places.items()}
         self.strides: dict[Level, int] = {v: LEVEL_STRIDES[v] for v in self.levels}
@@ -104,7 +102,7 @@ class TimmBackbone(nn.Module):
 
 
 def _feature_getter(architecture: str) -> tuple[Any, dict[str, Any]]:
-    """The network in timm's wrapper that returns maps, and the options that it was made with.
+    """The network in timm's wrapper that returns maps, and the options for images of any size.
 
     What comes after the maps is cut off.
     """

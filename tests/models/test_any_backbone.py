@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from dupr_cli.artifacts.run import MODEL_FILE, OPTIMIZER_FILE, Checkpoint, write_checkpoint
 from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.models.backbone import as_backbone, load_backbone, make_backbone
 from tests.support.command_line import dupr, pretrain
@@ -73,6 +76,54 @@ def test_timm_loads_the_export(run: Path, tmp_path: Path) -> None:
     assert again.tensors.keys() == weights.tensors.keys()
     assert state.keys() - again.tensors.keys() == set(again.metadata.further)
     assert again.metadata.layout == "timm"
+
+
+def test_timm_adapts_the_export_to_other_channels_and_classes(run: Path, tmp_path: Path) -> None:
+    dupr("export", run, "--to", "timm", "--out", tmp_path / "out")
+    address = f"local-dir:{tmp_path / 'out'}"
+    thermal = timm.create_model(address, pretrained=True, in_chans=1).eval()
+    assert thermal(torch.randn(1, 1, 64, 64)).shape[0] == 1
+    classifier = timm.create_model(address, pretrained=True, num_classes=5).eval()
+    assert classifier(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_a_run_with_earlier_names_continues_exactly(
+    run: Path, tmp_path: Path, tiny_shards: Path
+) -> None:
+    """Model and optimiser of a run that an earlier version began, which held `network.`."""
+    files = Checkpoint.read(run / "checkpoints" / "step-00000001")
+    old = tmp_path / "old"
+    shutil.copytree(run, old, symlinks=True)
+    shutil.rmtree(old / "checkpoints")
+    found = [load_file(files.path / name) for name in (MODEL_FILE, OPTIMIZER_FILE)]
+    model, optimizer = ({_earlier(n): t for n, t in tensors.items()} for tensors in found)
+    assert model.keys().isdisjoint(n for n in found[0] if ".backbone." in n)
+    write_checkpoint(old, files.state, model, optimizer, keep=1)
+    options = sets(f"model.backbone={architecture_of(run)}", "train.steps=2")
+    pretrain(tiny_shards, old, *options, *sets("train.checkpoint_every=1"))
+    for name in (MODEL_FILE, OPTIMIZER_FILE):
+        place = Path("checkpoints") / "step-00000002" / name
+        assert (old / place).read_bytes() == (run / place).read_bytes()
+
+
+def _earlier(name: str) -> str:
+    """`query.backbone.stages.0.x` as `query.backbone.network.stages_0.x`."""
+    before, backbone, inside = name.partition(".backbone.")
+    return f"{before}.backbone.network.{inside.replace('.', '_', 1)}" if backbone else name
+
+
+def test_torchvisions_weights_are_not_those_of_another_network(run: Path, tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    done = dupr("evaluate", "voc", run, "torchvision:IMAGENET1K_V1", "--frozen", "--data", tree,
+                "--out", tmp_path / "out", code=2)  # fmt: skip
+    assert f"torchvision has no {architecture_of(run)}" in " ".join(done.stderr.split())
+
+
+def test_weights_of_another_network_are_named(run: Path, tmp_path: Path, tiny_shards: Path) -> None:
+    options = sets("model.backbone=resnet18", f"model.init={run}")
+    done = pretrain(tiny_shards, tmp_path / "run", *options, code=2)
+    message = " ".join(done.stderr.split())
+    assert f"the weights of a {architecture_of(run)} do not fit a resnet18" in message
 
 
 def test_other_layouts_say_what_they_hold(run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import Loaded
 from dupr_cli.models.backbone import as_backbone, load_backbone, make_backbone
+from dupr_cli.recipe.base import Level
 
 FILE = "backbone.onnx"
 _OPSET = 18
@@ -76,8 +78,8 @@ class OnnxFormat:
         session = onnxruntime.InferenceSession(
             str(folder / FILE), providers=["CPUExecutionProvider"]
         )
-        levels = as_backbone(make_backbone(weights.metadata.architecture)).levels
-        maps = session.run(list(levels), {"images": images.to(_dtype(weights)).numpy()})
+        levels = [cast(Level, output.name) for output in session.get_outputs()]
+        maps = session.run(levels, {"images": images.to(_dtype(weights)).numpy()})
         features = {level: torch.from_numpy(m) for level, m in zip(levels, maps, strict=True)}
         return Loaded(features, f"onnxruntime {onnxruntime.__version__}")
 

@@ -21,6 +21,7 @@ from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import LibraryMissingError, Loaded
 from dupr_cli.export.formats.safetensors_files import read_model, write_model
+from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.models.timm import TimmBackbone
 from dupr_cli.recipe.base import TIMM
 from dupr_cli.recipe.pretrain import DUPR
@@ -42,7 +43,12 @@ class TimmFormat:
                 f"--to timm: the weights are of a {metadata.architecture}, whose names in timm are "
                 f"not known. Give --to {metadata.layout}."
             )
-        further = {} if metadata.layout == "torchvision" else _layers_after(weights)
+        if metadata.layout == "torchvision":
+            further: dict[str, Tensor] = {}
+            known: dict[str, Any] = {"first_conv": "conv1", "classifier": "fc"}
+        else:
+            further, known = _layers_after(weights), dict(_in_timm(weights).network.pretrained_cfg)
+        backbone = as_backbone(make_backbone(metadata.architecture))
         whole = replace(weights, tensors={**weights.tensors, **further})
         # With its header this is also a weights file of dupr.
         header = replace(metadata, further=tuple(sorted(further))).to_header()
@@ -53,12 +59,13 @@ class TimmFormat:
             {
                 "architecture": metadata.architecture.removeprefix(TIMM),
                 "num_classes": 0,
+                "num_features": backbone.channels[backbone.levels[-1]],
                 "pretrained_cfg": {
                     "tag": "dupr",
                     "license": license_name,
                     "custom_load": False,
                     "input_size": [3, size, size],
-                    "fixed_input_size": False,
+                    "fixed_input_size": known.get("fixed_input_size", False),
                     "interpolation": "bicubic",
                     "crop_pct": 0.875,
                     "crop_mode": "center",
@@ -66,9 +73,10 @@ class TimmFormat:
                     "std": list(metadata.input_std),
                     "num_classes": 0,
                     "pool_size": [size // 32, size // 32],
+                    "first_conv": known["first_conv"],
+                    "classifier": known["classifier"],
                     **(_PAPER if metadata.method == DUPR else {}),
                 },
-                **_description(weights),
             },
         )
 
@@ -154,13 +162,6 @@ def _layers_after(weights: Weights) -> dict[str, Tensor]:
         for key, tensor in whole.items()
         if key not in weights.tensors
     }
-
-
-def _description(weights: Weights) -> dict[str, Any]:
-    """What timm's configuration says of the network, for keys that depend on it."""
-    if weights.metadata.layout == "torchvision":
-        return {"num_features": len(weights.tensors["layer4.0.downsample.0.weight"])}
-    return {"num_features": int(_in_timm(weights).network.num_features)}
 
 
 def _same(name: str) -> str:
