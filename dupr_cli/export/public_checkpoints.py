@@ -217,7 +217,8 @@ def _read(path: Path, address: str) -> object:
             f"({_refusal(str(error))}), and reading those could run code. Nothing was run. If "
             f"you trust the file, save only its tensors, best as .safetensors."
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    # Arbitrary bytes can be steps that the unpickler begins, and then fails at with any error.
+    except Exception as error:
         reason = str(error) or type(error).__name__
         raise UsageError(_unreadable(address, reason)) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from functools import cache, cached_property
 from typing import Any, Protocol, cast
 
@@ -114,7 +115,7 @@ def _feature_getter(architecture: str) -> tuple[Any, dict[str, Any]]:
             f"model.backbone: {architecture} needs timm; `pip install 'dupr-cli[timm]'`."
         ) from error
     if not timm.is_model(name):
-        similar = timm.list_models(f"*{name[:6]}*")[:3]
+        similar = get_close_matches(name, timm.list_models())
         hint = f" Similar: {', '.join(similar)}." if similar else ""
         raise UsageError(f"model.backbone: timm {timm.__version__} has no {name}.{hint}")
     # A transformer takes images of any size only when it is told to.

@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 import timm
 import torch
 import torchvision
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -354,6 +357,16 @@ def test_what_is_no_checkpoint_is_one_message(kind: str, problem: str, tmp_path:
     with pytest.raises(UsageError, match=problem):
         import_weights(str(path), tmp_path / "w.safetensors")
     assert not (tmp_path / "w.safetensors").exists()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=48) | st.text("()]}0abcijlopqrstuRNV.\n", max_size=24).map(str.encode))
+@example(b"root:x:0:0:root:/root:/bin/bash\n")
+def test_arbitrary_bytes_are_one_message(data: bytes) -> None:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "c.pth").write_bytes(data)
+        with pytest.raises(UsageError, match=r"c\.pth"):
+            import_weights(f"{folder}/c.pth", Path(folder) / "w.safetensors")
 
 
 def test_file_in_the_way_is_kept(tmp_path: Path) -> None:

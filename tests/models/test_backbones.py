@@ -148,7 +148,7 @@ def test_timms_batch_norms_keep_their_activation_in_groups() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("timm:resnet18x", "has no resnet18x"),
+        ("timm:convnxt_atto", "has no convnxt_atto. Similar: convnext_atto"),
         ("timm:vit_small_patch14_dinov2", r"strides \[14, 14, 14\]; none of \[4, 8, 16, 32\]"),
     ],
 )
