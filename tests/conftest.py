@@ -27,6 +27,11 @@ settings.load_profile("dupr")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The first backward pass of a process starts autograd's engine. After torch.export or torch.compile
+# it would start with threads, and no command forked from this process could train.
+torch.autograd.backward(torch.zeros(1, requires_grad=True))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # Several test processes share the cores.

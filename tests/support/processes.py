@@ -1,7 +1,8 @@
 """The command line in a process of its own, forked from this one: torch is imported already.
 
 Starting Python and importing torch costs seconds for each process. A forked process is as real:
-it has its own id, group and signals, and can be killed. Commands that start worker processes by a
+it has its own id, group and signals, and can be killed. It can train because tests/conftest.py
+starts autograd's engine without threads. Commands that start worker processes by a
 server of their own (`dupr prepare`) or by a launcher are started afresh instead.
 """
 
