@@ -68,6 +68,9 @@ class Fcos(nn.Module):
             detections_per_img=test.detections_per_image,
             topk_candidates=detector.rpn_pre_nms[1],
         )
+        # torchvision cuts distances at zero, where there is no gradient, and starts them around it:
+        # in some trainings the distance to one side never left zero. FCOS itself starts at exp(0).
+        nn.init.ones_(self.fcos.head.regression_head.bbox_reg.bias)
 
     def _predict(
         self, maps: Mapping[Level, Tensor]
