@@ -15,6 +15,7 @@ from importlib import metadata
 from dupr_cli.errors import UsageError
 
 METHODS = "dupr.methods"
+BACKBONES = "dupr.backbones"
 SOURCES = "dupr.sources"
 EXPORT_FORMATS = "dupr.export_formats"
 
@@ -23,6 +24,10 @@ _BUILT_IN = {
     METHODS: {
         "dupr": "dupr_cli.pretrain.method:Dupr",
         "densecl": "dupr_cli.pretrain.densecl:DenseCl",
+    },
+    BACKBONES: {
+        "timm": "dupr_cli.models.timm:TimmBackbone",
+        "transformers": "dupr_cli.models.transformers:TransformersBackbone",
     },
     SOURCES: {
         "folder": "dupr_cli.prepare.sources.folder:FolderSource",
@@ -41,6 +46,8 @@ _BUILT_IN = {
         "transformers": "dupr_cli.export.formats.transformers_format:TransformersFormat",
         "detectron2": "dupr_cli.export.formats.detectron2_format:Detectron2Format",
         "mmdetection": "dupr_cli.export.formats.mmdetection_format:MMDetectionFormat",
+        "d-fine": "dupr_cli.export.formats.detr_formats:DFineFormat",
+        "rt-detr": "dupr_cli.export.formats.detr_formats:RtDetrFormat",
         "onnx": "dupr_cli.export.formats.onnx_format:OnnxFormat",
     },
 }

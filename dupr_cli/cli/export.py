@@ -11,6 +11,7 @@ from dupr_cli.cli.command import DryRun, Overwrite, Planned, Recipe, Set, comman
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
+    from dupr_cli.export.arrival import Arrival, Checked
     from dupr_cli.export.types import ExportResult
 
 
@@ -31,7 +32,8 @@ def export(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="torchvision, timm, transformers, detectron2, mmdetection, onnx; repeatable.",
+            help="torchvision, timm, transformers, d-fine, rt-detr, detectron2, mmdetection, "
+            "onnx; repeatable.",
         ),
     ] = None,
     out: Annotated[
@@ -41,6 +43,16 @@ def export(
             metavar="PATH",
             help="A folder, or the file itself for a single format of one file.",
             show_default="backbone.safetensors, or exported/",
+        ),
+    ] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--check",
+            metavar="DETECTOR",
+            help="Write nothing, but load the backbone into this detector, or find it there: a "
+            "folder or configuration of transformers, a .safetensors or .pth file, or a name such "
+            "as fasterrcnn_resnet50_fpn; repeatable.",
         ),
     ] = None,
     encoder: Annotated[
@@ -101,12 +113,12 @@ def export(
     dry_run: DryRun = False,
     *,
     reporter: Reporter,
-) -> ExportResult | Planned:
+) -> ExportResult | Checked | Planned:
     """Write backbone weights in the layouts that frameworks load.
 
     If the framework is installed, the files are loaded into it and its features are compared
-    before the files get their names. With --push-to-hub, --local-only writes the folder that would
-    be pushed.
+    before the files get their names. --check proves that a backbone arrives in a detector. With
+    --push-to-hub, --local-only writes the folder that would be pushed.
 
     [bold]Examples[/]
 
@@ -114,15 +126,20 @@ def export(
 
       dupr export runs/smoke --to timm --to transformers --to detectron2 --out exported/
 
+      dupr export runs/smoke --check my-rt-detr/ --check fasterrcnn_resnet50_fpn
+
       dupr export runs/smoke --to timm --push-to-hub me/my-backbone --set card.license=cc-by-4.0
     """
     import json
 
     from dupr_cli import export as stage
+    from dupr_cli.errors import UsageError
     from dupr_cli.export.hub import check_options
     from dupr_cli.export.types import PushOptions
     from dupr_cli.recipe import ExportRecipe, load_recipe
 
+    if check and (to or out or push_to_hub or dry_run):
+        raise UsageError("--check writes nothing: give it without --to, --out, --push-to-hub.")
     push = None
     if push_to_hub:
         push = PushOptions(push_to_hub, private, revision, commit_message, token_from_env)
@@ -134,6 +151,8 @@ def export(
         dtype=("dtype", dtype),
     )
     resolved = load_recipe(ExportRecipe, recipe or "default", options)
+    if check:
+        return stage.check(resolved, weights, check)
     if dry_run:
         return Planned(resolved, stage.plan(resolved, weights, out, push, overwrite=overwrite))
     return stage.run(
@@ -148,9 +167,13 @@ def export(
     )
 
 
-def show(result: ExportResult) -> None:
+def show(result: ExportResult | Checked) -> None:
     from dupr_cli.cli.console import print_facts, print_text
+    from dupr_cli.export.arrival import Checked
 
+    if isinstance(result, Checked):
+        print_facts([(found.detector, _arrived(found)) for found in result.arrivals])
+        return
     facts = [
         ("written to", result.path),
         (
@@ -169,3 +192,15 @@ def show(result: ExportResult) -> None:
     for each in result.formats:
         for _, block in each.usage:
             print_text(f"\n{each.name}:\n{block}\n")
+
+
+def _arrived(found: Arrival) -> str:
+    left_out = f", {len(found.left_out)} norms of unused levels left out" if found.left_out else ""
+    compared = "no features compared, because a file computes none"
+    if found.levels:
+        levels = f"{found.levels[0]} to {found.levels[-1]}"
+        compared = f"features of {levels} differ by {found.max_difference:.1e} at most"
+    return (
+        f"{found.tensors} of {found.tensors} tensors at {found.place or 'the top'}, in the names "
+        f"of {found.names}{left_out}; {compared}"
+    )

@@ -1,8 +1,10 @@
 """Stage 3, `dupr export`: a run's backbone in the layouts that frameworks load.
 
 formats/ has one module per layout. Each layout is loaded back into its framework and compared
-before the export succeeds (verification.py). hub.py pushes the exported folder in one commit, with
-the model card of card.py. public_checkpoints.py does the reverse: `dupr import`.
+before the export succeeds (verification.py). `load_into` puts a backbone into a live detector and
+proves that it arrived (arrival.py); `check` does so for names, folders and files (target.py).
+hub.py pushes the exported folder in one commit, with the model card of card.py.
+public_checkpoints.py does the reverse: `dupr import`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import torch
 
 from dupr_cli.artifacts.files import sha256_file
 from dupr_cli.artifacts.weights import Weights, read_weights
+from dupr_cli.export.arrival import Checked, load_into
 from dupr_cli.export.formats import ExportFormat, folders_of, make_format
 from dupr_cli.export.hub import push_files
 from dupr_cli.export.record import place, require_replaceable, write_record
+from dupr_cli.export.target import check_in
 from dupr_cli.export.types import ExportedFormat, ExportPlan, ExportResult, PushOptions
 from dupr_cli.export.verification import verify
 from dupr_cli.models.backbone import fitted
@@ -33,6 +37,8 @@ from dupr_cli.recipe import (
     resolve_recipe,
 )
 from dupr_cli.runtime.stopping import deferred, stoppable
+
+__all__ = ["check", "load_into", "plan", "run"]
 
 
 def plan(
@@ -141,6 +147,24 @@ def run(
         return result
 
     return replace(result, hub_url=push_files(target, files, read, push, reporter))
+
+
+def check(
+    recipe: ExportRecipe | str | Path,
+    weights: str | Path,
+    detectors: Sequence[str],
+    *,
+    overrides: Overrides = (),
+) -> Checked:
+    """Whether the backbone arrives in each detector, or is there; see `target.check_in`.
+
+    Nothing is written. Raises UsageError when a detector has no place for it, RunError when it
+    holds or computes something else.
+    """
+    recipe = resolve_recipe(ExportRecipe, recipe, overrides)
+    read = fitted(read_weights(as_address(weights, "weights"), recipe.encoder))
+    read = _rounded(read, recipe.dtype)
+    return Checked(str(weights), [check_in(detector, read) for detector in detectors])
 
 
 def _rounded(weights: Weights, dtype: str) -> Weights:

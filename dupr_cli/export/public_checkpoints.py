@@ -11,27 +11,20 @@ A tensor under the names of the stem and the stages that a plain ResNet lacks be
 network (attention, other norms, further layers) and is refused: without it the features would be
 silently wrong. A few networks have exactly the tensors of a plain ResNet but compute something
 else; they are recognised only by their names.
-
-Pickled files are read by torch's restricted unpickler, which builds tensors, arrays and plain
-values, and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
-import pickle
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import cast, get_args
+from pathlib import Path
+from typing import get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,18 +33,21 @@ from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.weights import (
     IMPORTED,
     WeightsMetadata,
-    read_safetensors,
     write_weights,
 )
 from dupr_cli.errors import UsageError
+from dupr_cli.export.checkpoint_files import flat_tensors, read_checkpoint
 from dupr_cli.export.record import require_replaceable
-from dupr_cli.models.naming import block_count, detectron2_backbone_name, transformers_name
+from dupr_cli.models.naming import (
+    block_count,
+    detectron2_backbone_name,
+    sequential_name,
+    transformers_name,
+)
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 
 _COUNTER = "num_batches_tracked"
-# Children of a torchvision ResNet, in the order in which nn.Sequential numbers them.
-_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # If a file holds several networks, the first match wins; methods transfer these networks.
 _PREFERRED = ("teacher", "encoder_q", "query", "online", "student", "backbone")
 _AVERAGED = ("encoder_k", "key", "momentum", "target")
@@ -64,27 +60,6 @@ _SHOWN = 3
 _ELSEWHERE = (
     "dupr imports plain ResNets only; `dupr pretrain` trains any network that timm can cut into "
     "levels (model.backbone: timm:NAME)."
-)
-_Builder = Callable[..., object]
-# Values that training scripts save beside the weights: their options, paths, dates, figures of
-# numpy's. Building one of these runs no code from the file.
-_VALUES = (
-    argparse.Namespace, frozenset, slice, range, datetime.datetime, datetime.date,
-    datetime.timedelta, np.dtype, np.ndarray,
-    *(getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")),
-)  # fmt: skip
-# Where a pickle finds further types: the place depends on the versions that wrote it.
-_MOVED_VALUES: tuple[tuple[_Builder, str], ...] = (
-    *(
-        (PureWindowsPath if "Windows" in name else PurePosixPath, f"{module}.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-    ),
-    *(
-        (cast(_Builder, value.__reduce__()[0]), f"numpy.{core}.multiarray.{n}")
-        for core in ("core", "_core")
-        for n, value in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(0)))
-    ),
 )
 _DETECTRON2_INPUT = (
     "detectron2 gives its networks pixels of 0 to 255, in BGR order unless INPUT.FORMAT says RGB. "
@@ -122,12 +97,6 @@ class _Naming:
     translate: Callable[[str], str]
 
 
-def _sequential_name(name: str) -> str:
-    numbers = {child: number for number, child in _CHILDREN.items()}
-    first, _, rest = name.partition(".")
-    return f"{numbers[first]}.{rest}"
-
-
 _ANCHOR = "layer1.0.conv1.weight"
 _NAMINGS = tuple(
     _Naming(name, translate(_ANCHOR), translate)
@@ -135,7 +104,7 @@ _NAMINGS = tuple(
         ("torchvision", lambda name: name),
         ("transformers", transformers_name),
         ("detectron2", detectron2_backbone_name),
-        ("sequential", _sequential_name),
+        ("sequential", sequential_name),
     )
 )
 
@@ -159,9 +128,9 @@ def import_weights(
     """
     require_replaceable(out, [out], overwrite)
     path = fetch_weights(address) if address.startswith(HUB) else Path(address)
-    content = _read(path, address)
+    content = read_checkpoint(path, address)
     _refuse_same_tensors(content, path, address)
-    found = dict(_flat(content))
+    found = dict(flat_tensors(content))
     networks = _networks(found)
     if not networks:
         raise UsageError(
@@ -197,55 +166,6 @@ def import_weights(
         notes=list(_DETECTRON2_INPUT) if naming.name == "detectron2" else [],
         sha256=sha256_file(out),
     )
-
-
-def _read(path: Path, address: str) -> object:
-    """The content of a file. Raises UsageError if it is missing, damaged, or would run code."""
-    if not path.is_file():
-        raise UsageError(f"{address}: this file does not exist.")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    try:
-        with torch.serialization.safe_globals([*_VALUES, *_MOVED_VALUES]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Arbitrary bytes, as opposed to a pickle that the restricted unpickler cannot read.
-        if "Unsupported operand" in str(error) and not path.read_bytes().startswith(pickle.PROTO):
-            raise UsageError(_unreadable(address, "torch.save did not write this file")) from error
-        raise UsageError(
-            f"{address}: refused. This pickle holds more than tensors and plain values "
-            f"({_refusal(str(error))}), and reading those could run code. Nothing was run. If "
-            f"you trust the file, save only its tensors, best as .safetensors."
-        ) from error
-    # Arbitrary bytes can be steps that the unpickler begins, and then fails at with any error.
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise UsageError(_unreadable(address, reason)) from error
-
-
-def _unreadable(address: str, reason: str) -> str:
-    return (
-        f"{address}: cannot be read as a checkpoint ({reason}). It may be truncated, or have "
-        f"another format; download it again."
-    )
-
-
-def _refusal(message: str) -> str:
-    """The cause from the unpickler's long message."""
-    found = re.search(r"GLOBAL ([\w.]+)|WeightsUnpickler error:\s+([^\n]+)", message)
-    cause = str(found[1] or found[2]) if found else "not a checkpoint"
-    return textwrap.shorten(cause, 120, placeholder=" ...")
-
-
-def _flat(content: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors by their path of keys, without the wrappers of torch and Lightning."""
-    if isinstance(content, Tensor):
-        yield place, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            bare = key in ("state_dict", "model", "model_state_dict") and not place
-            inner = "" if bare and not isinstance(value, Tensor) else f"{place}.{key}".lstrip(".")
-            yield from _flat(value, inner)
 
 
 def _networks(found: Mapping[str, Tensor]) -> dict[str, _Naming]:

@@ -46,10 +46,10 @@ def verify(written: ExportFormat, weights: Weights, folder: Path) -> Verificatio
         by = f"names, shapes and values only, because {missing}"
         return Verification(0.0, by, features_compared=False)
     expected = features_of(weights, images)
-    difference = _largest_difference(loaded.features, expected)
+    difference = largest_difference(loaded.features, expected)
     allowed = TOLERANCE[next(iter(loaded.features.values())).dtype]
     if difference > allowed:
-        rounding = _largest_difference(expected, features_of(weights, images.double()))
+        rounding = largest_difference(expected, features_of(weights, images.double()))
         allowed = max(allowed, _TIMES_OWN_ROUNDING * rounding)
     if not difference <= allowed:
         raise RunError(
@@ -81,7 +81,7 @@ def _require_equal(tensors: dict[str, Tensor], weights: Weights, name: str) -> N
             )
 
 
-def _largest_difference(found: Features, expected: Features) -> float:
+def largest_difference(found: Features, expected: Features) -> float:
     """Infinite if a level is missing or has another shape."""
     largest = 0.0
     for level in expected:

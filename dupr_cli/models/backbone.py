@@ -7,7 +7,7 @@ renaming.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Protocol, cast
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import UsageError
 from dupr_cli.models.resnet import ResNetBackbone
-from dupr_cli.models.timm import TimmBackbone
-from dupr_cli.recipe.base import TIMM, Level
+from dupr_cli.plugins import BACKBONES, load_plugin, plugin_names
+from dupr_cli.recipe.base import Level
 
 
 class Backbone(Protocol):
@@ -58,13 +58,21 @@ def as_backbone(module: nn.Module) -> Backbone:
 
 
 def make_backbone(architecture: str) -> nn.Module:
-    """A randomly initialised `Backbone`: torchvision's ResNet of that name, or `timm:NAME`.
+    """A randomly initialised `Backbone`: torchvision's ResNet of that name, or FAMILY:NAME.
 
-    Raises UsageError when timm is not installed, or has no such network, or none with a level.
+    Raises UsageError when there is no such family or network, its library is not installed, or it
+    has none of the levels.
     """
-    if architecture.startswith(TIMM):
-        return TimmBackbone(architecture)
-    return ResNetBackbone(architecture)
+    family, separator, _ = architecture.partition(":")
+    if not separator:
+        return ResNetBackbone(architecture)
+    if family not in plugin_names(BACKBONES):
+        raise UsageError(
+            f"{architecture}: there are no backbones of the family {family!r}; the families are "
+            f"{', '.join(plugin_names(BACKBONES))}. Install the package that provides it."
+        )
+    make = cast("Callable[[str], nn.Module]", load_plugin(BACKBONES, family))
+    return make(architecture)
 
 
 def require_levels(backbone: nn.Module, levels: Collection[Level], purpose: str) -> None:

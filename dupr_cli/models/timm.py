@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
-from functools import cache, cached_property
 from typing import Any, Protocol, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dupr_cli.errors import UsageError
-from dupr_cli.models.measured import measured_first_centres, unused_modules
-from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, TIMM, Level
-
-_NETWORK = "network."
+from dupr_cli.models.library import LibraryBackbone
+from dupr_cli.recipe.base import LEVELS, TIMM, Level
 
 
 class _FeatureInfo(Protocol):
@@ -24,40 +21,16 @@ class _FeatureInfo(Protocol):
     def channels(self) -> list[int]: ...
 
 
-class TimmBackbone(nn.Module):
-    """A timm network that returns intermediate maps; its maps of stride 4 to 32 are res2 to res5.
-
-    Of several maps of one stride, the level is the last.
-    """
+class TimmBackbone(LibraryBackbone):
+    """A timm network that returns intermediate maps."""
 
     def __init__(self, architecture: str) -> None:
         """architecture: timm:NAME. Raises UsageError, see `make_backbone`."""
-        super().__init__()
-        self.architecture = architecture
         getter, self.options = _feature_getter(architecture)
         info = cast(_FeatureInfo, getter.feature_info)
-        strides, channels = info.reduction(), info.channels()
-        last = {stride: place for place, stride in enumerate(strides)}
-        self.levels = tuple(v for v in LEVELS if LEVEL_STRIDES[v] in last)
-        if not self.levels:
-            raise UsageError(
-                f"model.backbone: the maps of {architecture} have strides {strides}; none of "
-                f"{list(LEVEL_STRIDES.values())} is among them."
-            )
-        self.network: Any = getter.model
-        places = {v: last[LEVEL_STRIDES[v]] for v in self.levels}
+        super().__init__(architecture, getter.model, info.reduction(), info.channels())
         # timm's own numbers of the levels' maps.
-        self.out_indices = [int(getter.out_indices[place]) for place in places.values()]
-        self.channels: dict[Level, int] = {v: channels[place] for v, place in places.items()}
-        self.strides: dict[Level, int] = {v: LEVEL_STRIDES[v] for v in self.levels}
-        hooks = cast(Any, self)
-        hooks.register_state_dict_post_hook(_without_prefix)
-        hooks.register_load_state_dict_pre_hook(_with_prefix)
-
-    @cached_property
-    def first_centres(self) -> dict[Level, float]:
-        """Measured when they are first asked for, once for each architecture in a process."""
-        return _first_centres(self.architecture)
+        self.out_indices = [int(getter.out_indices[place]) for place in self.places.values()]
 
     @property
     def recompute(self) -> bool:
@@ -73,10 +46,6 @@ class TimmBackbone(nn.Module):
                 raise UsageError(
                     f"train.activation_checkpointing: timm's {self.architecture} lacks it"
                 ) from error
-
-    def after(self, last: Level) -> list[nn.Module]:
-        """The modules that need not be computed when `last` is the last level wanted."""
-        return unused_modules(self, last)
 
     def own_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of an earlier version of this class under the present names, which are timm's.
@@ -138,26 +107,4 @@ def _feature_getter(architecture: str) -> tuple[Any, dict[str, Any]]:
 
 def _earlier_names(name: str) -> list[str]:
     """`stages.0.weight` to `network.stages_0.weight` and the other forms of earlier versions."""
-    return [_NETWORK + form for form in (name, name.replace(".", "_", 1), f"model.{name}")]
-
-
-def _without_prefix(
-    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Mapping[str, Any]
-) -> None:
-    inner = prefix + _NETWORK
-    for name in [key for key in state if key.startswith(inner)]:
-        state[prefix + name.removeprefix(inner)] = state.pop(name)
-
-
-def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    backbone = cast(TimmBackbone, module)
-    own = backbone.state_dict().keys()
-    given = {k.removeprefix(prefix): k for k in state if k.startswith(prefix)}
-    taken = {name: state.pop(key) for name, key in given.items()}
-    for name, tensor in backbone.own_names(taken).items():
-        state[prefix + (_NETWORK + name if name in own else name)] = tensor
-
-
-@cache
-def _first_centres(architecture: str) -> dict[Level, float]:
-    return measured_first_centres(lambda: TimmBackbone(architecture))
+    return ["network." + form for form in (name, name.replace(".", "_", 1), f"model.{name}")]

@@ -23,7 +23,7 @@ from dupr_cli.artifacts.run import (
     write_environment,
 )
 from dupr_cli.artifacts.shards import ShardSet, open_shards
-from dupr_cli.artifacts.weights import read_weights
+from dupr_cli.artifacts.weights import layout_of, read_weights
 from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import load_backbone, make_backbone, require_levels
 from dupr_cli.pretrain.data import BatchOrder
@@ -41,7 +41,7 @@ from dupr_cli.recipe import (
     recipe_yaml,
     resolve_recipe,
 )
-from dupr_cli.recipe.base import LEVELS, TIMM
+from dupr_cli.recipe.base import LEVELS
 from dupr_cli.runtime.devices import choose_device
 from dupr_cli.runtime.output import differences, environment, holds, remove, writing
 from dupr_cli.runtime.parallel import join, world_size
@@ -181,7 +181,7 @@ def _require_parts(recipe: PretrainRecipe) -> None:
     """Raises UsageError when the method or the backbone does not exist."""
 
     method_class(recipe)
-    if recipe.model.backbone.startswith(TIMM):
+    if layout_of(recipe.model.backbone) != "torchvision":
         backbone = make_backbone(recipe.model.backbone)
         image, patch = recipe.method.image.weights, recipe.method.patch.weights
         used = [v for v in LEVELS if image.get(v) or patch.get(v)]

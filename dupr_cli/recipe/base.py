@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Literal, NoReturn, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from dupr_cli.plugins import BACKBONES, is_plugin, plugin_names
 
 Level = Literal["res2", "res3", "res4", "res5"]
 LEVELS: tuple[Level, ...] = ("res2", "res3", "res4", "res5")
@@ -17,8 +21,9 @@ LEVEL_STRIDES: dict[Level, int] = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 Backbone = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"
 ]
-# Prefix of a network's name: any network of timm's that returns maps of such strides.
+# Prefixes of a network's name: any network of the library that returns maps of such strides.
 TIMM = "timm:"
+TRANSFORMERS = "transformers:"
 # Prefix of weights whose tensors are shuffled, a control that keeps scale and loses structure.
 PERMUTED = "permuted:"
 
@@ -42,7 +47,7 @@ class Section(BaseModel):
 
 
 def reject(key: str, message: str) -> NoReturn:
-    """Fail a cross-field check at the recipe key `key`, relative to the section.
+    """Fail a check at the recipe key `key`, relative to what is checked; itself if empty.
 
     The error carries the key, so that the message can name the line where it was set. `message`
     completes the sentence "KEY is ...".
@@ -50,10 +55,49 @@ def reject(key: str, message: str) -> NoReturn:
     raise PydanticCustomError("dupr_check", "{message}", {"message": message, "key": key})
 
 
-def check_backbone(name: str) -> None:
-    """Reject a `backbone` that no family has by its name; whether timm has it is seen later."""
+# What a configuration says beside the shape of the network.
+_NOT_SHAPE = {
+    "architectures", "torch_dtype", "dtype", "transformers_version", "out_features", "out_indices",
+    "stage_names", "id2label", "label2id", "_name_or_path",
+}  # fmt: skip
+
+
+def _configured(path: Path) -> str:
+    """`transformers:JSON` of a configuration file, or of the backbone within a detector's."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reject("", f"{TRANSFORMERS}{path}, and {file} cannot be read as JSON: {error}")
+    if isinstance(config, dict):
+        config = config.get("backbone_config") or config
+    if not isinstance(config, dict) or "model_type" not in config:
+        reject("", f"{TRANSFORMERS}{path}, and {file} has no model_type")
+    shape = {key: value for key, value in config.items() if key not in _NOT_SHAPE}
+    return TRANSFORMERS + json.dumps(shape, sort_keys=True, separators=(",", ":"))
+
+
+def _named_backbone(name: str) -> str:
+    """The name of a network, with a configuration in place of the path of its file.
+
+    Rejects a name that no family has; whether the library has it is seen later.
+    """
     names = get_args(Backbone)
-    if not name.startswith(TIMM) and name not in names:
+    family, separator, rest = name.partition(":")
+    if separator and is_plugin(BACKBONES, family):
+        is_path = not rest.startswith("{") and ("/" in rest or rest.endswith(".json"))
+        return _configured(Path(rest)) if is_path and name.startswith(TRANSFORMERS) else name
+    if name not in names:
         near = get_close_matches(name, names, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(names)} or timm:NAME"
-        reject("backbone", f"{name}, which is not a backbone. {hint}")
+        families = ", ".join(f"{family}:NAME" for family in plugin_names(BACKBONES))
+        hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(names)}, {families}"
+        reject("", f"{name}, which is not a backbone. {hint}")
+    return name
+
+
+def _named_or_auto(name: str) -> str:
+    return name if name == "auto" else _named_backbone(name)
+
+
+BackboneName = Annotated[str, AfterValidator(_named_backbone)]
+BackboneOrAuto = Annotated[str, AfterValidator(_named_or_auto)]

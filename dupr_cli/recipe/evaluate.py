@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dupr_cli.recipe.base import Fraction, Level, Section, Seed, check_backbone, reject
+from dupr_cli.recipe.base import BackboneOrAuto, Fraction, Level, Section, Seed, reject
 
 Positive = Annotated[int, Field(ge=1)]
 Model = Literal[
@@ -29,7 +29,7 @@ class DetectorSection(Section):
     model: Model = "faster-rcnn-c4"
     """C4: res5 is the box head, on regions of res4. FPN: heads on a feature pyramid of res2 to res5
     (RetinaNet and FCOS: from res3). Mask R-CNN needs labels with masks."""
-    backbone: str = "auto"
+    backbone: BackboneOrAuto = "auto"
     """`auto` takes the architecture that the weights name (resnet50 if only `none` is given);
     otherwise as model.backbone of `dupr pretrain`."""
     frozen: Level | None = None
@@ -69,12 +69,6 @@ class DetectorSection(Section):
     """Sampled regions per image in the loss of the box head."""
     positive_fraction: Fraction = 0.25
     """Target share of positives among the sampled regions."""
-
-    @model_validator(mode="after")
-    def _known_backbone(self) -> DetectorSection:
-        if self.backbone != "auto":
-            check_backbone(self.backbone)
-        return self
 
     @model_validator(mode="after")
     def _pyramid_has_its_sizes(self) -> DetectorSection:

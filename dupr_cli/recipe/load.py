@@ -347,7 +347,7 @@ def _explain(
     context = details.get("ctx", {})
     at = _key_path(model, details["loc"])
     if details["type"] == "dupr_check":
-        at = (*at, *str(context["key"]).split("."))
+        at = (*at, *filter(None, str(context["key"]).split(".")))
         place = _origin_of(at, origins, default)
         message = f"{place}: {'.'.join(at)} is {context['message']}"
         return message if message.endswith(".") else message + "."

@@ -15,11 +15,11 @@ from dupr_cli.recipe.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LEVEL_STRIDES,
+    BackboneName,
     Fraction,
     Level,
     Section,
     Seed,
-    check_backbone,
     reject,
 )
 
@@ -32,18 +32,14 @@ DUPR = "DUPR"
 
 
 class ModelSection(Section):
-    backbone: str = "resnet50"
+    backbone: BackboneName = "resnet50"
     """torchvision's resnet18, resnet34, resnet50, resnet101, resnext50_32x4d or wide_resnet50_2,
-    or timm:NAME for a network of timm's that returns maps of strides 4 to 32 (needs the extra
-    `timm`)."""
+    timm:NAME for a network of timm's that returns maps of strides 4 to 32 (needs the extra `timm`),
+    transformers:NAME or transformers:PATH/config.json for a backbone of transformers' (needs the
+    extra `transformers`), or FAMILY:NAME of another package."""
     init: str | None = None
     """Weights from which the backbones of both encoders start: a run, a weights file (`dupr import`
     makes one from a public checkpoint), hf://OWNER/NAME. Random by default."""
-
-    @model_validator(mode="after")
-    def _known(self) -> ModelSection:
-        check_backbone(self.backbone)
-        return self
 
 
 class ViewsSection(Section):

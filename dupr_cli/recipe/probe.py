@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dupr_cli.recipe.base import Fraction, Level, Section, Seed, check_backbone, reject
+from dupr_cli.recipe.base import BackboneOrAuto, Fraction, Level, Section, Seed, reject
 from dupr_cli.recipe.pretrain import BlurSection, ColorJitterSection, ViewsSection
 
 Positive = Annotated[int, Field(ge=1)]
@@ -134,7 +134,7 @@ class ProbeRecipe(Section):
     description: str = ""
     """One line for `dupr recipe list`."""
     protocol: ProbeProtocol = "knn"
-    backbone: str = "auto"
+    backbone: BackboneOrAuto = "auto"
     """`auto` takes the architecture that the weights name (resnet50 if only `none` is given);
     otherwise as model.backbone of `dupr pretrain`."""
     levels: Annotated[list[Level], Field(min_length=1)] = ["res3", "res4", "res5"]
@@ -151,12 +151,6 @@ class ProbeRecipe(Section):
     retrieval: RetrievalSection = RetrievalSection()
     """Settings of the protocol patch-retrieval."""
     seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _known_backbone(self) -> ProbeRecipe:
-        if self.backbone != "auto":
-            check_backbone(self.backbone)
-        return self
 
     @model_validator(mode="after")
     def _levels_once(self) -> ProbeRecipe:

@@ -1,11 +1,14 @@
-"""transformers: config.json, model.safetensors and preprocessor_config.json of a ResNetBackbone.
+"""transformers: config.json, model.safetensors and preprocessor_config.json of a backbone.
 
-Source: transformers, models/resnet/modeling_resnet.py and configuration_resnet.py.
+A backbone of transformers keeps its names. torchvision's ResNets, timm's HGNetV2 and timm's deeper
+ResNet-D are written as the classes of transformers that have the same tensors.
+Source: transformers, models/resnet, models/rt_detr and models/hgnet_v2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,32 @@ from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import LibraryMissingError, Loaded
 from dupr_cli.export.formats.safetensors_files import read_model, write_model
-from dupr_cli.models.naming import block_count, transformers_name
-from dupr_cli.recipe.base import LEVELS
+from dupr_cli.models.backbone import as_backbone, make_backbone
+from dupr_cli.models.naming import block_count, names_elsewhere
+from dupr_cli.models.transformers import TransformersBackbone
+from dupr_cli.recipe.base import TIMM, TRANSFORMERS
 
+_CONFIG = "config.json"
 _STAGES = [f"stage{n}" for n in range(1, 5)]
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+def transformers_twin(weights: Weights) -> str | None:
+    """The backbone of transformers that has the same tensors, if there is one."""
+    architecture = weights.metadata.architecture
+    if architecture.startswith(TRANSFORMERS):
+        return architecture
+    if weights.metadata.layout == "torchvision":
+        return TRANSFORMERS + architecture if architecture in _RESNETS else None
+    if "transformers" not in names_elsewhere(architecture, weights.tensors):
+        return None
+    plain = architecture.removeprefix(TIMM).partition(".")[0]
+    return TRANSFORMERS + (plain if plain.startswith("hgnet") else f"rt_detr_{plain[:-1]}")
+
+
+def names_in(library: str, weights: Weights) -> Mapping[str, str]:
+    """The names of the weights' tensors in a library that has them."""
+    return names_elsewhere(weights.metadata.architecture, weights.tensors)[library]
 
 
 class TransformersFormat:
@@ -28,36 +53,18 @@ class TransformersFormat:
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
         metadata = weights.metadata
-        if metadata.architecture not in ("resnet18", "resnet34", "resnet50", "resnet101"):
+        twin = transformers_twin(weights)
+        if twin is None:
             raise UsageError(
-                f"--to transformers: its ResNets are resnet18, 34, 50 and 101 (no groups, no wider "
-                f"bottlenecks), but the weights are of a {metadata.architecture}."
+                f"--to {self.name}: transformers has no network of the tensors of a "
+                f"{metadata.architecture}; those are its own backbones, {', '.join(_RESNETS)}, and "
+                f"timm's hgnetv2, resnet50d and resnet101d."
             )
-        write_model(weights, folder, transformers_name, {})
-        tensors = weights.tensors
-        bottleneck = "layer1.0.conv3.weight" in tensors
-        last = 3 if bottleneck else 2
-        write_json(
-            folder / "config.json",
-            {
-                "architectures": ["ResNetBackbone"],
-                "model_type": "resnet",
-                "num_channels": 3,
-                "embedding_size": 64,
-                "hidden_sizes": [
-                    int(tensors[f"layer{n}.0.conv{last}.weight"].shape[0]) for n in range(1, 5)
-                ],
-                "depths": [block_count(tensors, n) for n in range(1, 5)],
-                "layer_type": "bottleneck" if bottleneck else "basic",
-                "hidden_act": "relu",
-                "downsample_in_first_stage": False,
-                "downsample_in_bottleneck": False,
-                "out_features": _STAGES,
-                "out_indices": [1, 2, 3, 4],
-                "stage_names": ["stem", *_STAGES],
-                "dtype": str(tensors["conv1.weight"].dtype).removeprefix("torch."),
-            },
-        )
+        # With its header, a file in our own names is also a weights file of dupr.
+        header = metadata.to_header() if metadata.layout == "transformers" else {}
+        write_model(weights, folder, names_in("transformers", weights).__getitem__, header)
+        dtype = str(next(iter(weights.tensors.values())).dtype).removeprefix("torch.")
+        write_json(folder / _CONFIG, {**_config(weights, twin), "dtype": dtype})
         size = max(224, metadata.input_size)
         write_json(
             folder / "preprocessor_config.json",
@@ -78,12 +85,11 @@ class TransformersFormat:
     def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
         try:
             import transformers
-            from transformers import ResNetBackbone
         except ImportError as error:
             raise LibraryMissingError("transformers is not installed") from error
         by = f"transformers {transformers.__version__}"
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        loaded: Any = ResNetBackbone.from_pretrained(
+        loaded: Any = getattr(transformers, _class(folder)).from_pretrained(
             folder, output_loading_info=True, local_files_only=True, dtype=images.dtype
         )
         model, report = loaded
@@ -91,20 +97,61 @@ class TransformersFormat:
         if problems:
             raise RunError(f"{by} does not load the weights unchanged: {problems}")
         maps = model.eval()(images).feature_maps
-        return Loaded(dict(zip(LEVELS, maps, strict=True)), by)
+        levels = as_backbone(make_backbone(weights.metadata.architecture)).levels
+        return Loaded(dict(zip(levels, maps, strict=True)), by)
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
-        return read_model(weights, folder, transformers_name)
+        return read_model(weights, folder, names_in("transformers", weights).__getitem__)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
+        twin = transformers_twin(weights)
+        assert twin is not None  # it was written
+        (used,) = _config(weights, twin)["architectures"]
         return [
             (
                 "python",
                 f"""import torch
-from transformers import AutoImageProcessor, ResNetBackbone
+from transformers import AutoImageProcessor, {used}
 
-backbone = ResNetBackbone.from_pretrained("{place or "."}")
+backbone = {used}.from_pretrained("{place or "."}")
 processor = AutoImageProcessor.from_pretrained("{place or "."}")
 features = backbone(torch.zeros(1, 3, 224, 224)).feature_maps""",
             ),
         ]
+
+
+def _class(folder: Path) -> str:
+    """The class of transformers that config.json names; transformers 5 finds none for a folder."""
+    (name,) = json.loads((folder / _CONFIG).read_bytes())["architectures"]
+    return str(name)
+
+
+def _config(weights: Weights, twin: str) -> dict[str, Any]:
+    """config.json without the type of the numbers. twin: see `transformers_twin`."""
+    if weights.metadata.layout == "torchvision":
+        return _resnet_config(weights.tensors)
+    backbone = TransformersBackbone(twin)
+    return {**backbone.config, "architectures": [type(backbone.network).__name__]}
+
+
+def _resnet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """As `ResNetConfig` has it; transformers need not be installed."""
+    bottleneck = "layer1.0.conv3.weight" in tensors
+    last = 3 if bottleneck else 2
+    return {
+        "architectures": ["ResNetBackbone"],
+        "model_type": "resnet",
+        "num_channels": 3,
+        "embedding_size": 64,
+        "hidden_sizes": [
+            int(tensors[f"layer{n}.0.conv{last}.weight"].shape[0]) for n in range(1, 5)
+        ],
+        "depths": [block_count(tensors, n) for n in range(1, 5)],
+        "layer_type": "bottleneck" if bottleneck else "basic",
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+        "out_features": _STAGES,
+        "out_indices": [1, 2, 3, 4],
+        "stage_names": ["stem", *_STAGES],
+    }
