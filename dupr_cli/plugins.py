@@ -46,6 +46,7 @@ _BUILT_IN = {
         "transformers": "dupr_cli.export.formats.transformers_format:TransformersFormat",
         "detectron2": "dupr_cli.export.formats.detectron2_format:Detectron2Format",
         "mmdetection": "dupr_cli.export.formats.mmdetection_format:MMDetectionFormat",
+        "safetensors": "dupr_cli.export.formats.safetensors_format:SafetensorsFormat",
         "d-fine": "dupr_cli.export.formats.detr_formats:DFineFormat",
         "rt-detr": "dupr_cli.export.formats.detr_formats:RtDetrFormat",
         "onnx": "dupr_cli.export.formats.onnx_format:OnnxFormat",

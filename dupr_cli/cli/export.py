@@ -33,7 +33,7 @@ def export(
             "--to",
             metavar="FORMAT",
             help="torchvision, timm, transformers, d-fine, rt-detr, detectron2, mmdetection, "
-            "onnx; repeatable.",
+            "onnx, safetensors; repeatable.",
         ),
     ] = None,
     out: Annotated[

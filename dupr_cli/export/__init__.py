@@ -27,6 +27,7 @@ from dupr_cli.export.target import check_in
 from dupr_cli.export.types import ExportedFormat, ExportPlan, ExportResult, PushOptions
 from dupr_cli.export.verification import verify
 from dupr_cli.models.backbone import fitted
+from dupr_cli.plugins import EXPORT_FORMATS, is_plugin
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     ExportRecipe,
@@ -57,7 +58,7 @@ def plan(
     for name in recipe.formats or []:
         make_format(name)
     read = read_weights(weights, recipe.encoder)
-    formats = recipe.formats or [read.metadata.layout]
+    formats = recipe.formats or [_own_format(read)]
     if (target := _output(formats, out, push)).is_file():
         require_replaceable(target, [target], overwrite)
     return ExportPlan(
@@ -72,10 +73,16 @@ def plan(
     )
 
 
+def _own_format(weights: Weights) -> str:
+    """The layout of the network's own library; a plain file for those of other packages."""
+    layout = weights.metadata.layout
+    return layout if is_plugin(EXPORT_FORMATS, layout) else "safetensors"
+
+
 def _output(formats: Sequence[str], out: Path | None, push: PushOptions | None) -> Path:
     if out is not None:
         return out
-    alone = formats == ["torchvision"] and push is None
+    alone = formats in (["torchvision"], ["safetensors"]) and push is None
     return Path("backbone.safetensors" if alone else "exported")
 
 
@@ -107,7 +114,7 @@ def run(
     given = [Path(folder) for folder in as_addresses(results, "results")]
     reporter = reporter or SilentReporter()
     read = read_weights(weights, recipe.encoder)
-    recipe = recipe.model_copy(update={"formats": recipe.formats or [read.metadata.layout]})
+    recipe = recipe.model_copy(update={"formats": recipe.formats or [_own_format(read)]})
     formats = [make_format(name) for name in recipe.formats or []]
     target = _output([chosen.name for chosen in formats], out, push)
     if target.is_file():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,12 @@ from dupr_cli.models.backbone import as_backbone, load_backbone, make_backbone
 from tests.support.command_line import dupr, pretrain
 from tests.support.labelled_scenes import make_tree
 
-NETWORKS = ["timm:test_convnext", "timm:test_efficientnet"]
+TIMM = ["timm:test_convnext", "timm:test_efficientnet"]
+# A configuration file, as a user has it beside a detector.
+TRANSFORMERS = {
+    "model_type": "rt_detr_resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [16, 16, 32, 32],
+    "embedding_size": 16, "layer_type": "basic", "out_features": ["stage4"],
+}  # fmt: skip
 SMALL = [
     "data.train_sizes=[64]", "data.test_size=64", "data.max_size=128", "train.iterations=2",
     "train.batch_size=2", "train.workers=0", "train.warmup=0", "train.milestones=[]",
@@ -31,15 +38,41 @@ def sets(*overrides: str) -> list[str]:
     return [argument for override in overrides for argument in ("--set", override)]
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
-        tiny_shards: Path) -> Path:  # fmt: skip
-    """A run of two steps, the second of which continues the first."""
-    out = tmp_path_factory.mktemp("any") / "run"
-    options = sets(f"model.backbone={request.param}", "train.steps=2", "train.checkpoint_every=1")
-    pretrain(tiny_shards, out, *options, "--stop-after", 1, code=75)
-    pretrain(tiny_shards, out, *options)
-    return out
+Make = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Make:
+    """A run of a network, of two steps, the second of which continues the first."""
+
+    @cache
+    def made(network: str) -> Path:
+        out = tmp_path_factory.mktemp("any") / "run"
+        options = sets(f"model.backbone={network}", "train.steps=2", "train.checkpoint_every=1")
+        pretrain(tiny_shards, out, *options, "--stop-after", 1, code=75)
+        pretrain(tiny_shards, out, *options)
+        return out
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("configuration") / "config.json"
+    file.write_text(json.dumps({"model_type": "rt_detr", "backbone_config": TRANSFORMERS}))
+    return file
+
+
+@pytest.fixture(scope="module", params=TIMM)
+def timm_run(request: pytest.FixtureRequest, make: Make) -> Path:
+    return make(request.param)
+
+
+@pytest.fixture(scope="module", params=[*TIMM, "transformers"])
+def run(request: pytest.FixtureRequest, make: Make, configuration: Path) -> Path:
+    return make(
+        f"transformers:{configuration}" if request.param == "transformers" else request.param
+    )
 
 
 def architecture_of(run: Path) -> str:
@@ -54,14 +87,14 @@ def test_a_stopped_run_continues_exactly(run: Path, tiny_shards: Path, tmp_path:
     assert (run / place).read_bytes() == (whole / place).read_bytes()
 
 
-def test_timm_loads_the_export(run: Path, tmp_path: Path) -> None:
+def test_timm_loads_the_export(timm_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    dupr("export", run, "--out", out)  # timm's layout is that of timm's networks
+    dupr("export", timm_run, "--out", out)  # timm's layout is that of timm's networks
     levels = timm.create_model(
         f"local-dir:{out}", pretrained=True, features_only=True, feature_cls="getter"
     ).eval()
     whole = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    weights = read_weights(str(run))
+    weights = read_weights(str(timm_run))
     ours = make_backbone(weights.metadata.architecture).eval()
     load_backbone(ours, weights)
     images = torch.randn(1, 3, 64, 96)
@@ -78,8 +111,8 @@ def test_timm_loads_the_export(run: Path, tmp_path: Path) -> None:
     assert again.metadata.layout == "timm"
 
 
-def test_timm_adapts_the_export_to_other_channels_and_classes(run: Path, tmp_path: Path) -> None:
-    dupr("export", run, "--to", "timm", "--out", tmp_path / "out")
+def test_timm_adapts_the_export_to_other_inputs_and_classes(timm_run: Path, tmp_path: Path) -> None:
+    dupr("export", timm_run, "--to", "timm", "--out", tmp_path / "out")
     address = f"local-dir:{tmp_path / 'out'}"
     thermal = timm.create_model(address, pretrained=True, in_chans=1).eval()
     assert thermal(torch.randn(1, 1, 64, 64)).shape[0] == 1
@@ -88,22 +121,22 @@ def test_timm_adapts_the_export_to_other_channels_and_classes(run: Path, tmp_pat
 
 
 def test_a_run_with_earlier_names_continues_exactly(
-    run: Path, tmp_path: Path, tiny_shards: Path
+    timm_run: Path, tmp_path: Path, tiny_shards: Path
 ) -> None:
     """Model and optimiser of a run that an earlier version began, which held `network.`."""
-    files = Checkpoint.read(run / "checkpoints" / "step-00000001")
+    files = Checkpoint.read(timm_run / "checkpoints" / "step-00000001")
     old = tmp_path / "old"
-    shutil.copytree(run, old, symlinks=True)
+    shutil.copytree(timm_run, old, symlinks=True)
     shutil.rmtree(old / "checkpoints")
     found = [load_file(files.path / name) for name in (MODEL_FILE, OPTIMIZER_FILE)]
     model, optimizer = ({_earlier(n): t for n, t in tensors.items()} for tensors in found)
     assert model.keys().isdisjoint(n for n in found[0] if ".backbone." in n)
     write_checkpoint(old, files.state, model, optimizer, keep=1)
-    options = sets(f"model.backbone={architecture_of(run)}", "train.steps=2")
+    options = sets(f"model.backbone={architecture_of(timm_run)}", "train.steps=2")
     pretrain(tiny_shards, old, *options, *sets("train.checkpoint_every=1"))
     for name in (MODEL_FILE, OPTIMIZER_FILE):
         place = Path("checkpoints") / "step-00000002" / name
-        assert (old / place).read_bytes() == (run / place).read_bytes()
+        assert (old / place).read_bytes() == (timm_run / place).read_bytes()
 
 
 def _earlier(name: str) -> str:
@@ -126,11 +159,11 @@ def test_weights_of_another_network_are_named(run: Path, tmp_path: Path, tiny_sh
     assert f"the weights of a {architecture_of(run)} do not fit a resnet18" in message
 
 
-def test_other_layouts_say_what_they_hold(run: Path, tmp_path: Path) -> None:
+def test_other_layouts_say_what_they_hold(timm_run: Path, tmp_path: Path) -> None:
     for layout in ("torchvision", "transformers", "detectron2", "mmdetection"):
-        done = dupr("export", run, "--to", layout, "--out", tmp_path / layout, code=2)
+        done = dupr("export", timm_run, "--to", layout, "--out", tmp_path / layout, code=2)
         assert f"--to {layout}" in " ".join(done.stderr.split())
-        assert architecture_of(run) in " ".join(done.stderr.split())
+        assert architecture_of(timm_run) in " ".join(done.stderr.split())
         assert not (tmp_path / layout).exists()
 
 
@@ -152,7 +185,7 @@ def test_detectors_are_trained_on_it(run: Path, tmp_path: Path, options: tuple[s
     given = ["evaluate", "voc", run, "none", "--data", tree, "--seeds", 1, *options, *sets(*SMALL)]
     dupr(*given, "--out", tmp_path / "whole")
     results = json.loads((tmp_path / "whole" / "results.json").read_bytes())
-    assert architecture_of(run) in json.dumps(results)
+    assert {of["architecture"] for of in results["results"]} == {architecture_of(run)}
 
 
 def test_the_c4_form_says_what_it_needs(run: Path, tmp_path: Path) -> None:
@@ -175,4 +208,4 @@ def test_probes_take_it(run: Path, tmp_path: Path, tiny_shards: Path) -> None:
     dupr("evaluate", "knn", run, "none", "--data", tmp_path / "classes", "--out", tmp_path / "knn",
          *small)  # fmt: skip
     results = json.loads((tmp_path / "knn" / "results.json").read_bytes())
-    assert "timm" in json.dumps(results)
+    assert {of["architecture"] for of in results["results"]} == {architecture_of(run)}
