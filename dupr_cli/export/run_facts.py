@@ -10,6 +10,7 @@ from dupr_cli.artifacts.hub_weights import HUB
 from dupr_cli.artifacts.run import RECIPE_FILE, MetricsLog, read_environment
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import UsageError
+from dupr_cli.models.published import is_published
 from dupr_cli.recipe import PretrainRecipe, load_recipe, recipe_digest
 
 
@@ -105,7 +106,6 @@ def _by_recipe(recipe: PretrainRecipe, facts: RunFacts, weights: Weights) -> lis
     parts += [f"patch contrast at {', '.join(patch)}"] if patch else []
     images = f"{facts.images:,} without labels, " if facts.images else ""
     passes = f" ({facts.log['epoch']:.3g} passes)" if "epoch" in facts.log else ""
-    start = recipe.model.init
     return [
         f"Method: {method.title}; {'; '.join(parts)}; queues of {method.queue_length:,} keys, "
         f"momentum {method.momentum}",
@@ -114,5 +114,11 @@ def _by_recipe(recipe: PretrainRecipe, facts: RunFacts, weights: Weights) -> lis
         f"Optimiser: SGD, learning rate {optimizer.lr} ({optimizer.schedule}), momentum "
         f"{optimizer.momentum}, weight decay {optimizer.weight_decay}; {recipe.train.precision}",
         # A local path means nothing elsewhere, and may reveal too much.
-        f"Start: {(start if start.startswith(HUB) else Path(start).name) if start else 'random'}",
+        f"Start: {_start(recipe.model.init)}",
     ]
+
+
+def _start(address: str | None) -> str:
+    if address is None:
+        return "random"
+    return address if is_published(address) or address.startswith(HUB) else Path(address).name

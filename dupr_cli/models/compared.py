@@ -15,15 +15,11 @@ from pathlib import Path
 import torch
 
 from dupr_cli.artifacts.hub_weights import HUB
-from dupr_cli.artifacts.weights import (
-    TORCHVISION,
-    Weights,
-    read_torchvision_weights,
-    read_weights,
-)
+from dupr_cli.artifacts.weights import Weights, read_weights
 from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import load_backbone, make_backbone
-from dupr_cli.recipe.base import PERMUTED
+from dupr_cli.models.published import is_published, open_weights, timm_architecture
+from dupr_cli.recipe.base import PERMUTED, TIMM
 
 RANDOM_WEIGHTS = "none"
 
@@ -49,9 +45,9 @@ class ComparedWeights:
 def open_compared(addresses: Sequence[str], fixed: str = "auto") -> list[ComparedWeights]:
     """Open the compared weights and check that all their tensors fit.
 
-    addresses: runs, checkpoints, weights files, hf://OWNER/NAME or torchvision:NAME, each possibly
-    after permuted:, or none. fixed: the required architecture, or `auto`: the one that the weights
-    name (resnet50 if none does).
+    addresses: runs, checkpoints, weights files, hf://OWNER/NAME, torchvision:NAME or
+    timm:NETWORK.TAG, each possibly after permuted:, or none. fixed: the required architecture, or
+    `auto`: the one that the weights name (resnet50 if none does).
     Raises UsageError for weights that cannot be read or do not fit.
     """
     if not addresses:
@@ -59,9 +55,11 @@ def open_compared(addresses: Sequence[str], fixed: str = "auto") -> list[Compare
     sources = {address: address.removeprefix(PERMUTED) for address in addresses}
     if RANDOM_WEIGHTS in (s for a, s in sources.items() if a != s):
         raise UsageError(f"{PERMUTED}{RANDOM_WEIGHTS}: random weights have no structure to lose.")
-    own = {s for s in sources.values() if s != RANDOM_WEIGHTS and not s.startswith(TORCHVISION)}
+    own = {s for s in sources.values() if s != RANDOM_WEIGHTS and not is_published(s)}
     opened = {source: read_weights(source) for source in sorted(own)}
     named = {weights.metadata.architecture for weights in opened.values()}
+    if not named:
+        named = {timm_architecture(s) for s in sources.values() if s.startswith(TIMM)}
     without_name = [a for a in addresses if sources[a] not in opened]
     if fixed == "auto" and without_name and len(named) > 1:
         raise UsageError(
@@ -70,8 +68,8 @@ def open_compared(addresses: Sequence[str], fixed: str = "auto") -> list[Compare
         )
     default = fixed if fixed != "auto" else next(iter(named), "resnet50")
     for source in sources.values():
-        if source.startswith(TORCHVISION):
-            opened[source] = read_torchvision_weights(source, default)
+        if is_published(source):
+            opened[source] = open_weights(source, default)
     found = []
     for number, address in enumerate(addresses, 1):
         weights = opened.get(sources[address])
@@ -114,7 +112,7 @@ def _open_one(
     count, total = load_backbone(backbone, weights), len(backbone.state_dict())
     # Resolving the path gives a name even to a run given as `.`.
     source = address.removeprefix(PERMUTED)
-    published = source.startswith((TORCHVISION, HUB))
+    published = is_published(source) or source.startswith(HUB)
     name = source.removeprefix(HUB) if published else Path(source).resolve().stem
     if address != source:
         name = f"permuted-{name}"

@@ -47,7 +47,7 @@ class LibraryBackbone(nn.Module):
     @cached_property
     def first_centres(self) -> dict[Level, float]:
         """Measured when they are first asked for, once for each architecture in a process."""
-        return _first_centres(type(self), self.architecture)
+        return _first_centres(cast(Any, type(self)), self.architecture)
 
     def after(self, last: Level) -> list[nn.Module]:
         """The modules that need not be computed when `last` is the last level wanted."""

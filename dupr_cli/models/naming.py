@@ -166,7 +166,7 @@ def _renamings(
         return {}
     if family:
         return {}
-    of = {
+    of: dict[str, Callable[[str], str]] = {
         "timm": _same,
         "transformers": transformers_name,
         "detectron2": detectron2_backbone_name,

@@ -149,7 +149,7 @@ def configuration(architecture: str) -> dict[str, Any]:
 
 def _built(architecture: str, config: dict[str, Any]) -> Any:
     try:
-        from transformers import AutoBackbone, AutoConfig
+        import transformers
     except ImportError as error:
         raise UsageError(
             f"model.backbone: {architecture} needs transformers; "
@@ -157,7 +157,8 @@ def _built(architecture: str, config: dict[str, Any]) -> Any:
         ) from error
     # The configuration classes raise many kinds of errors for values that do not fit.
     try:
-        return AutoBackbone.from_config(AutoConfig.for_model(**config))
+        library: Any = transformers
+        return library.AutoBackbone.from_config(library.AutoConfig.for_model(**config))
     except Exception as error:
         raise UsageError(
             f"model.backbone: transformers cannot build a backbone from {architecture}: {error}"

@@ -23,9 +23,10 @@ from dupr_cli.artifacts.run import (
     write_environment,
 )
 from dupr_cli.artifacts.shards import ShardSet, open_shards
-from dupr_cli.artifacts.weights import layout_of, read_weights
+from dupr_cli.artifacts.weights import layout_of
 from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import load_backbone, make_backbone, require_levels
+from dupr_cli.models.published import open_weights
 from dupr_cli.pretrain.data import BatchOrder
 from dupr_cli.pretrain.method import method_class
 from dupr_cli.pretrain.recipe_checks import science_warnings
@@ -192,7 +193,8 @@ def _require_init(recipe: PretrainRecipe) -> None:
     """Raises UsageError when the initial weights are missing or do not fit."""
 
     if recipe.model.init is not None:
-        load_backbone(make_backbone(recipe.model.backbone), read_weights(recipe.model.init))
+        architecture = recipe.model.backbone
+        load_backbone(make_backbone(architecture), open_weights(recipe.model.init, architecture))
 
 
 def _check_claim(

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dupr_cli.artifacts.run import CheckpointState, MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
-from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.models.backbone import as_backbone, load_backbone
 from dupr_cli.models.batch_norm import commit_statistics, drop_statistics, group_batch_norms
+from dupr_cli.models.published import open_weights
 from dupr_cli.pretrain.data import BatchOrder, probe_batches, training_batches
 from dupr_cli.pretrain.encoders import Embeddings, join, momentum_update
 from dupr_cli.pretrain.method import Dupr, method_class
@@ -60,7 +60,7 @@ def make_model(recipe: PretrainRecipe, world: World) -> Dupr:
 def start_from_weights(model: Dupr, recipe: PretrainRecipe) -> None:
     """Load `model.init` into both backbones. Raises UsageError for weights that do not fit."""
     if recipe.model.init is not None:
-        weights = read_weights(recipe.model.init)
+        weights = open_weights(recipe.model.init, recipe.model.backbone)
         for encoder in (model.query, model.key):
             load_backbone(encoder.backbone, weights)
 

@@ -39,7 +39,8 @@ class ModelSection(Section):
     extra `transformers`), or FAMILY:NAME of another package."""
     init: str | None = None
     """Weights from which the backbones of both encoders start: a run, a weights file (`dupr import`
-    makes one from a public checkpoint), hf://OWNER/NAME. Random by default."""
+    makes one from a public checkpoint), hf://OWNER/NAME, torchvision:NAME (IMAGENET1K_V2) or
+    timm:NETWORK.TAG (timm:convnext_tiny.fb_in1k). Random by default."""
 
 
 class ViewsSection(Section):

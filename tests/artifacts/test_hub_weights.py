@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 
@@ -19,74 +13,7 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.models.compared import open_compared
 from dupr_cli.models.resnet import ResNetBackbone
 from tests.support.hub_client import wait_briefly
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def handler(files: dict[str, bytes], refuse: int | None) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        # Without keep-alive: a closed server must not go on answering.
-        protocol_version = "HTTP/1.0"
-
-        def do_HEAD(self) -> None:
-            self._answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self._answer(with_body=True)
-
-        def _answer(self, with_body: bool) -> None:
-            body, headers, status = self._found()
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-
-        def _found(self) -> tuple[bytes, dict[str, str], int]:
-            if refuse:
-                return b"{}", {}, refuse
-            if self.path.startswith("/api/models/me/model/tree/"):
-                tree = [
-                    {"type": "file", "path": name, "size": len(data), "oid": COMMIT}
-                    for name, data in files.items()
-                ]
-                return json.dumps(tree).encode(), {"Content-Type": "application/json"}, 200
-            name = self.path.rpartition("/")[2]
-            if self.path.startswith("/me/model/resolve/") and name in files:
-                digest = hashlib.sha256(files[name]).hexdigest()
-                return files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}, 200
-            missing = "EntryNotFound" if self.path.startswith("/me/model/") else "RepoNotFound"
-            return b"{}", {"X-Error-Code": missing}, 404
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    return Handler
-
-
-@contextmanager
-def hub(
-    files: dict[str, bytes],
-    folder: Path,
-    patch: pytest.MonkeyPatch,
-    refuse: int | None = None,
-) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(files, refuse))
-    url = f"http://127.0.0.1:{server.server_port}"
-    patch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    patch.setattr(
-        huggingface_hub.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "cache"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+from tests.support.hub_server import hub
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def detector(name: str, frozen_norms: bool = True) -> nn.Module:
     kind = "DFine" if name.startswith("hgnet") else "RTDetrV2"
     config = getattr(transformers, f"{kind}Config")(
         backbone_config=transformers.AutoConfig.for_model(**shape),
-        encoder_in_channels=list(backbone.channels.values())[1:],  # type: ignore[operator, union-attr]
+        encoder_in_channels=list(backbone.channels.values())[1:],  # type: ignore[operator]
         freeze_backbone_batch_norms=frozen_norms, **SMALL,
     )  # fmt: skip
     torch.manual_seed(1)
@@ -102,9 +102,10 @@ def test_norms_of_levels_that_a_detector_does_not_use_are_left_out(write: Write)
 
 
 def torchvision_detector() -> nn.Module:
-    return torchvision.models.get_model(
+    made: nn.Module = torchvision.models.get_model(
         "retinanet_resnet50_fpn", weights=None, weights_backbone=None
     )
+    return made
 
 
 @pytest.mark.parametrize(("architecture", "make", "place"), [

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata, read_weights
 from dupr_cli.errors import UsageError
-from dupr_cli.export import public_checkpoints
+from dupr_cli.export import checkpoint_files, public_checkpoints
 from dupr_cli.export.formats import make_format
 from dupr_cli.export.formats.detectron2_format import detectron2_arrays
 from dupr_cli.export.public_checkpoints import import_weights
@@ -289,7 +289,7 @@ def test_numbers_of_older_and_newer_numpy(core: str, tmp_path: Path) -> None:
     ],
 )
 def test_reason_of_the_unpickler_is_not_cut_within_a_word(message: str) -> None:
-    said = public_checkpoints._refusal(message)
+    said = checkpoint_files._refusal(message)
     assert set(said.removesuffix(" ...").split()) <= set(message.split())
 
 
