@@ -8,6 +8,7 @@ import torch
 
 from dupr_cli.artifacts.run import CheckpointState, write_checkpoint
 from dupr_cli.artifacts.weights import WeightsMetadata, write_weights
+from dupr_cli.models.backbone import make_backbone
 from dupr_cli.models.resnet import ResNetBackbone
 
 METADATA = WeightsMetadata("torchvision", "resnet18", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 64)
@@ -16,7 +17,7 @@ METADATA = WeightsMetadata("torchvision", "resnet18", (0.5, 0.5, 0.5), (0.2, 0.2
 def make_run(folder: Path, architecture: str) -> dict[str, torch.Tensor]:
     """A run directory with one checkpoint; returns the query encoder's backbone."""
     torch.manual_seed(0)
-    query, key = ResNetBackbone(architecture), ResNetBackbone(architecture)
+    query, key = make_backbone(architecture), make_backbone(architecture)
     query.train()(torch.randn(4, 3, 64, 64))  # statistics that are not the initial ones
     model = {f"query.backbone.{n}": t for n, t in query.state_dict().items()}
     model |= {f"key.backbone.{n}": t for n, t in key.state_dict().items()}
