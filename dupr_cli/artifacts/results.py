@@ -15,8 +15,9 @@ from dupr_cli.errors import UsageError
 FORMAT_VERSION = 2
 RESULTS = "results.json"
 _EXPECTED = (
-    "A finished folder of `dupr evaluate voc|coco|cityscapes|knn|linear|voc07-cls|patch-retrieval` "
-    "holds one; the same command finishes an unfinished folder."
+    "A finished folder of `dupr evaluate "
+    "voc|coco|yolo|cityscapes|knn|linear|voc07-cls|patch-retrieval` holds one; the same command "
+    "finishes an unfinished folder."
 )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
-    for name, function in (("voc", voc), ("coco", coco), ("cityscapes", cityscapes)):
+    for name, function in _PROTOCOLS:
         command(group, name, show)(function)
     command(group, "report", show_report)(report)
     evaluate_detections.add_to(group)
@@ -195,6 +195,37 @@ def coco(
     return _carry_out(recipe, weights, data, out, options, common, reporter)
 
 
+def yolo(
+    weights: WeightsArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="DATA_YAML",
+            help="A data.yaml, or a folder with images and labels in YOLO's layout.",
+        ),
+    ],
+    out: Out,
+    options: FineTuning,
+    common: Common,
+    *,
+    reporter: Reporter,
+) -> Results | LabelCurves | Planned | None:
+    """Train a detector from each of the weights on a YOLO data set and compare COCO's AP.
+
+    Its train and val splits are used as they are. Without --recipe, the shipped yolo-tiny is used;
+    every recipe of `dupr evaluate coco` without masks can be extended with `protocol: yolo`.
+
+    [bold]Examples[/]
+
+      dupr evaluate yolo runs/a none --data data.yaml --frozen --labels 50,100,all --out eval/
+
+      dupr evaluate yolo runs/a none --data data.yaml --test-split test --out eval/
+    """
+    recipe = _resolve("yolo", options, common)
+    return _carry_out(recipe, weights, data, out, options, common, reporter)
+
+
 def cityscapes(
     weights: WeightsArgument,
     data: Annotated[
@@ -224,6 +255,9 @@ def cityscapes(
     """
     recipe = _resolve("cityscapes", options, common)
     return _carry_out(recipe, weights, data, out, options, common, reporter)
+
+
+_PROTOCOLS = (("voc", voc), ("coco", coco), ("yolo", yolo), ("cityscapes", cityscapes))
 
 
 def _resolve(protocol: str, options: FineTuning, common: Common) -> EvaluateRecipe:

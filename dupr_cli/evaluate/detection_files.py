@@ -27,6 +27,7 @@ from pycocotools import mask as coco_mask
 from dupr_cli.artifacts.files import write_json, write_text
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.results import RESULTS, Results, image_ids_digest
+from dupr_cli.artifacts.shards import MANIFEST
 from dupr_cli.datasets.coco import (
     CocoSet,
     coco_box,
@@ -36,14 +37,17 @@ from dupr_cli.datasets.coco import (
     parse_coco,
     read_json,
 )
+from dupr_cli.datasets.labelled import open_labelled
 from dupr_cli.datasets.text import read_text
 from dupr_cli.datasets.voc import VocSplit, find_voc_trees
+from dupr_cli.datasets.yolo import is_yolo
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.results_table import DetectionRow, detections_from_rows
 from dupr_cli.metrics import METRIC_NAMES, Detections, Metric, Points, Scores, Truth, score
 from dupr_cli.metrics.analysis import analyse
 from dupr_cli.metrics.coco import coco_json_scores, with_masks
 from dupr_cli.metrics.drawing import write_analysis
+from dupr_cli.progress import SilentReporter
 from dupr_cli.runtime.output import require_own, writing
 
 TABLE_FILE = "table.txt"
@@ -96,7 +100,8 @@ def score_files(
     ious: Sequence[float] = (),
     out: Path | None = None,
 ) -> Scored:
-    """Score the detections in `files` against a VOC tree's split or COCO's JSON.
+    """Score the detections in `files` against a split of a VOC tree, of a YOLO set or of labelled
+    shards, or against COCO's JSON.
 
     ious: further thresholds whose AP is added. out: a folder for results.json, table.txt and the
     analysis. Raises UsageError, with file and line, for anything that breaks its format.
@@ -238,14 +243,16 @@ def _read_labels(data: str, split: str) -> _Labels:
         truths = [_truth(of_image, classes) for of_image in boxes]
         left_out = [reason for of_image in labels for reason in of_image.left_out]
         return _Labels(data, split, source.ids, source.names, classes, truths, left_out)
+    if (path / MANIFEST).is_file() or is_yolo(path):
+        return _labels_of(data, split)
     if coco_files(path):
         path = coco_split_file(path, split)
     if not path.exists():
         raise UsageError(f"{data}: this file or folder does not exist.")
     if path.suffix != ".json":
         raise UsageError(
-            f"{data}: this is neither a VOC tree nor COCO's JSON "
-            f"(annotations/instances_{split}.json in a folder, or the file itself)."
+            f"{data}: this is neither a VOC tree, nor a YOLO set, nor labelled shards, nor COCO's "
+            f"JSON (annotations/instances_{split}.json in a folder, or the file itself)."
         )
     content = read_json(path)
     usable: dict[str, Any] = {}
@@ -262,6 +269,32 @@ def _read_labels(data: str, split: str) -> _Labels:
         {**content, **usable},
         coco,
     )
+
+
+def _labels_of(data: str, split: str) -> _Labels:
+    """The labels of a set that is read with its images: in shards, or in YOLO's fractions."""
+    notes = _Notes()
+    labelled = open_labelled(data, [split], notes)
+    classes = labelled.classes
+    return _Labels(
+        data,
+        split,
+        labelled.ids,
+        [Path(image_id).stem for image_id in labelled.ids],
+        classes,
+        [labelled.truth(position, classes) for position in range(len(labelled))],
+        notes.warnings,
+    )
+
+
+class _Notes(SilentReporter):
+    """Keeps the warnings about labels that cannot be used."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 def _restrict_to_tested(file: Path, labels: _Labels) -> tuple[_Labels, list[str]]:

@@ -221,7 +221,7 @@ class EvaluateRecipe(Section):
     """One line for `dupr recipe list`."""
     name: str = ""
     """Name of the protocol in the results."""
-    protocol: Literal["voc", "coco", "cityscapes"] = "voc"
+    protocol: Literal["voc", "coco", "yolo", "cityscapes"] = "voc"
     """The `dupr evaluate` command that runs it."""
     detector: DetectorSection = DetectorSection()
     data: DetectionDataSection = DetectionDataSection()

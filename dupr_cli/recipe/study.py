@@ -21,7 +21,7 @@ class StudyMethodSection(Section):
 
 class StudyProtocolSection(Section):
     recipe: str
-    """A recipe of `dupr evaluate voc|coco|cityscapes`: a file, or the name of a shipped one."""
+    """A recipe of `dupr evaluate voc|coco|yolo|cityscapes`: a file or a shipped one's name."""
     set: list[str] = []
     """Overrides of its keys, as --set takes them."""
     seeds: Annotated[int, Field(ge=1)] = 5

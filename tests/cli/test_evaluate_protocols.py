@@ -1,4 +1,4 @@
-"""`dupr evaluate coco|cityscapes` from command to results, with every kind of detector."""
+"""`dupr evaluate coco|yolo|cityscapes` from command to results, with every kind of detector."""
 
 from __future__ import annotations
 
@@ -71,6 +71,62 @@ def test_coco(tmp_path: Path, recipe: str, more: list[str]) -> None:
     scores = json.loads(again.stdout)["metrics"]
     assert scores["AP"] == pytest.approx(entry["metrics"]["AP"], abs=1e-9)
     assert json.loads(rows.read_text())
+
+
+def yolo_set(root: Path) -> Path:
+    """data.yaml, images and labels in fractions of the image, as exporters write them."""
+    for split, count in (("train", 4), ("val", 3)):
+        for number in range(count):
+            image = np.full((72, 96, 3), 128, np.uint8)
+            lines = []
+            for half in range(2):
+                x0, y0, x1, y1 = 48 * half + 5, 10 + number, 48 * half + 40, 50
+                image[y0:y1, x0:x1] = 0
+                image[y0:y1, x0:x1, half] = 255
+                box = ((x0 + x1) / 192, (y0 + y1) / 144, (x1 - x0) / 96, (y1 - y0) / 72)
+                lines.append(" ".join(map(str, (half, *box))))
+            for folder in ("images", "labels"):
+                (root / folder / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / "images" / split / f"{number}.png")
+            (root / "labels" / split / f"{number}.txt").write_text("\n".join(lines))
+    file = root / "data.yaml"
+    file.write_text("train: images/train\nval: images/val\nnames: [red, green]\n")
+    return file
+
+
+@pytest.mark.parametrize("more", [["--frozen"], []], ids=["frozen", "fine-tuned"])
+def test_yolo(tmp_path: Path, more: list[str]) -> None:
+    """Its figures are those of `evaluate detections` on data.yaml, and on shards made from it."""
+    file, out = yolo_set(tmp_path / "set"), tmp_path / "out"
+    small = settings() if not more else settings("train.warmup=0")
+    dupr("evaluate", "yolo", "none", "--data", file, "--out", out, *more, *small)
+    found = results(out)
+    (entry,) = found["results"]
+    assert found["test"]["images"] == 3
+    assert found["metric"].startswith("COCO box AP")
+    shards = tmp_path / "shards"
+    dupr("prepare", file, shards)
+    rows = out / "01-none" / "seed-0" / "detections.json"
+    for data in (file, file.parent):
+        again = dupr("evaluate", "detections", rows, "--data", data, "--split", "val",
+                     "--metric", "coco", "--json")  # fmt: skip
+        assert json.loads(again.stdout)["metrics"]["AP"] == pytest.approx(entry["metrics"]["AP"])
+
+    # In shards the same images have other names: perfect detections under those names score 100.
+    from dupr_cli.datasets.labelled import open_labelled
+    from dupr_cli.progress import SilentReporter
+
+    labelled = open_labelled(str(shards), ["val"], SilentReporter())
+    perfect = [
+        {"image_id": image_id, "name": name, "score": 1.0, "box": [float(v) for v in box]}
+        for image_id, note in zip(labelled.ids, labelled.annotations, strict=True)
+        for name, box in zip(note.names, note.boxes, strict=True)
+    ]
+    assert len(perfect) == 6
+    (tmp_path / "perfect.json").write_text(json.dumps(perfect))
+    scored = dupr("evaluate", "detections", tmp_path / "perfect.json", "--data", shards, "--split",
+                  "val", "--metric", "coco", "--json")  # fmt: skip
+    assert json.loads(scored.stdout)["metrics"]["AP"] == pytest.approx(100)
 
 
 def test_cityscapes(tmp_path: Path) -> None:

@@ -572,7 +572,7 @@ def test_report_of_a_folder_without_an_evaluation_says_what_is_expected(
         (out / "results.json").write_text('{"format_version": 2, "train')
     said = dupr("evaluate", "report", out, code=2).stderr
     assert f"{out / 'results.json'}: " in said
-    assert "`dupr evaluate voc|coco|cityscapes|" in said
+    assert "`dupr evaluate voc|coco|yolo|cityscapes|" in said
     assert "Error" not in said
     if kind == "scored":
         assert "not a results file of an evaluation, as protocol, train, test, classes," in said
