@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +243,19 @@ def test_a_detector_from_a_configuration_alone_holds_none(
 def test_what_cannot_be_checked_is_said(write: Write, target: str, message: str) -> None:
     done = dupr("export", write("resnet18"), "--check", target, code=2)
     assert message in " ".join(done.stderr.split())
+
+
+def test_no_library_is_imported_that_was_not_given(write: Write) -> None:
+    file = write("resnet18")
+    code = f"""
+import sys
+import torchvision
+from dupr_cli.export import load_into
+print(load_into(torchvision.models.resnet18(), {str(file)!r}).tensors)
+print([name for name in ("transformers", "timm", "onnx", "ultralytics") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["120", "[]"]
 
 
 def test_check_writes_nothing(write: Write, tmp_path: Path) -> None:

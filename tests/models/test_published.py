@@ -17,6 +17,7 @@ from dupr_cli.models.published import open_weights
 from tests.support.command_line import pretrain
 from tests.support.hub_client import wait_briefly
 from tests.support.hub_server import hub
+from tests.support.weights import random_weights
 
 NETWORK, TAG = "timm:test_convnext", "r160_in1k"
 REPOSITORY = f"timm/test_convnext.{TAG}"
@@ -99,3 +100,17 @@ def test_a_missing_network_is_one_line(
     message = " ".join(done.stderr.split())
     assert "the Hub cannot be reached" in message
     assert REPOSITORY in message
+
+
+def test_a_run_starts_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_shards: Path
+) -> None:
+    file = random_weights(tmp_path / "backbone.safetensors")
+    options = ["--set", "model.backbone=resnet18", "--set", "model.init=hf://me/model"]
+    options += ["--set", "train.steps=1", "--set", "optimizer.lr=1e-12"]
+    with hub({"backbone.safetensors": file.read_bytes()}, tmp_path, monkeypatch):
+        pretrain(tiny_shards, tmp_path / "run", *options)
+    given = read_weights(str(file)).tensors
+    started = read_weights(str(tmp_path / "run")).tensors
+    weights = [name for name in given if name.endswith(".weight")]
+    assert all(torch.allclose(given[name], started[name], atol=1e-6) for name in weights)
