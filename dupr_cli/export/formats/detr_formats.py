@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dupr_cli.artifacts.files import write_bytes
 from dupr_cli.artifacts.weights import Weights
-from dupr_cli.errors import UsageError
+from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.formats import Loaded
 from dupr_cli.export.formats.safetensors_files import renamed_back
 from dupr_cli.export.formats.transformers_format import (
@@ -59,7 +59,7 @@ class _DetrFormat(ABC):
         if (file := self._file(weights)) is None:
             return loaded
         self._read(folder / file, weights)
-        return Loaded(loaded.features, f"{loaded.by}, and names and shapes of {file}")
+        return Loaded(loaded.features, f"{loaded.by}, and the tensors of {file}")
 
     def tensors(self, weights: Weights, folder: Path) -> dict[str, Tensor]:
         if (file := self._file(weights)) is not None:
@@ -80,23 +80,26 @@ class _DetrFormat(ABC):
                 "python",
                 f"""from transformers import {config}, {detector}, {used}
 
-from dupr_cli.export import load_into
-
 backbone = {used}.from_pretrained("{place or "."}", out_indices=[2, 3, 4])
 config = {config}(
     backbone_config=backbone.config,
     encoder_in_channels={channels},
     freeze_backbone_batch_norms=False,  # by default norms keep the statistics of pre-training
 )
-detector = {detector}(config)  # a configuration holds no weights
-print(load_into(detector, {str(weights.address)!r}))""",
+detector = {detector}(config)  # random: a configuration holds no weights
+detector.model.backbone.model.load_state_dict(backbone.state_dict())  # all of it, or an error""",
             )
         )
         return blocks
 
     def _read(self, file: Path, weights: Weights) -> dict[str, Tensor]:
+        """Raises RunError unless the file holds exactly these tensors."""
         found = torch.load(file, map_location="cpu", weights_only=True)
-        return renamed_back(weights, found, names_in(self.name, weights).__getitem__)
+        tensors = renamed_back(weights, found, names_in(self.name, weights).__getitem__)
+        for name, tensor in weights.tensors.items():
+            if not torch.equal(tensors[name], tensor):
+                raise RunError(f"{weights.address}: {name} changed when read back from {file.name}")
+        return tensors
 
     _backbones: str
 
