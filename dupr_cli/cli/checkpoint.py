@@ -196,4 +196,4 @@ def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers:
         table.add_column(header, justify="right" if place < numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    Console(emoji=False).print(table)

@@ -100,7 +100,7 @@ class ConsoleReporter:
 
     def __init__(self, verbosity: int = 0) -> None:
         self.verbosity = verbosity
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, emoji=False)
 
     def info(self, message: str) -> None:
         if self.verbosity >= 0:
@@ -135,7 +135,7 @@ class _QuietTask:
 
 
 def print_error(message: str) -> None:
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
@@ -154,4 +154,4 @@ def print_facts(facts: Sequence[tuple[str, str]], title: str = "") -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(escape(name), escape(value))
-    Console().print(table)
+    Console(emoji=False).print(table)

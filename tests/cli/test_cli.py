@@ -14,6 +14,7 @@ import pytest
 
 from dupr_cli.__main__ import main
 from dupr_cli.artifacts.run import list_checkpoints
+from dupr_cli.cli.console import ConsoleReporter, print_error
 from tests.support.command_line import TINY_SET, dupr, pretrain
 from tests.support.images import noise_image
 from tests.support.processes import forked
@@ -251,3 +252,10 @@ def test_output_that_does_not_fit_leaves_nothing_half_written(
     assert not list(out.glob("*.tar"))
     assert not list_checkpoints(out)
     dupr(*arguments[3:])
+
+
+def test_names_with_colons_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich would draw `:train:` as a train."""
+    print_error("shards:train: 12 images")
+    ConsoleReporter().warning("shards:train: 12 images")
+    assert capsys.readouterr().err.count("shards:train: 12 images") == 2
