@@ -130,6 +130,12 @@ def is_image_name(name: str) -> bool:
     return bool(stem) and not base.startswith(".") and dot + suffix.lower() in IMAGE_SUFFIXES
 
 
+def is_array_name(name: str) -> bool:
+    """Whether a file name is that of a NumPy array, which holds an image of several channels."""
+    base = name.rpartition("/")[2]
+    return base.lower().endswith(".npy") and not base.startswith(".")
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,7 +35,8 @@ from dupr_cli.artifacts.files import (
 from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError, UsageError
 
-FORMAT_VERSION = 1  # of state.json
+# Of state.json. 2: `input_range`. Runs on RGB of 8 bits are still written as 1, without it.
+FORMAT_VERSION = 2
 ENVIRONMENT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -54,7 +55,7 @@ class CheckpointState:
     step: number of optimiser steps; with the seed it determines the position in the data, the
     learning rate and all random streams. processes: number of processes of the run at that time.
     loss_scaler: state of the float16 scaler, empty for other precisions. method: the pre-training
-    method, by its name in the literature.
+    method, by its name in the literature. input_range: see `WeightsMetadata`.
     """
 
     step: int
@@ -67,9 +68,17 @@ class CheckpointState:
     processes: int = 1
     loss_scaler: dict[str, float] = field(default_factory=dict)
     method: str = ""
+    input_range: list[float] | None = None
     extra: dict[str, float] = field(default_factory=dict)
     dupr_version: str = __version__
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+
+    def to_json(self) -> dict[str, object]:
+        values = asdict(self)
+        if self.input_range is None:
+            del values["input_range"]
+            return values
+        return {**values, "format_version": FORMAT_VERSION}
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ def write_checkpoint(
                 ) from error
             size = (folder / name).stat().st_size
             files[name] = {"bytes": size, "sha256": sha256_file(folder / name)}
-        write_json(folder / STATE_FILE, {**asdict(state), "files": files})
+        write_json(folder / STATE_FILE, {**state.to_json(), "files": files})
     link = run / f".{LATEST}.{os.getpid()}.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(Path(CHECKPOINTS) / path.name)

@@ -20,14 +20,22 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dupr_cli.artifacts.files import fsync_directory, is_image_name, naming, write_text
+from dupr_cli.artifacts.files import (
+    fsync_directory,
+    is_array_name,
+    is_image_name,
+    naming,
+    write_text,
+)
 from dupr_cli.artifacts.labels import Box
+from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError
 
 FORMAT_VERSION = 1  # of the index
 # Fields that dupr writes into <key>.json; all other fields of a source's own <key>.json are kept.
 _INFO = ("source", "width", "height", "sha256", "class")
+_PIXELS = "pixels"  # another one, if its value has the form that dupr gives it
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,8 @@ class Sample:
 
     boxes: None if the source had no labels. label: class of the whole image. info: other fields of
     <key>.json. extras: further members of the sample (txt, cls, ...), by suffix. sha256: of the
-    image; if empty, it is computed on writing.
+    image; if empty, it is computed on writing. pixels, depth: channels, range and bits of an image
+    that keeps them, None and 0 if it is read as RGB of 8 bits.
     """
 
     key: str
@@ -50,6 +59,8 @@ class Sample:
     info: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, bytes] = field(default_factory=dict)
     sha256: str = ""
+    pixels: PixelFormat | None = None
+    depth: int = 0
 
     def info_json(self) -> dict[str, object]:
         """The content of <key>.json."""
@@ -61,6 +72,8 @@ class Sample:
         }
         if self.label is not None:
             values["class"] = self.label
+        if self.pixels is not None:
+            values[_PIXELS] = {**self.pixels.to_json(), "depth": self.depth}
         return {**self.info, **values}
 
 
@@ -83,6 +96,10 @@ def sample_from_json(
     others = {name: value for name, value in values.items() if name not in _INFO}
     if label is None and own["class"] is not None:
         others["class"] = own["class"]
+    stated = values.get(_PIXELS)
+    pixels = PixelFormat.from_json(stated)
+    if pixels is not None:
+        del others[_PIXELS]
     objects = None
     # Other tools may use this name for a member of another form.
     if isinstance(boxes, dict) and isinstance(boxes.get("objects"), list):
@@ -98,6 +115,8 @@ def sample_from_json(
         label=label,
         info=others,
         extras=extras,
+        pixels=pixels,
+        depth=_whole(stated.get("depth")) if pixels and isinstance(stated, dict) else 0,
     )
 
 
@@ -327,9 +346,10 @@ def _samples(members: Sequence[tuple[str, Place]]) -> Iterator[tuple[str, str, P
 
     As in WebDataset, a key ends at the first dot of the file's name. If no image has that key, the
     dots belong to the key: a.v1.jpg and a.v2.jpg are two images, whereas beside a.jpg the image
-    a.mask.png is a member of the sample a.
+    a.mask.png is a member of the sample a. In a tar without pictures, the arrays are the images.
     """
     images = [(name, place) for name, place in members if is_image_name(name)]
+    images = images or [(name, place) for name, place in members if is_array_name(name)]
     plain = {key for name, _ in images for key, suffix in [_first_dot(name)] if "." not in suffix}
 
     def own_key(name: str) -> tuple[str, str]:

@@ -19,9 +19,11 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from dupr_cli.artifacts.files import write_bytes, write_json
+from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.remote import (
     AbsentError,
     cache_folder,
@@ -41,7 +43,8 @@ from dupr_cli.artifacts.shard_files import (
 from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError, UsageError
 
-FORMAT_VERSION = 1
+# 2: images may keep their channels. Sets of RGB are still written as 1, which means the same.
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
 NOTES = "notes.jsonl"
@@ -69,7 +72,10 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json: the content of a finished set of shards."""
+    """manifest.json: the content of a finished set of shards.
+
+    pixels: of images that keep their channels and depth; None, and not written, for RGB.
+    """
 
     splits: dict[str, list[ShardEntry]]
     classes: list[str]
@@ -79,10 +85,15 @@ class Manifest:
     recipe: dict[str, object]
     fingerprint: str
     dupr_version: str
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+    pixels: PixelFormat | None = None
 
     def write(self, folder: Path) -> None:
-        write_json(folder / MANIFEST, asdict(self))
+        values = asdict(self)
+        del values["pixels"]
+        if self.pixels is not None:
+            values |= {"format_version": FORMAT_VERSION, "pixels": self.pixels.to_json()}
+        write_json(folder / MANIFEST, values)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -103,7 +114,11 @@ class Manifest:
                 name: [ShardEntry(**entry) for entry in entries]
                 for name, entries in values.pop("splits").items()
             }
-            return cls(splits=splits, **values)
+            stated = values.pop("pixels", None)
+            pixels = PixelFormat.from_json(stated)
+            if stated is not None and pixels is None:  # never to be read as RGB
+                raise ValueError(f"its pixels are {stated}")
+            return cls(splits=splits, pixels=pixels, **values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise _not_whole(place, error) from error
 
@@ -193,12 +208,20 @@ class ShardSet:
     def __len__(self) -> int:
         return sum(self.counts)
 
+    @cached_property
+    def pixels(self) -> PixelFormat | None:
+        """Channels and range of images that keep them, None for RGB: by the manifest, or, without
+        one, of the first sample. Raises RunError when that sample is damaged."""
+        return self.described(0).pixels
+
     def identity(self) -> str:
         """sha256 over name, size and sample count of each shard; copies have the same identity."""
         digest = hashlib.sha256()
         for shard, (path, count) in enumerate(zip(self.shards, self.counts, strict=True)):
             size = self._remote[shard].bytes if self._remote else path.stat().st_size
             digest.update(f"{path.name} {size} {count}\n".encode())
+        if self.pixels is not None:  # the same bytes in another range are other images
+            digest.update(f"{self.pixels}\n".encode())
         return digest.hexdigest()
 
     def remote_of(self, shard: int) -> list[RemoteShard] | None:
@@ -412,16 +435,19 @@ def _open_remote_folder(address: str, split: str | None) -> ShardSet:
     # Another manifest at the same address is another set.
     cache = cache_folder(f"{address}/{hashlib.sha256(data).hexdigest()[:12]}")
     once(cache / MANIFEST, lambda: write_bytes(cache / MANIFEST, data))
-    return ShardSet(
+    opened = ShardSet(
         [cache / entry.file for entry in entries],
         [entry.samples for entry in entries],
         f"{address}:{split}" if split else address,
         [RemoteShard(f"{address}/{e.file}", e.bytes, e.sha256) for e in entries],
     )
+    opened.pixels = manifest.pixels
+    return opened
 
 
 def _open_manifest(folder: Path, split: str | None) -> ShardSet:
-    entries = _entries(Manifest.read(folder), split, str(folder))
+    manifest = Manifest.read(folder)
+    entries = _entries(manifest, split, str(folder))
     for entry in entries:
         path = folder / entry.file
         size = path.stat().st_size if path.is_file() else None
@@ -432,4 +458,6 @@ def _open_manifest(folder: Path, split: str | None) -> ShardSet:
                 f"`dupr prepare` again with --overwrite."
             )
     name = f"{folder}:{split}" if split else str(folder)
-    return ShardSet([folder / e.file for e in entries], [e.samples for e in entries], name)
+    opened = ShardSet([folder / e.file for e in entries], [e.samples for e in entries], name)
+    opened.pixels = manifest.pixels
+    return opened

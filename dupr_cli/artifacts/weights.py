@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,14 +23,17 @@ from torch import Tensor
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import sha256_file, write_bytes
 from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
+from dupr_cli.artifacts.pixel_formats import NetworkInput, PixelFormat
 from dupr_cli.artifacts.run import MODEL_FILE, Checkpoint, is_checkpoint, newest_checkpoint
 from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError, UsageError
 
-FORMAT_VERSION = 1
+# 2: `input_range`. Weights for RGB of 8 bits are still written as 1, which means the same.
+FORMAT_VERSION = 2
 _VERSION = "dupr_format_version"  # has a prefix because other libraries write headers too
 IMPORTED = "imported"  # stands in place of the encoder
 SUPERVISED = "supervised"  # likewise, of weights that were trained with labels
+STORED = "stored"  # the order of channels in the images that weights were trained on
 TORCHVISION = "torchvision:"  # precedes the name of weights that torchvision publishes
 
 
@@ -38,6 +41,8 @@ TORCHVISION = "torchvision:"  # precedes the name of weights that torchvision pu
 class WeightsMetadata:
     """The header metadata of a weights file, where every value is a string.
 
+    input_mean, input_std: of each channel. input_range: values that become 0 and 1 in images that
+    keep their channels; None for RGB of 8 bits. channel_order: RGB, or "stored" for such images.
     method: the pre-training method, by its name in the literature; empty if unknown. further: names
     of tensors in the file that are not the backbone's, which other libraries need to load it.
     """
@@ -52,14 +57,22 @@ class WeightsMetadata:
     step: int = 0
     recipe_sha256: str = ""
     method: str = ""
+    input_range: tuple[float, float] | None = None
     further: tuple[str, ...] = ()
     dupr_version: str = __version__
-    format_version: int = FORMAT_VERSION
 
     @property
     def imported(self) -> bool:
         """Whether `dupr import` made the file, from weights that others trained."""
         return self.encoder == IMPORTED
+
+    @property
+    def input(self) -> NetworkInput:
+        """What the network takes."""
+        pixels = None
+        if self.input_range is not None:
+            pixels = PixelFormat(len(self.input_mean), self.input_range)
+        return NetworkInput(self.input_mean, self.input_std, pixels)
 
     @property
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
@@ -77,7 +90,7 @@ class WeightsMetadata:
     def to_header(self) -> dict[str, str]:
         return {
             "format": "pt",
-            _VERSION: str(self.format_version),
+            _VERSION: str(1 if self.input_range is None else FORMAT_VERSION),
             "layout": self.layout,
             "architecture": self.architecture,
             "input_mean": json.dumps(self.input_mean),
@@ -89,6 +102,7 @@ class WeightsMetadata:
             "recipe_sha256": self.recipe_sha256,
             "method": self.method,
             "dupr_version": self.dupr_version,
+            **({"input_range": json.dumps(self.input_range)} if self.input_range else {}),
             **({"further": json.dumps(self.further)} if self.further else {}),
         }
 
@@ -98,8 +112,7 @@ class WeightsMetadata:
 
         Raises VersionError for a later format.
         """
-        version = int(header.get(_VERSION, FORMAT_VERSION))
-        check_version(version, FORMAT_VERSION, where)
+        check_version(int(header.get(_VERSION, 1)), FORMAT_VERSION, where)
         return cls(
             layout=header["layout"],
             architecture=header["architecture"],
@@ -111,9 +124,9 @@ class WeightsMetadata:
             step=int(header["step"]),
             recipe_sha256=header["recipe_sha256"],
             method=header.get("method", ""),
+            input_range=_limits(json.loads(header.get("input_range", "null"))),
             further=tuple(json.loads(header.get("further", "[]"))),
             dupr_version=header["dupr_version"],
-            format_version=version,
         )
 
 
@@ -208,6 +221,14 @@ def read_weights(address: str, encoder: str = "query") -> Weights:
     return Weights(address, metadata, own, sha256_file(path))
 
 
+def _limits(values: Sequence[float] | None) -> tuple[float, float] | None:
+    """Raises ValueError unless there are none or two."""
+    if values is None:
+        return None
+    low, high = values
+    return float(low), float(high)
+
+
 def layout_of(architecture: str) -> str:
     """The library whose names the tensors of a backbone have: `timm` for timm:NAME."""
     library, separator, _ = architecture.partition(":")
@@ -280,6 +301,8 @@ def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weig
         step=state.step,
         recipe_sha256=state.recipe_sha256,
         method=state.method,
+        input_range=_limits(state.input_range),
+        channel_order="RGB" if state.input_range is None else STORED,
         dupr_version=state.dupr_version,
     )
     return Weights(address, metadata, backbone, sha256_file(model))

@@ -270,10 +270,14 @@ def stats(shards: Shards, split: Split = None, out: Picture = None, *, reporter:
 
 
 def show_stats(found: Stats) -> None:
-    from dupr_cli.cli.console import print_facts
+    from dupr_cli.cli.console import print_facts, print_text
     from dupr_cli.prepare.stats import as_facts
 
     print_facts(as_facts(found))
+    if found.kept is not None:
+        print_text("\nFor the recipe of dupr pretrain:")
+        for line in found.kept.recipe:
+            print_text(line)
 
 
 def view(
@@ -297,4 +301,9 @@ def view(
 def show_view(found: View) -> None:
     from dupr_cli.cli.console import print_facts
 
-    print_facts([("shows", ", ".join(found.keys)), ("written to", found.path)])
+    facts = [("shows", ", ".join(found.keys))]
+    if found.pixels is not None:
+        from dupr_cli.artifacts.pixel_formats import how_shown
+
+        facts.append(("colours", how_shown(found.pixels)))
+    print_facts([*facts, ("written to", found.path)])

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from dupr_cli.artifacts.hashes import count_bits, perceptual_hash
+from dupr_cli.artifacts.pixel_formats import PixelFormat
+from dupr_cli.datasets.channels import open_channels
 from dupr_cli.datasets.pixels import IMAGE_ERRORS, open_picture
 
 # Of 64 bits, this many may differ: copies of a photograph in other sizes and qualities stay within.
@@ -38,10 +40,16 @@ class Copy:
     bits: int
 
 
-def hash_image(data: bytes) -> ImageHashes:
-    """The hashes of an image, given the bytes of its file."""
+def hash_image(data: bytes, pixels: PixelFormat | None = None) -> ImageHashes:
+    """The hashes of an image, given the bytes of its file.
+
+    pixels: of images that keep their channels; they look as `ChannelImage.shown` shows them.
+    """
     digest = hashlib.sha256(data).digest()
     try:
+        if pixels is not None:
+            image = open_channels(io.BytesIO(data)).image(pixels)
+            return ImageHashes(digest, perceptual_hash(image.shown()))
         picture = open_picture(io.BytesIO(data))
         scale = max(1.0, min(picture.upright) / 128)  # lets a JPEG decode at an eighth
         small = (round(picture.upright[0] / scale), round(picture.upright[1] / scale))

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dupr_cli.artifacts.files import named
+from dupr_cli.artifacts.pixel_formats import PixelFormat, described
 from dupr_cli.artifacts.shard_files import Sample
-from dupr_cli.artifacts.shards import MANIFEST, ShardSet
+from dupr_cli.artifacts.shards import MANIFEST, Manifest, ShardSet
 from dupr_cli.datasets.layout import has_images
 from dupr_cli.datasets.placement import Labels
-from dupr_cli.errors import RunError
+from dupr_cli.errors import RunError, UsageError
+from dupr_cli.progress import Reporter
 
 
 def holds_shards(folder: Path) -> bool:
@@ -19,6 +21,35 @@ def holds_shards(folder: Path) -> bool:
     if (folder / MANIFEST).is_file():
         return True
     return bool(named(folder, lambda name: name.endswith(".tar"))) and not has_images(folder)
+
+
+def kept_format(address: str) -> PixelFormat | None:
+    """The format of the images of shards with a manifest that keep their channels, else None."""
+    folder = Path(address)
+    return Manifest.read(folder).pixels if (folder / MANIFEST).is_file() else None
+
+
+def require_format(
+    address: str, kept: PixelFormat | None, pixels: PixelFormat | None, reporter: Reporter
+) -> None:
+    """Raises UsageError when shards keep other channels than the weights take; warns of another
+    range.
+
+    kept: format of the shards; None for shards of RGB and for other sets, whose images are looked
+    at one by one. pixels: what the weights take.
+    """
+    if kept is None:
+        return
+    if pixels is None or kept.channels != pixels.channels:
+        raise UsageError(
+            f"{address}: the shards hold {described(kept)}, but the weights take "
+            f"{described(pixels)}. Prepare the images in that format, or give other weights."
+        )
+    if kept != pixels:
+        reporter.warning(
+            f"{address}: the shards were prepared for {kept}, but the weights were trained on "
+            f"{pixels}; the images are scaled as the weights take them"
+        )
 
 
 def labels_of(sample: Sample) -> Labels | None:

@@ -41,6 +41,7 @@ from dupr_cli.prepare.blocks import (
     read_report,
 )
 from dupr_cli.prepare.duplicates import RECORD, Array, equal_rows, similar_rows
+from dupr_cli.prepare.ingest import pixel_format
 from dupr_cli.prepare.listing import Listing
 from dupr_cli.prepare.source_record import SOURCE
 from dupr_cli.prepare.unfinished import State, clear
@@ -111,7 +112,7 @@ def assemble(
                 name = shard_name(split, len(splits[split]))
                 splits[split].append(_place(out, folder, shard, name))
                 progress.advance(1)
-    manifest = Manifest(splits=splits, **plan["manifest"])
+    manifest = Manifest(splits=splits, pixels=pixel_format(work.recipe.image), **plan["manifest"])
     for name in _BESIDE:
         if (folder / name).exists():
             (folder / name).replace(out / name)

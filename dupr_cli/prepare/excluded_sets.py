@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.datasets.copies import ImageHashes, hash_image
 from dupr_cli.errors import DuprError, StoppedRunError, UsageError
 from dupr_cli.prepare.blocks import in_order
@@ -33,12 +34,15 @@ Sets = Mapping[str, Sequence[str]]  # address and splits; no splits means all
 class ExcludedSets:
     """The sets to exclude: listed when this is created, hashed when the hashes are needed.
 
-    workers: threads that read and decode, 0 for one per core. counts: number of images by address.
+    workers: threads that read and decode, 0 for one per core. pixels: of the images in the shards.
+    counts: number of images by address.
     Raises UsageError when a set does not exist or lists no images.
     """
 
-    def __init__(self, sets: Sets, workers: int, reporter: Reporter) -> None:
-        self.sets, self._reporter = sets, reporter
+    def __init__(
+        self, sets: Sets, workers: int, reporter: Reporter, pixels: PixelFormat | None = None
+    ) -> None:
+        self.sets, self._reporter, self._pixels = sets, reporter, pixels
         self._threads = workers or os.cpu_count() or 1
         self.counts = dict.fromkeys(sets, 0)
         with _opened(sets) as sources:
@@ -63,7 +67,7 @@ class ExcludedSets:
                 problems = list[str]()
                 entries = list(source.entries())
                 threads = REMOTE_THREADS if source.remote else self._threads
-                found = in_order(partial(_hash, source), entries, threads)
+                found = in_order(partial(_hash, source, self._pixels), entries, threads)
                 for entry, (image, problem) in zip(entries, found, strict=True):
                     raise_if_stopped()
                     progress.advance()
@@ -129,7 +133,9 @@ def _count(address: str, splits: Sequence[str], source: ImageSource) -> int:
     return counts.total()
 
 
-def _hash(source: ImageSource, entry: Entry) -> tuple[ImageHashes | None, str]:
+def _hash(
+    source: ImageSource, pixels: PixelFormat | None, entry: Entry
+) -> tuple[ImageHashes | None, str]:
     """The hashes of an image if it can be read, and what is wrong with it, if anything."""
     try:
         data = source.read(entry).data
@@ -137,5 +143,5 @@ def _hash(source: ImageSource, entry: Entry) -> tuple[ImageHashes | None, str]:
         raise
     except (OSError, ValueError, DuprError) as error:
         return None, why_unreadable(error)
-    image = hash_image(data)
+    image = hash_image(data, pixels)
     return image, "" if image.perceptual is not None else "does not decode"

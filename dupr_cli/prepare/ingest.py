@@ -2,7 +2,8 @@
 
 The bytes of an image that need not change are kept, and decoded to check that they are whole. An
 image that is rotated by EXIF, not RGB, animated, too large, or of a format that shards do not hold
-is re-encoded, and its labels are adjusted to it.
+is re-encoded, and its labels are adjusted to it. With a number of `image.channels`, values are kept
+instead: one channel as a grey image, several as a NumPy array.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from dupr_cli.artifacts.hashes import perceptual_hash
+from dupr_cli.artifacts.pixel_formats import PixelFormat, resized
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Skipped
+from dupr_cli.datasets.channels import ChannelError, ChannelPicture, open_channels
 from dupr_cli.datasets.copies import ImageHashes, hash_image
 from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture, UnknownRangeError, open_picture
 from dupr_cli.datasets.placement import Placed, Size, placed
@@ -28,6 +33,9 @@ from dupr_cli.recipe import PrepareRecipe
 from dupr_cli.recipe.prepare import ImageSection
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# Formats whose bytes may stay when values are kept: the first two for one channel, the third for
+# several.
+_KEPT = {"PNG": "png", "JPEG": "jpg", "NPY": "npy"}
 _WANTED = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _RESAMPLE = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 _SAMPLED = 20  # verify: sampled decodes one image in this many
@@ -68,9 +76,14 @@ def ingest(
     """
     name = readable(entry.name)
     try:
-        found = _ingest(entry, read(entry), recipe, look)
+        pixels = pixel_format(recipe.image)
+        raw = read(entry)
+        if pixels is None:
+            found = _ingest(entry, raw, recipe, look)
+        else:
+            found = _ingest_channels(entry, raw, recipe, pixels, look)
         if excluded is not None:
-            _require_other_image(found, excluded)
+            _require_other_image(found, excluded, pixels)
         return found
     except StoppedRunError:
         raise
@@ -78,6 +91,13 @@ def ingest(
         return Skipped(name, why_unreadable(error))
     except _UnusableImageError as error:
         return Skipped(name, str(error))
+
+
+def pixel_format(recipe: ImageSection) -> PixelFormat | None:
+    """The format of the images in the shards, None for RGB of 8 bits."""
+    if recipe.channels == "rgb" or recipe.range is None:
+        return None
+    return PixelFormat(recipe.channels, recipe.range)
 
 
 def why_unreadable(error: OSError | ValueError | DuprError) -> str:
@@ -96,11 +116,14 @@ def readable(name: str) -> str:
 
 
 def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> Ingested:
-    if not raw.data:
-        raise _UnusableImageError("the file is empty")
+    _require_data(raw)
+    if raw.pixels is not None:
+        raise _UnusableImageError(
+            f"other shards keep it with {raw.pixels}; set image.channels and image.range to keep it"
+        )
     sha256 = hashlib.sha256(raw.data)
     picture = _open(raw.data)
-    _check(picture.image, recipe)
+    _check(picture.image.size, recipe)
     orientation = _decoded(lambda: picture.orientation)
     size = _new_size(picture.upright, recipe.image)
     found = _labels(raw, picture, size)
@@ -143,13 +166,103 @@ def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> I
     return Ingested(sample, sha256.digest(), perceptual, found.notes if found else raw.remarks)
 
 
-def _require_other_image(found: Ingested, excluded: ExcludedImages) -> None:
+def _require_data(raw: RawImage) -> None:
+    if not raw.data:
+        raise _UnusableImageError("the file is empty")
+
+
+def _ingest_channels(
+    entry: Entry, raw: RawImage, recipe: PrepareRecipe, pixels: PixelFormat, look: bool
+) -> Ingested:
+    """Like `_ingest`, for an image that keeps its channels and values."""
+    _require_data(raw)
+    picture = _open_channels(raw.data)
+    _check(picture.stored, recipe)
+    if picture.channels != pixels.channels:
+        raise _UnusableImageError(
+            f"number of channels: it has {picture.channels}, image.channels is {pixels.channels}"
+        )
+    orientation = _decoded(lambda: picture.orientation)
+    size = _new_size(picture.upright, recipe.image)
+    found = None
+    if raw.labels is not None:
+        found = placed(raw.labels, picture.stored, orientation, size)
+    scaled = _decoded(lambda: picture.image(pixels))  # decodes all, and checks the range
+    kept = _KEPT.get(picture.format)
+    stays = (
+        orientation == 1
+        and size == picture.upright
+        and kept is not None
+        and (kept == "npy") == (pixels.channels > 1)
+    )
+    extension, data = kept or "", raw.data
+    if not stays:
+        values = picture.values()
+        if size != picture.upright:
+            values = _shrunk(values, size, _RESAMPLE[recipe.image.resample])
+        extension, data = _encode_channels(values)
+    if extension in raw.extras:
+        raise _UnusableImageError(
+            f"its sample has another member .{extension}, which is the image's suffix in the shards"
+        )
+    sha256 = hashlib.sha256(raw.data)
+    sample = Sample(
+        entry.sample_key,
+        extension,
+        data,
+        raw.source or readable(entry.name),
+        *size,
+        found.boxes if found else None,
+        raw.label,
+        raw.info,
+        raw.extras,
+        sha256.hexdigest() if stays else "",
+        pixels,
+        picture.depth,
+    )
+    perceptual = perceptual_hash(scaled.shown()) if look else 0
+    return Ingested(sample, sha256.digest(), perceptual, found.notes if found else raw.remarks)
+
+
+def _open_channels(data: bytes) -> ChannelPicture:
+    try:
+        return open_channels(io.BytesIO(data))
+    except ChannelError as error:
+        raise _UnusableImageError(f"its values cannot be kept: {error}") from None
+    except UnidentifiedImageError:
+        raise _UnusableImageError("not an image of a known format") from None
+    except IMAGE_ERRORS as error:
+        raise _UnusableImageError(f"does not decode: {error}") from None
+
+
+def _shrunk(
+    values: NDArray[np.uint8 | np.uint16], size: Size, resample: Image.Resampling
+) -> NDArray[np.uint8 | np.uint16]:
+    limit = np.iinfo(values.dtype).max
+    shrunk = (resized(values, size, resample) + 0.5).clip(0, limit)
+    return shrunk.astype(values.dtype)
+
+
+def _encode_channels(values: NDArray[np.uint8 | np.uint16]) -> tuple[str, bytes]:
+    """Extension and bytes of (H, W, C) values; the same values give the same bytes."""
+    buffer = io.BytesIO()
+    if values.shape[2] == 1:
+        Image.fromarray(np.ascontiguousarray(values[..., 0])).save(buffer, "PNG")
+        return "png", buffer.getvalue()
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    np.lib.format.write_array(buffer, little, version=(1, 0), allow_pickle=False)
+    return "npy", buffer.getvalue()
+
+
+def _require_other_image(
+    found: Ingested, excluded: ExcludedImages, pixels: PixelFormat | None
+) -> None:
     """Raises _UnusableImageError for a copy of an excluded image.
 
     The bytes are those of the source, but the look is that of the image in the shard, because
     `dupr evaluate --leaks` will look there.
     """
-    look = _decoded(lambda: hash_image(found.sample.image)).perceptual
+    look = _decoded(lambda: hash_image(found.sample.image, pixels)).perceptual
     reason = excluded.reason_for(ImageHashes(found.sha256, look))
     if reason is not None:
         raise _UnusableImageError(reason)
@@ -162,9 +275,9 @@ def _open(data: bytes) -> Picture:
         raise _UnusableImageError("not an image of a known format") from None
 
 
-def _check(image: Image.Image, recipe: PrepareRecipe) -> None:
+def _check(size: Size, recipe: PrepareRecipe) -> None:
     """Raises _UnusableImageError for an image that is too large to decode or fails the filters."""
-    width, height = image.size
+    width, height = size
     if width * height > recipe.image.max_pixels:
         raise _UnusableImageError(
             f"too many pixels: {width} x {height}, more than image.max_pixels = "

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.shards import open_shards
-from dupr_cli.datasets.pixels import open_picture
+from dupr_cli.datasets.channels import ChannelPicture, open_as
+from dupr_cli.datasets.pixel_statistics import LEAST_STD, PixelSums
+from dupr_cli.datasets.pixels import Picture
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -29,11 +33,27 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class KeptValues:
+    """The values that shards keep, over the pixels of some images, before they are scaled.
+
+    pixels: channels and range of the set. lowest, highest: of each channel. outside: share of all
+    values that are outside the range. recipe: lines for the recipe of `dupr pretrain`.
+    """
+
+    pixels: PixelFormat
+    lowest: list[int]
+    highest: list[int]
+    outside: float
+    recipe: list[str]
+
+
+@dataclass(frozen=True)
 class Stats:
     """widths, heights: quantiles 0, 0.25, 0.5, 0.75, 1, in pixels. aspect: width / height.
 
     mean, std: of the channels R, G, B in 0..1, over the pixels of some images. objects: number of
     labelled boxes by class. object_sizes: how many are small, medium and large by COCO's areas.
+    kept: of images that keep their channels, None for RGB; mean and std are then of those channels.
     """
 
     shards: int
@@ -51,6 +71,7 @@ class Stats:
     object_sizes: dict[str, int]
     object_side: Histogram
     labels: dict[str, int]
+    kept: KeptValues | None = None
 
 
 def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
@@ -63,19 +84,18 @@ def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
     classes: Counter[str] = Counter()
     areas: Counter[str] = Counter()
     labels: Counter[str] = Counter()
-    sums, labelled, unreadable, size = np.zeros((2, 3)), 0, 0, 0
-    pixels = 0
+    labelled, unreadable, size = 0, 0, 0
+    sums = PixelSums(3 if shards.pixels is None else shards.pixels.channels)
+    values = None if shards.pixels is None else _Values(shards.pixels)
     with reporter.task("measure", len(shards), "images") as progress:
         for number in range(len(shards)):
             sample = shards[number]
             size += len(sample.image)
             try:
-                picture = open_picture(io.BytesIO(sample.image))
+                picture = open_as(io.BytesIO(sample.image), shards.pixels)
                 sizes.append(picture.upright)
                 if number % every == 0:
-                    values = np.asarray(picture.rgb(), dtype=np.float64).reshape(-1, 3) / 255
-                    sums += [values.sum(0), (values**2).sum(0)]
-                    pixels += len(values)
+                    _add(picture, sums, values)
             # On damaged files, decoders raise exceptions of any kind.
             except Exception:
                 unreadable += 1
@@ -91,8 +111,7 @@ def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
     if not sizes:
         raise UsageError(f"{address}: none of {len(shards)} images can be read.")
     both = np.array(sizes, dtype=np.float64)
-    mean = sums[0] / pixels
-    std = np.sqrt(np.maximum(0, sums[1] / pixels - mean**2))
+    mean, std = sums.mean_and_std()
     return Stats(
         shards=len(shards.shards),
         images=len(shards),
@@ -102,14 +121,55 @@ def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
         heights=np.quantile(both[:, 1], [0, 0.25, 0.5, 0.75, 1]).tolist(),
         side=_histogram(np.sqrt(both.prod(1))),
         aspect=_histogram(both[:, 0] / both[:, 1]),
-        mean=mean.tolist(),
-        std=std.tolist(),
+        mean=mean,
+        std=std,
         labelled_images=labelled,
         objects=dict(classes.most_common()),
         object_sizes={name: areas[name] for name in ("small", "medium", "large")},
         object_side=_histogram(np.array(sides)),
         labels=dict(labels.most_common()),
+        kept=values.kept(mean, std) if values is not None else None,
     )
+
+
+def _add(picture: Picture | ChannelPicture, sums: PixelSums, values: _Values | None) -> None:
+    """Decode an image and add its pixels."""
+    if isinstance(picture, Picture):
+        sums.add(np.asarray(picture.rgb()) / 255)
+    elif values is not None:
+        kept = picture.values()
+        sums.add(values.pixels.scaled(kept))
+        values.add(kept)
+
+
+class _Values:
+    """The extremes of values that shards keep, and how many are outside their range."""
+
+    def __init__(self, pixels: PixelFormat) -> None:
+        self.pixels, self._outside, self._count = pixels, 0, 0
+        self._lowest = np.full(pixels.channels, np.iinfo(np.int64).max)
+        self._highest = np.zeros(pixels.channels, dtype=np.int64)
+
+    def add(self, values: NDArray[np.integer]) -> None:
+        """values: (H, W, C) of one image."""
+        low, high = self.pixels.range
+        self._lowest = np.minimum(self._lowest, values.min((0, 1)))
+        self._highest = np.maximum(self._highest, values.max((0, 1)))
+        self._outside += int(np.count_nonzero((values < low) | (values > high)))
+        self._count += values.size
+
+    def kept(self, mean: list[float], std: list[float]) -> KeptValues:
+        keys = {"mean": mean, "std": [max(value, LEAST_STD) for value in std]}
+        lines = [
+            f"    {key}: [{', '.join(f'{v:.4g}' for v in values)}]" for key, values in keys.items()
+        ]
+        return KeptValues(
+            self.pixels,
+            self._lowest.tolist(),
+            self._highest.tolist(),
+            self._outside / self._count,
+            ["method:", "  augmentation:", *lines],
+        )
 
 
 def _histogram(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Histogram:
@@ -139,6 +199,13 @@ def as_facts(stats: Stats) -> list[tuple[str, str]]:
         ("mean", ", ".join(f"{value:.3f}" for value in stats.mean)),
         ("std", ", ".join(f"{value:.3f}" for value in stats.std)),
     ]
+    if stats.kept is not None:
+        limits = zip(stats.kept.lowest, stats.kept.highest, strict=True)
+        facts += [
+            ("kept", f"{stats.kept.pixels}"),
+            ("values", ", ".join(f"{low} to {high}" for low, high in limits)),
+            ("outside", f"{100 * stats.kept.outside:.2g}% of the values are outside the range"),
+        ]
     if stats.unreadable:
         facts.append(("unreadable", f"{stats.unreadable} images"))
     if stats.labels:

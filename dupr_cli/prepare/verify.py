@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from dupr_cli.artifacts.files import sha256_file
-from dupr_cli.artifacts.shard_files import ShardIndex, index_path, scan_tar
+from dupr_cli.artifacts.shard_files import Sample, ShardIndex, index_path, scan_tar
 from dupr_cli.artifacts.shards import (
     MANIFEST,
     SKIPPED,
@@ -27,6 +27,7 @@ from dupr_cli.artifacts.shards import (
     ShardSet,
     open_shards,
 )
+from dupr_cli.datasets.channels import decode_as
 from dupr_cli.errors import DuprError
 from dupr_cli.progress import Reporter
 
@@ -169,9 +170,7 @@ def _problem_of_sample(shards: ShardSet, number: int) -> str:
         sample = shards[number]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(sample.image))
-            size = image.size
-            image.load()
+            size = _decoded_size(sample)
     except DuprError as error:
         return str(error)
     # On damaged files, decoders raise exceptions of any kind.
@@ -180,3 +179,14 @@ def _problem_of_sample(shards: ShardSet, number: int) -> str:
     if sample.width and size != (sample.width, sample.height):
         return f"it has {size[0]} x {size[1]} pixels, {sample.width} x {sample.height} by its JSON"
     return ""
+
+
+def _decoded_size(sample: Sample) -> tuple[int, int]:
+    """Width and height of an image, decoded as it is stored."""
+    file = io.BytesIO(sample.image)
+    if sample.pixels is not None:
+        return decode_as(file, sample.pixels).size
+    image = Image.open(file)
+    size = image.size
+    image.load()
+    return size

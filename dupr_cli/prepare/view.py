@@ -13,8 +13,10 @@ from random import Random
 from PIL import Image, ImageDraw, ImageFont
 
 from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.pixel_formats import PixelFormat, as_picture
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import open_shards
+from dupr_cli.datasets.channels import decode_as
 from dupr_cli.datasets.pixels import open_picture
 
 _CELL, _CAPTION, _GAP = 200, 18, 6
@@ -23,10 +25,12 @@ _GROUND, _INK = "#eeeeee", "#222222"
 
 @dataclass(frozen=True)
 class View:
-    """path: of the PNG. keys: of the samples it shows, row by row."""
+    """path: of the PNG. keys: of the samples it shows, row by row. pixels: of images that keep
+    their channels, of which the picture shows at most three."""
 
     path: str
     keys: list[str]
+    pixels: PixelFormat | None = None
 
 
 def draw_sheet(address: str, split: str | None, path: Path, count: int, seed: int) -> View:
@@ -50,7 +54,7 @@ def draw_sheet(address: str, split: str | None, path: Path, count: int, seed: in
         draw.text((left, top + _CELL + 2), _short(sample.key), _INK, font)
     with atomic_file(path) as file:
         sheet.save(file, "PNG")
-    return View(str(path), [sample.key for sample in samples])
+    return View(str(path), [sample.key for sample in samples], shards.pixels)
 
 
 def _short(text: str) -> str:
@@ -59,10 +63,7 @@ def _short(text: str) -> str:
 
 def _cell(sample: Sample) -> Image.Image:
     try:
-        picture = open_picture(io.BytesIO(sample.image))
-        scale = _CELL / max(picture.upright)
-        width, height = (max(1, round(side * scale)) for side in picture.upright)
-        cell = picture.rgb((width, height), Image.Resampling.BICUBIC)
+        cell, scale = _small(sample)
     # On damaged files, decoders raise exceptions of any kind.
     except Exception:
         cell = Image.new("RGB", (_CELL, _CELL), "#cc3333")
@@ -75,6 +76,23 @@ def _cell(sample: Sample) -> Image.Image:
             draw.rectangle(corners, outline=_colour(box.name), width=1 if box.difficult else 2)
             draw.text((corners[0] + 3, corners[1] + 1), box.name, _colour(box.name))
     return cell
+
+
+def _small(sample: Sample) -> tuple[Image.Image, float]:
+    """The image at the size of a cell, and the factor by which its sides were scaled."""
+
+    def fitted(upright: tuple[int, int]) -> tuple[tuple[int, int], float]:
+        scale = _CELL / max(upright)
+        return (max(1, round(upright[0] * scale)), max(1, round(upright[1] * scale))), scale
+
+    file = io.BytesIO(sample.image)
+    if sample.pixels is not None:
+        whole = as_picture(decode_as(file, sample.pixels))
+        size, scale = fitted(whole.size)
+        return whole.resize(size, Image.Resampling.BICUBIC), scale
+    picture = open_picture(file)
+    size, scale = fitted(picture.upright)
+    return picture.rgb(size, Image.Resampling.BICUBIC), scale
 
 
 def _colour(name: str) -> str:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from dupr_cli.plugins import SOURCES, is_plugin, plugin_names
 from dupr_cli.recipe.base import Fraction, Section, Seed, reject
 
 Side = Annotated[int, Field(ge=1)]
+
+
+def _rgb_or_number(value: object) -> object:
+    # A union would report its two branches apart.
+    if value == "rgb" or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("channels", "it should be rgb, or the number of channels")
+
+
+Channels = Annotated[Literal["rgb"] | int, BeforeValidator(_rgb_or_number)]
 
 
 class SourceSection(Section):
@@ -72,10 +83,14 @@ class ImageSection(Section):
     verify: Literal["full", "sampled", "header"] = "full"
     """How an unchanged image is checked: full decodes every image, sampled every 20th (by a hash of
     its key), header none; the header of every image is read in any case."""
+    channels: Channels = "rgb"
+    """rgb makes every image RGB of 8 bits. A number keeps images of that many channels with all
+    their values, of 8 or 16 bits, and skips others; image.range says how they are scaled."""
     range: tuple[float, float] | None = None
     """Values that become black and white in images with more than 8 bits. By default, 16-bit images
     use their full depth, floats run from 0 to 1 or 255, and 32-bit integers from 0 to 255; an image
-    that does not fill a quarter of that, or exceeds it, is skipped."""
+    that does not fill a quarter of that, or exceeds it, is skipped. With a number of channels: the
+    values that become 0 and 1 when an image is read; the shards keep all values."""
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
     """Images of more pixels (width x height) are skipped before they are decoded."""
 
@@ -83,6 +98,24 @@ class ImageSection(Section):
     def _rising(self) -> Self:
         if self.range is not None and not self.range[0] < self.range[1]:
             reject("range", f"{list(self.range)}, but the first must be below the second")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_as_they_are(self) -> Self:
+        if self.channels == "rgb":
+            return self
+        if self.range is None:
+            reject(
+                "range",
+                f"null, but with channels = {self.channels} images keep their values, and the two "
+                f"that become 0 and 1 are not known; give them, such as [0, 255] for 8 bits, "
+                f"[0, 4095] for 12 and [0, 65535] for 16",
+            )
+        if self.format != "keep":
+            reject(
+                "format",
+                f"{self.format}, but with channels = {self.channels} no value may change; use keep",
+            )
         return self
 
     @model_validator(mode="after")

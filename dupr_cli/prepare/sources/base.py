@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from dupr_cli.artifacts.labels import Box
+from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.datasets.placement import Labels, Size
 from dupr_cli.recipe.prepare import SourceSection
 
@@ -94,7 +95,8 @@ class RawImage:
     image after its EXIF orientation is applied. unit: boxes are fractions of width and height.
     size: (width, height) that the labels were made for, if the source says so. left_out, remarks:
     as in `Labels`. label: class of the whole image. source: where the image originally came from,
-    if not from this source. info, extras: see `Sample`.
+    if not from this source. info, extras: see `Sample`. pixels: of an image whose channels and
+    values are kept by the shards that it comes from.
     """
 
     data: bytes
@@ -108,6 +110,7 @@ class RawImage:
     extras: Mapping[str, bytes] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    pixels: PixelFormat | None = None
 
     @classmethod
     def of(cls, data: bytes, labels: Labels | None) -> RawImage:

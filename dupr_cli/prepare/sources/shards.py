@@ -79,4 +79,5 @@ class ShardSource(BuiltIn):
             source=sample.source,
             info=sample.info,
             extras=sample.extras,
+            pixels=sample.pixels,
         )
