@@ -328,6 +328,7 @@ def test_retrieval_measures_batch_norm_first(tiny_recipe: Load, tiny_shards: Pat
     """Statistics of the backbone do not matter; otherwise a random network would be a straw man."""
     recipe = tiny_recipe("data.holdout=9", "data.batch_size=9", "method.batch_norm.groups=3")
     batches = probe_batches(open_shards(str(tiny_shards), "train"), recipe)
+    torch.manual_seed(0)
     backbone = ResNetBackbone("resnet18")
     found = patch_retrieval(backbone, batches, recipe.method, ALONE.device)
     for module in backbone.modules():
