@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as coco_mask
 
+from dupr_cli.artifacts.pixel_formats import AnyImage, PixelFormat
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
-from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture, open_picture
+from dupr_cli.datasets.channels import ChannelPicture, open_as
+from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture
 from dupr_cli.datasets.placement import Placed, placed, summarise_notes
+from dupr_cli.datasets.shards import kept_format, require_format
 from dupr_cli.datasets.splits import LabelSource, open_source
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.metrics.types import Rle, Truth
@@ -58,7 +60,8 @@ class Annotation:
 class LabelledSet:
     """One split of a labelled set, or some images of it.
 
-    annotations: in the order of the split. sizes: of each image file, bytes.
+    annotations: in the order of the split. sizes: of each image file, bytes. pixels: the format in
+    which images are decoded, None for RGB.
     """
 
     address: str
@@ -67,6 +70,7 @@ class LabelledSet:
     sizes: tuple[int, ...]
     _source: LabelSource
     _numbers: tuple[int, ...]
+    pixels: PixelFormat | None = None
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -108,10 +112,10 @@ class LabelledSet:
             _numbers=tuple(self._numbers[i] for i in positions),
         )
 
-    def image(self, position: int) -> Image.Image:
-        """Upright RGB image. Raises RunError that names it if it cannot be read or decoded."""
-        with _opened(self._source, self._numbers[position]) as (picture, _):
-            return picture.rgb()
+    def image(self, position: int) -> AnyImage:
+        """Upright image. Raises RunError that names it if it cannot be read or decoded."""
+        with _opened(self._source, self._numbers[position], self.pixels) as (picture, _):
+            return _decoded(picture, self.pixels)
 
     def read(self, position: int) -> bytes:
         """The bytes of the image's file."""
@@ -165,12 +169,22 @@ class LabelledSet:
         return Rle(size=list(size), counts=counts if isinstance(counts, str) else counts.decode())
 
 
+def _decoded(picture: Picture | ChannelPicture, pixels: PixelFormat | None) -> AnyImage:
+    """The image of a picture that was opened in this format."""
+    if isinstance(picture, Picture):
+        return picture.rgb()
+    assert pixels is not None
+    return picture.image(pixels)
+
+
 @contextmanager
-def _opened(source: LabelSource, number: int) -> Iterator[tuple[Picture, int]]:
+def _opened(
+    source: LabelSource, number: int, pixels: PixelFormat | None
+) -> Iterator[tuple[Picture | ChannelPicture, int]]:
     """Open an image without decoding its pixels; also yields the size of its file in bytes."""
     try:
         with source.image(number) as file:
-            picture = open_picture(file)
+            picture = open_as(file, pixels)
             size = file.seek(0, io.SEEK_END)
             yield picture, size
     except FileNotFoundError:
@@ -186,15 +200,22 @@ def _opened(source: LabelSource, number: int) -> Iterator[tuple[Picture, int]]:
 
 
 def open_labelled(
-    address: str, splits: Sequence[str], reporter: Reporter, *, masks: bool = False
+    address: str,
+    splits: Sequence[str],
+    reporter: Reporter,
+    *,
+    masks: bool = False,
+    pixels: PixelFormat | None = None,
 ) -> LabelledSet:
     """Open splits of a labelled set, joined into one; splits.py lists the layouts.
 
     Boxes are clipped to the image, and those without area are dropped. Images and labels that
     cannot be used are left out. All of this is reported as warnings.
-    masks: keep the objects' outlines; every object must have one.
+    masks: keep the objects' outlines; every object must have one. pixels: the channels and range of
+    the images, whatever those of shards were; None for RGB.
     Raises UsageError when the set or split does not exist, or none of its images can be used.
     """
+    require_format(address, kept_format(address), pixels, reporter)
     source = open_source(address, splits)
     annotations, sizes, numbers = list[Annotation](), list[int](), list[int]()
     notes, errors = list[tuple[str, str]](), list[RunError]()
@@ -202,7 +223,7 @@ def open_labelled(
     with reporter.task(f"read {named}", len(source.ids), "images") as task:
         for number, image_id in enumerate(source.ids):
             try:
-                found, upright, size = _read(source, number)
+                found, upright, size = _read(source, number, pixels)
             except RunError as error:
                 errors.append(error)
                 continue
@@ -228,15 +249,19 @@ def open_labelled(
         )  # fmt: skip
     for warning in warnings:
         reporter.warning(warning)
-    return LabelledSet(address, named, tuple(annotations), tuple(sizes), source, tuple(numbers))
+    return LabelledSet(
+        address, named, tuple(annotations), tuple(sizes), source, tuple(numbers), pixels
+    )
 
 
-def _read(source: LabelSource, number: int) -> tuple[Placed, tuple[int, int], int]:
+def _read(
+    source: LabelSource, number: int, pixels: PixelFormat | None
+) -> tuple[Placed, tuple[int, int], int]:
     """The objects of an image, its upright size, and its file's size in bytes. Raises RunError."""
     labels = source.labels(number)
-    with _opened(source, number) as (picture, size):
-        if picture.is_wide:
-            picture.rgb()  # only decoding shows whether its range of values is known
+    with _opened(source, number, pixels) as (picture, size):
+        if isinstance(picture, ChannelPicture) or picture.is_wide:
+            _decoded(picture, pixels)  # only decoding shows whether its range of values is known
         stored, orientation, upright = picture.stored, picture.orientation, picture.upright
     try:
         return placed(labels, stored, orientation), upright, size

@@ -27,6 +27,7 @@ from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
 from dupr_cli.artifacts.run import training_files
 from dupr_cli.artifacts.weights import SUPERVISED
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
+from dupr_cli.datasets.pixel_statistics import measured_input
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.detectors import check_architecture
 from dupr_cli.evaluate.features import (
@@ -67,7 +68,7 @@ from dupr_cli.evaluate.types import EvaluatePlan
 from dupr_cli.metrics import METRIC_NAMES, Points
 from dupr_cli.metrics.analysis import analyse
 from dupr_cli.metrics.drawing import ANALYSIS_FILES, write_analysis
-from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared
+from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared, taking
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
     EvaluateRecipe,
@@ -176,6 +177,7 @@ class Comparison:
             "test images": self.test.digest,
             "device": self.device.type,
             "processes": self.processes,
+            **({"pixels": str(self.test.pixels)} if self.test.pixels else {}),
         }
 
     @property
@@ -249,7 +251,9 @@ def prepare_comparison(
     for architecture in {one.architecture for one in compared}:
         check_architecture(recipe, architecture)
     splits, tested = recipe.data.train_splits, recipe.data.test_splits
-    train = open_labelled(data, splits, reporter, masks=recipe.has_masks)
+    compared = taking(compared, lambda: measured_input(data))
+    pixels = compared[0].input.pixels
+    train = open_labelled(data, splits, reporter, masks=recipe.has_masks, pixels=pixels)
     labelled = train.subset(with_objects(train))
     if not len(labelled):
         raise UsageError(f"{data}: no image of the split {train.split!r} has an object.")
@@ -264,7 +268,7 @@ def prepare_comparison(
             f"on: a figure to choose settings by, not to report (data.validation)."
         )
     elif tested != splits:
-        test = open_labelled(data, tested, reporter, masks=recipe.has_masks)
+        test = open_labelled(data, tested, reporter, masks=recipe.has_masks, pixels=pixels)
     unseen = sorted(set(test.classes) - set(train.classes))
     if unseen:
         reporter.warning(

@@ -3,7 +3,7 @@
 Every batch is a pure function of (seed, iteration): its images, their flips and short sides. So
 all compared weights train on the same batches, with any number of loader workers. Images are
 resized with Pillow's antialiased bilinear filter, as in the protocol's loader, and stay uint8 until
-they are on the training device.
+they are on the training device; images that keep their channels are floats from the start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _ORDER, _FLIP, _SIZE = range(3)
 class DetectionBatch:
     """Images of one step, with their objects.
 
-    images: (3, H, W) uint8 each. targets: boxes in pixels of that image, class numbers from 0.
+    images: (C, H, W) each, uint8 in RGB, or float32 in 0..1 of own channels. targets: boxes in
+    pixels of that image, class numbers from 0.
     """
 
     images: list[Tensor]

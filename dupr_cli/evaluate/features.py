@@ -169,7 +169,7 @@ def measured_batches(recipe: EvaluateRecipe, images: LabelledSet) -> int:
 def training_pixels(
     recipe: EvaluateRecipe, images: LabelledSet, classes: Sequence[str], count: int
 ) -> Iterator[list[torch.Tensor]]:
-    """`count` batches of resized training images (3, H, W) uint8, the same for all weights."""
+    """`count` batches of resized training images (C, H, W), the same for all weights."""
     order = TrainingOrder(images, recipe, seed=0)
     requests = [batch for _, batch in zip(range(count), order, strict=False)]
     read = ImageLoading(images, recipe.data, classes, masks=False)
@@ -210,6 +210,7 @@ def open_features(
         "max_size": data.max_size,
         "precision": recipe.train.precision,
         "device": device.type,
+        **({"pixels": str(train.pixels)} if train.pixels else {}),
     }
 
     def of(images: LabelledSet, side: int, mirrored: bool) -> FeatureSet:
@@ -259,7 +260,7 @@ def open_features(
 
 
 def _normalised(images: Sequence[torch.Tensor], backbone: FrozenBackbone) -> torch.Tensor:
-    mean, std = backbone.mean.view(3, 1, 1), backbone.std.view(3, 1, 1)
+    mean, std = backbone.mean.view(-1, 1, 1), backbone.std.view(-1, 1, 1)
     return normalised_batch(images, mean, std, _MULTIPLE)
 
 

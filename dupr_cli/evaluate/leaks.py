@@ -59,7 +59,8 @@ class _HashImage:
     def __call__(self, number: int) -> ImageHashes:
         images = self.images
         return hash_image(
-            images[number].image if isinstance(images, ShardSet) else images.read(number)
+            images[number].image if isinstance(images, ShardSet) else images.read(number),
+            images.pixels,
         )
 
 

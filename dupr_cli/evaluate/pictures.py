@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.pixel_formats import as_picture
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.metrics.arrays import pair_iou
 from dupr_cli.metrics.types import Detections, Truth
@@ -99,7 +100,7 @@ def _row(
     detections: Mapping[str, Sequence[Detections]],
     kind: str,
 ) -> Image.Image:
-    image, annotation = images.image(position), images.annotations[position]
+    image, annotation = as_picture(images.image(position)), images.annotations[position]
     colours = {name: _colour(number, len(classes)) for number, name in enumerate(classes)}
     labels = [
         (box, colours[name], f"{name} (difficult)" if difficult else name)

@@ -75,8 +75,9 @@ def run_trial(
         detector = build_frozen_detector(recipe, features.backbone, len(classes), seed, world)
     else:
         detector, _ = build_detector(
-            recipe, compared.architecture, len(classes), compared.weights, seed, world
-        )
+            recipe, compared.architecture, len(classes), compared.weights, seed, world,
+            compared.input,
+        )  # fmt: skip
         if recipe.detector.frozen is not None:
             _freeze(detector, recipe, recipe.detector.frozen, train, classes)
     trial = Trial(detector, recipe, seed, name, folder, world)

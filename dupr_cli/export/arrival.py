@@ -199,7 +199,7 @@ def _compared(model: nn.Module, weights: Weights, found: _Place, name: str) -> A
     """Compare the outputs of the modules at the place with dupr's features of every level."""
     inner = model.get_submodule(found.prefix.removesuffix("."))
     parameter = next(inner.parameters())
-    images = fixed_images()
+    images = fixed_images(weights.metadata.input.channels)
     expected = features_of(weights, images)
     outputs: list[Tensor] = []
     hooks = [

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import write_text
 from dupr_cli.artifacts.hub_weights import repository_of
+from dupr_cli.artifacts.pixel_formats import counted
 from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
 from dupr_cli.artifacts.run import RECIPE_FILE
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata
@@ -209,6 +210,13 @@ def _section(exported: ExportedFormat) -> str:
 
 def _input(weights: Weights) -> str:
     metadata = weights.metadata
+    if metadata.input_range is not None:
+        low, high = metadata.input_range
+        return (
+            f"Input: images of {counted(metadata.input.channels)} in the order of the training "
+            f"images, every value v scaled to (v - {low:g}) / {high - low:g} and cut to 0..1; mean "
+            f"{list(metadata.input_mean)}, standard deviation {list(metadata.input_std)}."
+        )
     return (
         f"Input: {metadata.channel_order} images scaled to 0..1, mean {list(metadata.input_mean)}, "
         f"standard deviation {list(metadata.input_std)}."

@@ -38,7 +38,7 @@ class Verification:
 @torch.no_grad()
 def verify(written: ExportFormat, weights: Weights, folder: Path) -> Verification:
     """Raises RunError, with the largest difference, when the files are not the same network."""
-    images = fixed_images()
+    images = fixed_images(weights.metadata.input.channels)
     try:
         loaded = written.load(weights, folder, images)
     except LibraryMissingError as missing:
@@ -59,14 +59,15 @@ def verify(written: ExportFormat, weights: Weights, folder: Path) -> Verificatio
     return Verification(difference, loaded.by, features_compared=True)
 
 
-def fixed_images() -> Tensor:
-    """(2, 3, 96, 128) fixed images: the same numbers every time."""
-    return torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+def fixed_images(channels: int = 3) -> Tensor:
+    """(2, channels, 96, 128) fixed images: the same numbers every time."""
+    return torch.randn(2, channels, 96, 128, generator=torch.Generator().manual_seed(0))
 
 
 def features_of(weights: Weights, images: Tensor) -> Features:
     """dupr's own features, in the precision of the images."""
-    backbone = make_backbone(weights.metadata.architecture).eval()
+    metadata = weights.metadata
+    backbone = make_backbone(metadata.architecture, metadata.input.channels).eval()
     load_backbone(backbone, weights)
     backbone.to(images.dtype)
     features: Features = backbone(images)

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.pixel_formats import ChannelImage, as_picture, how_shown
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.pretrain.data import ViewPairs, decode, held_out
@@ -61,7 +62,7 @@ def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) ->
         for view in range(2):
             box, flipped = boxes[0, view], bool(flips[0, view])
             panel = _view(
-                _to_image(views[view], method),
+                _to_image(views[view], method, shards.pixels is None),
                 box * (_SIDE / size),
                 flipped,
                 bins if bool(valid[0]) else 0,
@@ -76,6 +77,8 @@ def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) ->
         raise UsageError(f"{data}: no image could be decoded.")
     heads = ("image with both crops", f"view 1, {size} pixels", f"view 2, {size} pixels")
     title = f"grid: {bins} x {bins} bins of {level}; the same number and colour is the same place"
+    if shards.pixels is not None:
+        title += f"; shown: {how_shown(shards.pixels)}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         _sheet(title, heads, rows).save(file, "PNG")
@@ -102,7 +105,7 @@ def _images(shards: ShardSet, holdout: int, count: int) -> Iterator[tuple[int, I
         if drawn == count:
             return
         try:
-            image = decode(shards[number].image)
+            image = as_picture(decode(shards[number]))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue
         drawn += 1
@@ -152,12 +155,16 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) ->
     return f"...{text}"
 
 
-def _to_image(pixels: Tensor, method: MethodSection) -> Image.Image:
-    """A normalised view (3, S, S) as a picture."""
+def _to_image(pixels: Tensor, method: MethodSection, rgb: bool) -> Image.Image:
+    """A normalised view (C, S, S) as a picture. rgb: C is 3, red, green and blue."""
     statistics = (method.augmentation.mean, method.augmentation.std)
     mean, std = (torch.tensor(v)[:, None, None] for v in statistics)
-    shown = ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(shown).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    values = (pixels * std + mean).clamp(0, 1).permute(1, 2, 0)
+    if rgb:
+        picture = Image.fromarray((values * 255).byte().numpy())
+    else:
+        picture = ChannelImage(values.numpy()).shown()
+    return picture.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
 
 
 def _source(image: Image.Image, crops: Tensor) -> Image.Image:

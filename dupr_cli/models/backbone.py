@@ -23,13 +23,14 @@ from dupr_cli.recipe.base import Level
 class Backbone(Protocol):
     """The interface that every stage needs. Implementations are nn.Modules.
 
-    levels: those that the network has, in order. channels, strides: of each level's feature map.
-    first_centres: pixels from the left and upper edge of an image to the centre of a level's first
-    cell. recompute: levels are recomputed in the backward pass instead of being stored (activation
-    checkpointing), which trades time for memory.
+    in_channels: of an image. levels: those that the network has, in order. channels, strides: of
+    each level's feature map. first_centres: pixels from the left and upper edge of an image to the
+    centre of a level's first cell. recompute: levels are recomputed in the backward pass instead of
+    being stored (activation checkpointing), which trades time for memory.
     """
 
     architecture: str
+    in_channels: int
     levels: tuple[Level, ...]
     channels: dict[Level, int]
     strides: dict[Level, int]
@@ -57,22 +58,23 @@ def as_backbone(module: nn.Module) -> Backbone:
     return cast(Backbone, module)
 
 
-def make_backbone(architecture: str) -> nn.Module:
+def make_backbone(architecture: str, channels: int = 3) -> nn.Module:
     """A randomly initialised `Backbone`: torchvision's ResNet of that name, or FAMILY:NAME.
 
+    channels: of an image; other numbers than 3 give another first convolution.
     Raises UsageError when there is no such family or network, its library is not installed, or it
     has none of the levels.
     """
     family, separator, _ = architecture.partition(":")
     if not separator:
-        return ResNetBackbone(architecture)
+        return ResNetBackbone(architecture, channels)
     if family not in plugin_names(BACKBONES):
         raise UsageError(
             f"{architecture}: there are no backbones of the family {family!r}; the families are "
             f"{', '.join(plugin_names(BACKBONES))}. Install the package that provides it."
         )
-    make = cast("Callable[[str], nn.Module]", load_plugin(BACKBONES, family))
-    return make(architecture)
+    make = cast("Callable[[str, int], nn.Module]", load_plugin(BACKBONES, family))
+    return make(architecture, channels)
 
 
 def require_levels(backbone: nn.Module, levels: Collection[Level], purpose: str) -> None:
@@ -123,6 +125,6 @@ def load_backbone(module: nn.Module, weights: Weights) -> int:
 
 def fitted(weights: Weights) -> Weights:
     """The weights under the present names. Raises UsageError when they do not fit."""
-    backbone = make_backbone(weights.metadata.architecture)
+    backbone = make_backbone(weights.metadata.architecture, weights.metadata.input.channels)
     load_backbone(backbone, weights)
     return replace(weights, tensors=as_backbone(backbone).own_names(weights.tensors))

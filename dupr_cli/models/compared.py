@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dupr_cli.artifacts.hub_weights import HUB
+from dupr_cli.artifacts.pixel_formats import RGB_INPUT, NetworkInput, described
 from dupr_cli.artifacts.weights import Weights, read_weights
 from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import load_backbone, make_backbone
@@ -28,7 +29,8 @@ RANDOM_WEIGHTS = "none"
 class ComparedWeights:
     """One of the compared weights. weights: None for a random backbone. folder: its name in OUT.
 
-    loaded: in words, how much of the backbone they provide.
+    loaded: in words, how much of the backbone they provide. input: what the network takes; a random
+    one takes what the others take.
     """
 
     address: str
@@ -36,6 +38,7 @@ class ComparedWeights:
     weights: Weights | None
     folder: str
     loaded: str = ""
+    input: NetworkInput = RGB_INPUT
 
     @property
     def sha256(self) -> str | None:
@@ -76,7 +79,37 @@ def open_compared(addresses: Sequence[str], fixed: str = "auto") -> list[Compare
         if weights is not None and address.startswith(PERMUTED):
             weights = permuted(weights)
         found.append(_open_one(address, weights, default, fixed, number))
-    return found
+    return _with_one_format(found)
+
+
+def _with_one_format(compared: list[ComparedWeights]) -> list[ComparedWeights]:
+    """The same; random weights take the input of the first others that keep channels.
+
+    Raises UsageError when the weights take images of different formats.
+    """
+    given = [one for one in compared if one.weights is not None]
+    for one in given[1:]:
+        first = given[0]
+        if one.input.pixels != first.input.pixels:
+            raise UsageError(
+                f"{one.address}: the weights take {described(one.input.pixels)}, but those of "
+                f"{first.address} {described(first.input.pixels)}, so they cannot be compared on "
+                f"the same images. Evaluate them separately."
+            )
+    if not given or given[0].input.pixels is None:
+        return compared
+    taken = given[0].input
+    return [replace(one, input=taken) if one.weights is None else one for one in compared]
+
+
+def taking(
+    compared: list[ComparedWeights], input_of_data: Callable[[], NetworkInput | None]
+) -> list[ComparedWeights]:
+    """The same; if all are random weights, they take the input that the data asks for, if any."""
+    if any(one.weights is not None for one in compared):
+        return compared
+    taken = input_of_data()
+    return [replace(one, input=taken) for one in compared] if taken else compared
 
 
 def permuted(weights: Weights) -> Weights:
@@ -108,7 +141,7 @@ def _open_one(
             f"detector.backbone to auto or {architecture}. (recipe key: detector.backbone)"
         )
     # Load it once here, so that a tensor that does not fit is found before training starts.
-    backbone = make_backbone(architecture)
+    backbone = make_backbone(architecture, weights.metadata.input.channels)
     count, total = load_backbone(backbone, weights), len(backbone.state_dict())
     # Resolving the path gives a name even to a run given as `.`.
     source = address.removeprefix(PERMUTED)
@@ -118,4 +151,5 @@ def _open_one(
         name = f"permuted-{name}"
     plain = re.sub(r"[^\w.-]+", "-", name)[:40]
     loaded = f"{count} of {total} tensors of the {architecture} loaded"
-    return ComparedWeights(address, architecture, weights, f"{number:02d}-{plain}", loaded)
+    folder = f"{number:02d}-{plain}"
+    return ComparedWeights(address, architecture, weights, folder, loaded, weights.metadata.input)

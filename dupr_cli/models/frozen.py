@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from dupr_cli.models.backbone import Backbone, as_backbone, load_backbone, make_backbone
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
-from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Level
+from dupr_cli.recipe.base import Level
 
 
 @dataclass(frozen=True)
 class FrozenBackbone:
     """A backbone in eval mode on its device, with the normalisation of its input.
 
-    network: a `Backbone`. mean, std: (1, 3, 1, 1), of pixels in [0, 1]. precision: of the
+    network: a `Backbone`. mean, std: (1, C, 1, 1), of pixels in [0, 1]. precision: of the
     convolutions.
     """
 
@@ -38,7 +38,7 @@ class FrozenBackbone:
         return as_backbone(self.network)
 
     def maps(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
-        """Images (N, 3, H, W) to maps (N, C, H / stride, W / stride) float32 of each level.
+        """Images (N, C, H, W) to maps (N, C, H / stride, W / stride) float32 of each level.
 
         images: uint8, or float32 in [0, 1].
 
@@ -53,7 +53,7 @@ class FrozenBackbone:
             return {level: features[level].float() for level in levels}
 
     def pooled(self, images: Tensor, levels: Sequence[Level]) -> dict[Level, Tensor]:
-        """(N, 3, H, W) uint8 to (N, C) float32 of each level: the mean over its cells."""
+        """Images, as `maps` takes, to (N, C) float32 of each level: the mean over its cells."""
         return {v: features.mean((2, 3)) for v, features in self.maps(images, levels).items()}
 
     def measure_batch_norm(self, batches: Iterable[Tensor]) -> None:
@@ -79,18 +79,20 @@ class FrozenBackbone:
 
 
 def normalised_batch(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int) -> Tensor:
-    """Images (N, 3, H, W) float32 on the device of mean, padded at the right and bottom to one
+    """Images (N, C, H, W) float32 on the device of mean, padded at the right and bottom to one
     size, a multiple of `multiple`, so that a level's cells are exactly a stride apart.
 
-    images: (3, h, w) uint8 each. mean, std: (3, 1, 1), of pixels in [0, 1].
+    images: (C, h, w) each, uint8 or float32 in [0, 1]. mean, std: (C, 1, 1), of pixels in [0, 1].
     """
     height, width = (
         -(-max(image.shape[side] for image in images) // multiple) * multiple for side in (1, 2)
     )
-    pixels = torch.zeros(len(images), 3, height, width, device=mean.device)
+    pixels = torch.zeros(len(images), len(mean), height, width, device=mean.device)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     for padded, image in zip(pixels, images, strict=True):
-        moved = image.to(mean.device, non_blocking=True).float().div_(255)
+        moved = image.to(mean.device, non_blocking=True)
+        if moved.dtype == torch.uint8:
+            moved = moved.float().div_(255)
         padded[:, : image.shape[1], : image.shape[2]] = (moved - mean) / std
     return pixels
 
@@ -100,18 +102,16 @@ def freeze(
 ) -> FrozenBackbone:
     """The backbone with the given weights; a random one follows from the seed."""
     torch.manual_seed(seed)
-    network = make_backbone(compared.architecture)
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
+    taken = compared.input
+    network = make_backbone(compared.architecture, taken.channels)
     if compared.weights is not None:
         load_backbone(network, compared.weights)
-        mean, std = compared.weights.metadata.input_mean, compared.weights.metadata.input_std
     network.requires_grad_(False).eval()
     network.to(device).to(memory_format=torch.channels_last)
     return FrozenBackbone(
         network,
-        torch.tensor(mean, device=device).view(1, 3, 1, 1),
-        torch.tensor(std, device=device).view(1, 3, 1, 1),
+        torch.tensor(taken.mean, device=device).view(1, -1, 1, 1),
+        torch.tensor(taken.std, device=device).view(1, -1, 1, 1),
         device,
         precision,
     )

@@ -26,14 +26,20 @@ class LibraryBackbone(nn.Module):
     """
 
     def __init__(
-        self, architecture: str, network: nn.Module, strides: Sequence[int], channels: Sequence[int]
+        self,
+        architecture: str,
+        network: nn.Module,
+        strides: Sequence[int],
+        channels: Sequence[int],
+        in_channels: int = 3,
     ) -> None:
-        """strides, channels: of the maps that the network can return, in order.
+        """strides, channels: of the maps that the network can return, in order. in_channels: of an
+        image.
 
         Raises UsageError when none of them is a level.
         """
         super().__init__()
-        self.architecture = architecture
+        self.architecture, self.in_channels = architecture, in_channels
         self.network: Any = network
         # The place of each level among the maps.
         self.places = level_places(architecture, strides)

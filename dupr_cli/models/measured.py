@@ -33,7 +33,8 @@ def unused_modules(backbone: nn.Module, last: Level) -> list[nn.Module]:
     device, side = parameters[0].device, _SIZES[-1]
     try:
         with torch.enable_grad():
-            maps = backbone(torch.zeros(1, 3, side, side, device=device), levels, last)
+            channels = cast("int", backbone.in_channels)
+            maps = backbone(torch.zeros(1, channels, side, side, device=device), levels, last)
             total = torch.stack([features.sum() for features in maps.values()]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     finally:

@@ -24,7 +24,7 @@ class ResNetBackbone(nn.Module):
 
     levels = LEVELS
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, in_channels: int = 3) -> None:
         """Raises UsageError unless the architecture is one of torchvision's ResNets."""
         super().__init__()
         if architecture not in get_args(TorchvisionName):
@@ -32,10 +32,10 @@ class ResNetBackbone(nn.Module):
                 f"{architecture} is not a torchvision ResNet; those are "
                 f"{', '.join(get_args(TorchvisionName))}."
             )
-        self.architecture = architecture
+        self.architecture, self.in_channels = architecture, in_channels
         self.recompute = False
         network = torchvision.models.get_model(architecture, weights=None)
-        self.conv1: nn.Module = network.conv1
+        self.conv1: nn.Module = network.conv1 if in_channels == 3 else _stem(in_channels)
         self.bn1: nn.Module = network.bn1
         self.relu: nn.Module = network.relu
         self.maxpool: nn.Module = network.maxpool
@@ -47,7 +47,7 @@ class ResNetBackbone(nn.Module):
         self.first_centres: dict[Level, float] = dict.fromkeys(LEVELS, 0.5)
 
     def stem(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, 64, H/4, W/4)."""
+        """(N, C, H, W) to (N, 64, H/4, W/4)."""
         x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         return x
 
@@ -70,7 +70,7 @@ class ResNetBackbone(nn.Module):
     ) -> dict[Level, Tensor]:
         """Feature maps (N, C, H/stride, W/stride) of the wanted levels.
 
-        images: (N, 3, H, W), normalised. last: later levels are not computed.
+        images: (N, C, H, W), normalised. last: later levels are not computed.
         """
         features: dict[Level, Tensor] = {}
         x = self.stem(images)
@@ -85,6 +85,13 @@ class ResNetBackbone(nn.Module):
             if level == last:
                 break
         return features
+
+
+def _stem(channels: int) -> nn.Module:
+    """The first convolution for images of `channels` channels, initialised as torchvision's."""
+    stem = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    return stem
 
 
 def _channels(stage: nn.Module) -> int:

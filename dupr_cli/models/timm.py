@@ -24,11 +24,11 @@ class _FeatureInfo(Protocol):
 class TimmBackbone(LibraryBackbone):
     """A timm network that returns intermediate maps."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, in_channels: int = 3) -> None:
         """architecture: timm:NAME. Raises UsageError, see `make_backbone`."""
-        getter, self.options = _feature_getter(architecture)
+        getter, self.options = _feature_getter(architecture, in_channels)
         info = cast(_FeatureInfo, getter.feature_info)
-        super().__init__(architecture, getter.model, info.reduction(), info.channels())
+        super().__init__(architecture, getter.model, info.reduction(), info.channels(), in_channels)
         # timm's own numbers of the levels' maps.
         self.out_indices = [int(getter.out_indices[place]) for place in self.places.values()]
 
@@ -71,7 +71,7 @@ class TimmBackbone(LibraryBackbone):
         return dict(zip(wanted, maps, strict=True))
 
 
-def _feature_getter(architecture: str) -> tuple[Any, dict[str, Any]]:
+def _feature_getter(architecture: str, in_channels: int) -> tuple[Any, dict[str, Any]]:
     """The network in timm's wrapper that returns maps, and the options for images of any size.
 
     What comes after the maps is cut off.
@@ -92,8 +92,9 @@ def _feature_getter(architecture: str) -> tuple[Any, dict[str, Any]]:
     for given in options:
         try:
             getter: Any = timm.create_model(
-                name, pretrained=False, features_only=True, feature_cls="getter", **given
-            )
+                name, pretrained=False, in_chans=in_channels, features_only=True,
+                feature_cls="getter", **given,
+            )  # fmt: skip
             return getter, given
         except TypeError as error:
             problem: Exception = error

@@ -22,6 +22,7 @@ from dupr_cli.errors import UsageError
 from dupr_cli.models.library import LibraryBackbone, level_places
 from dupr_cli.recipe.base import LEVELS, TRANSFORMERS, Level
 
+_STEM = (3, 32, 48)  # HGNetV2's default: channels of the image, within and after the stem
 # Pixels; every network takes images of this size.
 _SIDE = 224
 
@@ -90,10 +91,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
 class TransformersBackbone(LibraryBackbone):
     """A backbone class of transformers, with the maps of all levels as its outputs."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, in_channels: int = 3) -> None:
         """architecture: transformers:NAME or transformers:JSON. Raises UsageError, see
         `make_backbone`."""
-        config = configuration(architecture)
+        config = {**configuration(architecture), "num_channels": in_channels}
+        if config["model_type"] == "hgnet_v2":  # which looks only here
+            _, *stem = config.get("stem_channels", _STEM)
+            config["stem_channels"] = [in_channels, *stem]
         stages, strides, channels = _maps(architecture)
         places = sorted(level_places(architecture, strides).values())
         chosen = [stages[place] for place in places]
@@ -102,6 +106,7 @@ class TransformersBackbone(LibraryBackbone):
             _built(architecture, {**config, "out_features": chosen}),
             [strides[place] for place in places],
             [channels[place] for place in places],
+            in_channels,
         )
         self.config: dict[str, Any] = self.network.config.to_dict()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from dupr_cli.artifacts.files import write_text
+from dupr_cli.artifacts.pixel_formats import counted, described
 from dupr_cli.artifacts.run import (
     ENVIRONMENT_FILE,
     RECIPE_FILE,
@@ -47,6 +48,7 @@ from dupr_cli.runtime.devices import choose_device
 from dupr_cli.runtime.output import differences, environment, holds, remove, writing
 from dupr_cli.runtime.parallel import join, world_size
 from dupr_cli.runtime.stopping import Limits, stoppable
+from dupr_cli.views.augmentation import uses_rgb
 
 # Keys that change how a run is carried out, not what it computes.
 OPERATIONAL_KEYS = frozenset(
@@ -94,6 +96,7 @@ def plan(
     _require_parts(recipe)
     _require_init(recipe)
     shards = open_shards(data, recipe.data.split)
+    _require_channels(recipe, shards)
     if not overwrite:
         _check_claim(recipe, shards, out, allow_changed, SilentReporter())
     order = BatchOrder(shards, recipe)
@@ -145,12 +148,18 @@ def run(
     with stoppable("The same command continues."), join(device) as world:
         reporter = reporter if reporter and world.is_main else SilentReporter()
         shards = open_shards(data, recipe.data.split)
+        _require_channels(recipe, shards)
         with writing(out, "dupr pretrain") if world.is_main else nullcontext():
             if world.is_main:
                 _claim(recipe, shards, out, overwrite, allow_changed, reporter)
                 images = len(shards) - min(recipe.data.holdout, len(shards) // 10)
                 for warning in science_warnings(recipe, images, count_steps(recipe, images)):
                     reporter.warning(warning)
+                if shards.pixels is not None and uses_rgb(recipe.method.augmentation):
+                    reporter.info(
+                        f"{shards.name}: {described(shards.pixels)} have no saturation, hue or "
+                        f"grayscale: these parts of method.augmentation are not applied"
+                    )
             world.wait()
             metrics = train(recipe, shards, out, world, reporter, Limits(max_hours, stop_after))
         if not world.is_main:
@@ -183,7 +192,7 @@ def _require_parts(recipe: PretrainRecipe) -> None:
 
     method_class(recipe)
     if layout_of(recipe.model.backbone) != "torchvision":
-        backbone = make_backbone(recipe.model.backbone)
+        backbone = make_backbone(recipe.model.backbone, recipe.method.augmentation.channels)
         image, patch = recipe.method.image.weights, recipe.method.patch.weights
         used = [v for v in LEVELS if image.get(v) or patch.get(v)]
         require_levels(backbone, used, f"the losses are at {', '.join(used)} (method.*.weights)")
@@ -193,8 +202,29 @@ def _require_init(recipe: PretrainRecipe) -> None:
     """Raises UsageError when the initial weights are missing or do not fit."""
 
     if recipe.model.init is not None:
-        architecture = recipe.model.backbone
-        load_backbone(make_backbone(architecture), open_weights(recipe.model.init, architecture))
+        architecture, channels = recipe.model.backbone, recipe.method.augmentation.channels
+        weights = open_weights(recipe.model.init, architecture)
+        theirs = weights.metadata.input.channels
+        if theirs != channels:
+            raise UsageError(
+                f"model.init: {recipe.model.init}: the weights take images of {counted(theirs)}, "
+                f"but method.augmentation.mean is for {channels}, and a first convolution cannot "
+                f"be converted. Start from random weights (model.init: null), or from weights for "
+                f"{counted(channels)}. (recipe key: model.init)"
+            )
+        load_backbone(make_backbone(architecture, channels), weights)
+
+
+def _require_channels(recipe: PretrainRecipe, shards: ShardSet) -> None:
+    """Raises UsageError when the recipe's statistics are for another number of channels."""
+    wanted = recipe.method.augmentation.channels
+    found = 3 if shards.pixels is None else shards.pixels.channels
+    if wanted != found:
+        raise UsageError(
+            f"{shards.name}: the shards hold {described(shards.pixels)}, but "
+            f"method.augmentation.mean and std have {wanted} values. Set both as "
+            f"`dupr prepare stats` measures them. (recipe key: method.augmentation.mean)"
+        )
 
 
 def _check_claim(

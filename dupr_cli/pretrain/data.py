@@ -12,10 +12,12 @@ from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from dupr_cli.artifacts.pixel_formats import AnyImage, described
+from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import ShardSet
-from dupr_cli.datasets.pixels import IMAGE_ERRORS, open_picture
+from dupr_cli.datasets.channels import decode_as
+from dupr_cli.datasets.pixels import IMAGE_ERRORS
 from dupr_cli.errors import RunError
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 from dupr_cli.runtime.loader import load
@@ -30,9 +32,12 @@ _PROBE_EPOCH = 2**31
 SampleRequest = tuple[int, int]  # epoch, sample number
 
 
-def decode(data: bytes) -> Image.Image:
-    """Upright RGB image from the bytes of a sample. Raises one of IMAGE_ERRORS if it is none."""
-    return open_picture(io.BytesIO(data)).rgb()
+def decode(sample: Sample) -> AnyImage:
+    """The upright image of a sample, in RGB or with the channels that its shards keep.
+
+    Raises one of IMAGE_ERRORS if it does not decode.
+    """
+    return decode_as(io.BytesIO(sample.image), sample.pixels)
 
 
 def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> NDArray[np.int64]:
@@ -121,8 +126,14 @@ class ViewPairs:
         problems: list[str] = []
         for attempt in range(_MAX_REPLACEMENTS):
             sample = self._shards[(number + attempt) % len(self._shards)]
+            if sample.pixels != self._shards.pixels:
+                raise RunError(
+                    f"{self._shards.name}: sample {sample.key} is one of "
+                    f"{described(sample.pixels)}, but the first are "
+                    f"{described(self._shards.pixels)}. Give shards of one format."
+                )
             try:
-                image = decode(sample.image)
+                image = decode(sample)
                 break
             except IMAGE_ERRORS as error:
                 problems.append(f"{sample.key}: {error}")

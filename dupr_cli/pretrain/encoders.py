@@ -82,7 +82,7 @@ class Encoder(nn.Module):
     def __init__(self, recipe: PretrainRecipe) -> None:
         super().__init__()
         method = recipe.method
-        self.backbone = make_backbone(recipe.model.backbone)
+        self.backbone = make_backbone(recipe.model.backbone, method.augmentation.channels)
         self.image_levels = [v for v in LEVELS if method.image.weights.get(v)]
         self.patch_levels = [v for v in LEVELS if method.patch.weights.get(v)]
         self.levels = [v for v in LEVELS if v in {*self.image_levels, *self.patch_levels}]
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         return {v: F.normalize(self.patch_heads[v](x).float(), dim=-1) for v, x in pooled.items()}
 
     def forward(self, views: Tensor, boxes: Tensor, flips: Tensor) -> Embeddings:
-        """views: (N, 3, S, S) normalised; boxes: (N, 4) shared regions; flips: (N,) bool."""
+        """views: (N, C, S, S) normalised; boxes: (N, 4) shared regions; flips: (N,) bool."""
         features = self.features(views)
         # Pool before projecting: the head is an MLP, so the two do not commute.
         pooled = {

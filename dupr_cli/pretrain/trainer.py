@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.run import CheckpointState, MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.models.backbone import as_backbone, load_backbone
@@ -206,8 +207,10 @@ def count_steps(recipe: PretrainRecipe, images: int) -> int:
     return max(1, math.ceil(recipe.train.epochs * images / recipe.data.batch_size))
 
 
-def checkpoint_facts(recipe: PretrainRecipe, step: int) -> CheckpointState:
-    """What a checkpoint records besides its tensors."""
+def checkpoint_facts(
+    recipe: PretrainRecipe, step: int, pixels: PixelFormat | None
+) -> CheckpointState:
+    """What a checkpoint records besides its tensors. pixels: of the shards."""
     return CheckpointState(
         step=step,
         architecture=recipe.model.backbone,
@@ -216,6 +219,7 @@ def checkpoint_facts(recipe: PretrainRecipe, step: int) -> CheckpointState:
         input_size=recipe.method.views.size,
         recipe_sha256=recipe_digest(recipe),
         method=recipe.method.title,
+        input_range=None if pixels is None else list(pixels.range),
     )
 
 
@@ -314,7 +318,7 @@ def train(
             stopping = not last and (code or stop.steps_are_done(step + 1 - done))
             if last or stopping or (step + 1) % recipe.train.checkpoint_every == 0:
                 state.save(
-                    checkpoint_facts(recipe, step + 1),
+                    checkpoint_facts(recipe, step + 1, shards.pixels),
                     recipe.train.keep_checkpoints,
                     recipe.train.keep_every,
                 )

@@ -18,9 +18,9 @@ from dupr_cli.views.pairs import ViewPairBatch
 class View:
     """One view of each image of a batch, before augmentation.
 
-    pixels: (N, 3, S, S) uint8 on the training device. parameters: (N, PARAMETERS) of the
-    augmentation. boxes: (N, 4) shared region in view pixels. flips: (N,) bool. All but the pixels
-    are on the CPU.
+    pixels: (N, 3, S, S) uint8, or (N, C, S, S) float32 of images that keep their channels, on the
+    training device. parameters: (N, P) of the augmentation. boxes: (N, 4) shared region in view
+    pixels. flips: (N,) bool. All but the pixels are on the CPU.
     """
 
     pixels: Tensor
@@ -34,7 +34,7 @@ class View:
     def exchange(self, order: Tensor, world: World) -> View:
         """This process's part of all processes' views in another order, see `World.exchange`.
 
-        Pixels travel before they become floats, which takes a quarter of the bytes.
+        Pixels of RGB travel before they become floats, which takes a quarter of the bytes.
         """
         return View(
             *(
@@ -46,7 +46,7 @@ class View:
     def for_encoder(
         self, method: MethodSection, memory_format: torch.memory_format
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoder's input: images (N, 3, S, S) augmented and normalised, boxes, flips."""
+        """The encoder's input: images (N, C, S, S) augmented and normalised, boxes, flips."""
         images = augment(self.pixels, self.parameters, method.augmentation)
         device = self.pixels.device
         return (

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import remove_leftovers, write_text
+from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
+from dupr_cli.datasets.pixel_statistics import measured_input
 from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import make_backbone, require_levels
-from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared
+from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared, taking
 from dupr_cli.probe.data import (
     LIMIT_TEST,
     LIMIT_TRAIN,
@@ -91,6 +93,7 @@ class ProbeComparison:
             "training images": task.train.digest,
             "test images": task.test.digest,
             "device": task.device.type,
+            **({"pixels": str(pixels)} if (pixels := self.weights[0].input.pixels) else {}),
         }
 
     def claim(self) -> Claim:
@@ -116,7 +119,8 @@ def prepare_comparison(
     if recipe.protocol == "voc07-cls":
         require_scikit_learn()
     compared = _open_weights(recipe, weights)
-    train, test = _open(recipe, data, reporter)
+    compared = taking(compared, lambda: measured_input(data.address))
+    train, test = _open(recipe, data, reporter, compared[0].input.pixels)
     limit, seed = recipe.data.limit, recipe.seed
     same = train is test
     test = test.drawn(limit, seed, LIMIT_TEST)
@@ -147,15 +151,17 @@ def _open_weights(recipe: ProbeRecipe, weights: Sequence[str]) -> list[ComparedW
     return compared
 
 
-def _open(recipe: ProbeRecipe, data: ProbeData, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
+def _open(
+    recipe: ProbeRecipe, data: ProbeData, reporter: Reporter, pixels: PixelFormat | None
+) -> tuple[ImageSet, ImageSet]:
     """Training and test images; the same object if the protocol trains nothing."""
     if recipe.protocol == "patch-retrieval":
-        images = open_pictured(data.address, data.test_split, reporter)
+        images = open_pictured(data.address, data.test_split, reporter, pixels)
         return images, images
     assert data.test_split is not None
     if recipe.protocol == "voc07-cls":
-        train = open_voc(data.address, data.train_split, reporter)
-        return train, open_voc(data.test_data or data.address, data.test_split, reporter)
+        train = open_voc(data.address, data.train_split, reporter, pixels)
+        return train, open_voc(data.test_data or data.address, data.test_split, reporter, pixels)
     return open_train_and_test(
         data.address,
         data.test_data,
@@ -164,6 +170,7 @@ def _open(recipe: ProbeRecipe, data: ProbeData, reporter: Reporter) -> tuple[Ima
         recipe.data.test_fraction,
         recipe.data.min_object,
         reporter,
+        pixels,
     )
 
 

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from dupr_cli.artifacts.pixel_formats import AnyImage, PixelFormat
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import MANIFEST, Manifest, ShardSet, open_shards
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.datasets.layout import walk
-from dupr_cli.datasets.shards import holds_shards
+from dupr_cli.datasets.shards import holds_shards, require_format
 from dupr_cli.datasets.text import read_text
 from dupr_cli.datasets.voc import find_voc_trees
 from dupr_cli.errors import UsageError
@@ -80,8 +80,8 @@ class ImageSet:
             digest.update(f"{image_id} {size} {label} {verdict}\n".encode())
         return digest.hexdigest()
 
-    def image(self, position: int) -> Image.Image:
-        """Upright RGB image. Raises RunError naming it if it cannot be decoded."""
+    def image(self, position: int) -> AnyImage:
+        """Upright image. Raises RunError naming it if it cannot be decoded."""
         return self.reader.image(self.numbers[position])
 
     def subset(self, positions: Sequence[int]) -> ImageSet:
@@ -121,24 +121,29 @@ def splits_of(address: str) -> list[str] | None:
 
 
 def open_classified(
-    address: str, split: str | None, min_object: int, reporter: Reporter
+    address: str,
+    split: str | None,
+    min_object: int,
+    reporter: Reporter,
+    pixels: PixelFormat | None = None,
 ) -> ImageSet:
     """Images with a class each: class folders, shards with classes, or the objects of boxes.
 
     split: None takes all of a set without splits. min_object: pixels along the longer side of the
-    smallest object taken; difficult objects are not taken. Raises UsageError when the set does not
-    exist or has no labels.
+    smallest object taken; difficult objects are not taken. pixels: of the images, None for RGB.
+    Raises UsageError when the set does not exist or has no labels.
     """
     path = Path(address)
     if find_voc_trees(path):
         assert split is not None
-        return _objects(open_labelled(address, [split], reporter), min_object)
+        return _objects(open_labelled(address, [split], reporter, pixels=pixels), min_object)
     if _is_shards(address):
         shards = open_shards(address, split)
         first = shards.described(0)
         if _label(first) is None and first.boxes is not None and split is not None:
-            return _objects(open_labelled(address, [split], reporter), min_object)
-        return _classified_shards(address, split, shards)
+            return _objects(open_labelled(address, [split], reporter, pixels=pixels), min_object)
+        require_format(address, shards.pixels, pixels, reporter)
+        return _classified_shards(address, split, shards, pixels)
     if not path.is_dir():
         raise UsageError(f"{address}: this folder or shard does not exist.")
     root = _split_folder(address, split)
@@ -154,25 +159,29 @@ def open_classified(
         split or "all",
         tuple(str(file.relative_to(path)) for file, _ in paths),
         tuple(label for _, label in paths),
-        Files(tuple(file for file, _ in paths)),
+        Files(tuple(file for file, _ in paths), pixels),
         tuple(range(len(paths))),
     )
 
 
-def open_pictured(address: str, split: str | None, reporter: Reporter) -> ImageSet:
+def open_pictured(
+    address: str, split: str | None, reporter: Reporter, pixels: PixelFormat | None = None
+) -> ImageSet:
     """Images with or without labels; VOC trees and labelled shards add their boxes.
 
-    split: None takes the whole set. Raises UsageError when it has no images.
+    split: None takes the whole set. pixels: of the images, None for RGB. Raises UsageError when it
+    has no images.
     """
     path = Path(address)
     if find_voc_trees(path):
-        return _whole(open_labelled(address, [_one_split(address, split)], reporter))
+        return _labelled(address, split, reporter, pixels)
     if _is_shards(address):
         shards = open_shards(address, split)
         if shards.described(0).boxes is not None and (path / MANIFEST).is_file():
-            return _whole(open_labelled(address, [_one_split(address, split)], reporter))
-        ids = tuple(shards.keys())
-        return ImageSet(address, split or "all", ids, (), Samples(shards), tuple(range(len(ids))))
+            return _labelled(address, split, reporter, pixels)
+        require_format(address, shards.pixels, pixels, reporter)
+        ids, samples = tuple(shards.keys()), Samples(shards, pixels)
+        return ImageSet(address, split or "all", ids, (), samples, tuple(range(len(ids))))
     if not path.is_dir():
         raise UsageError(f"{address}: this folder or shard does not exist.")
     root = _split_folder(address, split) if split else path
@@ -180,16 +189,26 @@ def open_pictured(address: str, split: str | None, reporter: Reporter) -> ImageS
     if not paths:
         raise UsageError(f"{root}: the folder contains no images.")
     ids = tuple(str(file.relative_to(path)) for file in paths)
-    return ImageSet(address, split or "all", ids, (), Files(paths), tuple(range(len(ids))))
+    numbers = tuple(range(len(ids)))
+    return ImageSet(address, split or "all", ids, (), Files(paths, pixels), numbers)
 
 
-def open_voc(address: str, split: str, reporter: Reporter) -> ImageSet:
+def _labelled(
+    address: str, split: str | None, reporter: Reporter, pixels: PixelFormat | None
+) -> ImageSet:
+    one = _one_split(address, split)
+    return _whole(open_labelled(address, [one], reporter, pixels=pixels))
+
+
+def open_voc(
+    address: str, split: str, reporter: Reporter, pixels: PixelFormat | None = None
+) -> ImageSet:
     """Whole images with the classes in them: a VOC tree, or labelled shards of one.
 
     If ImageSets/Main/<class>_<split>.txt exists, it decides (1, 0 for difficult objects only, -1);
     otherwise the boxes decide, in the same way. Source: VOC development kit, classification task.
     """
-    images = open_labelled(address, [split], reporter)
+    images = open_labelled(address, [split], reporter, pixels=pixels)
     listed = _class_files(address, split, images.classes)
     verdicts = []
     for annotation in images.annotations:
@@ -258,6 +277,7 @@ def open_train_and_test(
     fraction: float | None,
     min_object: int,
     reporter: Reporter,
+    pixels: PixelFormat | None = None,
 ) -> tuple[ImageSet, ImageSet]:
     """Training and test images with a class each.
 
@@ -268,7 +288,8 @@ def open_train_and_test(
 
     def opened(address: str, split: str) -> ImageSet:
         has_splits = splits_of(address) is not None
-        return open_classified(address, split if has_splits else None, min_object, reporter)
+        of_set = split if has_splits else None
+        return open_classified(address, of_set, min_object, reporter, pixels)
 
     if test_data is not None:
         return opened(data, train_split), opened(test_data, test_split)
@@ -355,7 +376,9 @@ def _label(sample: Sample) -> str | None:
     return sample.extras["cls"].decode().strip() if "cls" in sample.extras else None
 
 
-def _classified_shards(address: str, split: str | None, shards: ShardSet) -> ImageSet:
+def _classified_shards(
+    address: str, split: str | None, shards: ShardSet, pixels: PixelFormat | None
+) -> ImageSet:
     ids, labels = [], []
     for number in range(len(shards)):
         sample = shards.described(number)
@@ -373,7 +396,7 @@ def _classified_shards(address: str, split: str | None, shards: ShardSet) -> Ima
         split or "all",
         tuple(ids),
         tuple(labels),
-        Samples(shards),
+        Samples(shards, pixels),
         tuple(range(len(ids))),
     )
 

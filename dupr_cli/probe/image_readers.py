@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
-
+from dupr_cli.artifacts.pixel_formats import AnyImage, PixelFormat
 from dupr_cli.artifacts.shards import ShardSet
+from dupr_cli.datasets.channels import decode_as
 from dupr_cli.datasets.labelled import LabelledSet
-from dupr_cli.datasets.pixels import IMAGE_ERRORS, open_picture
+from dupr_cli.datasets.pixels import IMAGE_ERRORS
 from dupr_cli.errors import RunError
 
 
 class ImageReader(Protocol):
     """A source of images, by number."""
 
-    def image(self, number: int) -> Image.Image:
-        """Upright RGB image. Raises RunError naming it if it cannot be decoded."""
+    def image(self, number: int) -> AnyImage:
+        """Upright image. Raises RunError naming it if it cannot be decoded."""
         ...
 
     def size(self, number: int) -> int:
@@ -33,12 +33,13 @@ class ImageReader(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Image files of a folder."""
+    """Image files of a folder. pixels: their format, None for RGB."""
 
     paths: tuple[Path, ...]
+    pixels: PixelFormat | None = None
 
-    def image(self, number: int) -> Image.Image:
-        return _decode(self.paths[number], str(self.paths[number]))
+    def image(self, number: int) -> AnyImage:
+        return _decode(self.paths[number], self.pixels, str(self.paths[number]))
 
     def size(self, number: int) -> int:
         return self.paths[number].stat().st_size
@@ -46,14 +47,16 @@ class Files:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of shards."""
+    """Samples of shards. pixels: their format, None for RGB."""
 
     shards: ShardSet
+    pixels: PixelFormat | None = None
 
-    def image(self, number: int) -> Image.Image:
+    def image(self, number: int) -> AnyImage:
         sample = self.shards[number]
         shard, _ = self.shards.place(number)
-        return _decode(io.BytesIO(sample.image), f"{self.shards.shards[shard]}: {sample.key}")
+        place = f"{self.shards.shards[shard]}: {sample.key}"
+        return _decode(io.BytesIO(sample.image), self.pixels, place)
 
     def size(self, number: int) -> int:
         shard, position = self.shards.place(number)
@@ -66,7 +69,7 @@ class Whole:
 
     images: LabelledSet
 
-    def image(self, number: int) -> Image.Image:
+    def image(self, number: int) -> AnyImage:
         return self.images.image(number)
 
     def size(self, number: int) -> int:
@@ -80,7 +83,7 @@ class ObjectCrops:
     images: LabelledSet
     places: tuple[tuple[int, int], ...]
 
-    def image(self, number: int) -> Image.Image:
+    def image(self, number: int) -> AnyImage:
         position, box = self.places[number]
         image = self.images.image(position)
         corners = self.images.annotations[position].boxes[box].tolist()
@@ -102,9 +105,9 @@ def square_around(corners: Sequence[float], width: int, height: int) -> tuple[in
     return left, top, min(width, left + side), min(height, top + side)
 
 
-def _decode(file: Path | io.BytesIO, place: str) -> Image.Image:
+def _decode(file: Path | io.BytesIO, pixels: PixelFormat | None, place: str) -> AnyImage:
     try:
-        return open_picture(file).rgb()
+        return decode_as(file, pixels)
     except IMAGE_ERRORS as error:
         raise RunError(
             f"{place}: the image cannot be decoded ({error}). Replace it, or remove it from the "

@@ -40,7 +40,7 @@ class RandomCrops:
     seed: int
 
     def __call__(self, request: tuple[int, int]) -> tuple[Tensor, int]:
-        """request: epoch and position. Returns (3, size, size) uint8 and the position."""
+        """request: epoch and position. Returns the crop, see `pixels`, and the position."""
         epoch, position = request
         image = self.images.image(position)
         random = np.random.default_rng([self.seed, epoch, position, _CROP])

@@ -9,17 +9,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dupr_cli.artifacts.pixel_formats import AnyImage, ChannelImage
 from dupr_cli.probe.data import ImageSet
 from dupr_cli.views.geometry import Crop
 
 
-def pixels(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8."""
+def pixels(image: AnyImage) -> Tensor:
+    """(3, H, W) uint8, or (C, H, W) float32 in 0..1 of own channels."""
     # torch rejects Pillow's read-only memory, so this is a copy.
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def centre_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
+def centre_crop(image: AnyImage, resize: int, crop: int) -> AnyImage:
     """The middle crop x crop of the image, resized so that its short side is `resize`.
 
     Source: the usual test crop of ImageNet, as torchvision's Resize and CenterCrop make it.
@@ -31,18 +32,22 @@ def centre_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
     return resized.crop((left, top, left + crop, top + crop))
 
 
-def cut_view(image: Image.Image, crop: Crop, size: int, flip: bool) -> Image.Image:
+def cut_view(image: AnyImage, crop: Crop, size: int, flip: bool) -> AnyImage:
     """One crop resized to size x size, antialiased, then mirrored left to right if `flip` is set.
 
     crop: x0, y0, x1, y1 in pixels of the image.
     """
     view = image.resize((size, size), Image.Resampling.BILINEAR, box=crop)
-    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
+    if not flip:
+        return view
+    if isinstance(view, ChannelImage):
+        return view.mirrored()
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 @dataclass(frozen=True)
 class CentreCrops:
-    """Reads the test crop of an image of the set, (3, crop, crop) uint8."""
+    """Reads the test crop of an image of the set, see `pixels`."""
 
     images: ImageSet
     resize: int

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from dupr_cli.artifacts.pixel_formats import AnyImage, ChannelImage
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.probe.loading import pixels
 from dupr_cli.recipe import Level
@@ -32,8 +33,8 @@ Maps = Callable[[Tensor, Sequence[Level]], dict[Level, Tensor]]
 
 @dataclass(frozen=True)
 class ObjectBatch:
-    """Whole images and their objects. images: (N, 3, S, S) uint8. boxes: (n, 5), number of the
-    image in the batch and x0, y0, x1, y1 in its pixels."""
+    """Whole images and their objects. images: (N, C, S, S), see `loading.pixels`. boxes: (n, 5),
+    number of the image in the batch and x0, y0, x1, y1 in its pixels."""
 
     images: Tensor
     boxes: Tensor
@@ -59,11 +60,23 @@ class ObjectImages:
         image = self.images.image(position)
         scale = self.side / max(image.size)
         width, height = (max(1, round(edge * scale)) for edge in image.size)
-        square = Image.new("RGB", (self.side, self.side), _PAD)
-        square.paste(image.resize((width, height), Image.Resampling.BILINEAR))
+        square = _padded(image.resize((width, height), Image.Resampling.BILINEAR), self.side)
         factors = np.array([width / image.width, height / image.height] * 2, dtype=np.float32)
         boxes = torch.from_numpy(self.wanted[position] * factors)
         return ObjectBatch(pixels(square)[None], F.pad(boxes, (1, 0)))
+
+
+def _padded(image: AnyImage, side: int) -> AnyImage:
+    """The image in the upper left corner of a square, on ImageNet's mean, or on its own mean if it
+    keeps its channels."""
+    if isinstance(image, ChannelImage):
+        values = np.empty((side, side, image.values.shape[2]), dtype=np.float32)
+        values[:] = image.values.mean((0, 1))
+        values[: image.height, : image.width] = image.values
+        return ChannelImage(values)
+    square = Image.new("RGB", (side, side), _PAD)
+    square.paste(image)
+    return square
 
 
 def object_features(maps: Maps, batch: ObjectBatch, levels: Sequence[Level]) -> dict[Level, Tensor]:

@@ -89,12 +89,26 @@ class AugmentationSection(Section):
     flip_probability: Fraction = 0.5
     flip_together: bool = False
     """Mirror both views of an image or neither, instead of each by its own chance."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Value subtracted from each channel, in units of the full range."""
-    std: tuple[
-        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
-    ] = IMAGENET_STD
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] = IMAGENET_MEAN
+    """Value subtracted from each channel, in units of the full range; one for each channel that the
+    shards keep (`dupr prepare stats` measures them)."""
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = IMAGENET_STD
     """Value that each channel is divided by."""
+
+    @model_validator(mode="after")
+    def _one_each(self) -> AugmentationSection:
+        if len(self.mean) != len(self.std):
+            reject(
+                "std",
+                f"{list(self.std)}, but method.augmentation.mean has {len(self.mean)} values; give "
+                f"one for each channel in both",
+            )
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return len(self.mean)
 
 
 class ImageReidSection(Section):

@@ -2,8 +2,12 @@
 
 The loader's workers draw each view's parameters from the sample's own random stream; the training
 device applies them to whole batches. So the result does not depend on the batch a sample is in, and
-no worker touches float pixels. The operations are those of MoCo v2: colour jitter in random order,
-grayscale, Gaussian blur, flip, normalise.
+no worker touches float pixels of RGB. The operations are those of MoCo v2: colour jitter in random
+order, grayscale, Gaussian blur, flip, normalise.
+
+Images that keep their own channels have no hue, saturation or grayscale, which are defined by how
+people see red, green and blue. Each of their channels has its own brightness and contrast, about
+the mean of that channel; blur and flip are the same for all channels.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from torch import Tensor
 
 from dupr_cli.recipe.pretrain import AugmentationSection, BlurSection, ColorJitterSection
 
-# Columns of a parameter row.
+# Columns of a parameter row. Rows of C own channels continue with C factors of brightness and C of
+# contrast, which replace those of the first columns.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, BLUR, FLIP = range(8)
 PARAMETERS = 8
 
@@ -42,8 +47,10 @@ class Photometric(Protocol):
     def flip_probability(self) -> float: ...
 
 
-def draw_parameters(recipe: Photometric, random: np.random.Generator) -> NDArray[np.float32]:
-    """One view's parameters (PARAMETERS,).
+def draw_parameters(
+    recipe: Photometric, random: np.random.Generator, channels: int | None = None
+) -> NDArray[np.float32]:
+    """One view's parameters (P,): P is PARAMETERS, with own channels PARAMETERS + 2 * channels.
 
     Factors of brightness, contrast and saturation; hue shift in turns; number of the order in which
     the four are applied, -1 for no jitter; grayscale and flip as 0 or 1; blur's standard deviation
@@ -66,19 +73,33 @@ def draw_parameters(recipe: Photometric, random: np.random.Generator) -> NDArray
         low, high = recipe.blur.sigma
         row[BLUR] = low + uniform[8] * (high - low)
     row[FLIP] = uniform[9] < recipe.flip_probability
-    return row
+    if channels is None:
+        return row
+    factors = [
+        low + random.random(channels) * (1 + strength - low)
+        for strength in (jitter.brightness, jitter.contrast)
+        for low in [max(0.0, 1 - strength)]
+    ]
+    return np.concatenate([row, *factors]).astype(np.float32)
+
+
+def uses_rgb(recipe: Photometric) -> bool:
+    """Whether a recipe has changes that are defined for red, green and blue only."""
+    jitter = recipe.color_jitter
+    colours = jitter.probability > 0 and (jitter.saturation > 0 or jitter.hue > 0)
+    return colours or recipe.grayscale_probability > 0
 
 
 def augment(views: Tensor, parameters: Tensor, recipe: AugmentationSection) -> Tensor:
     """Apply each view's own parameters, and normalise.
 
-    views, parameters: see `recolour`. Returns (N, 3, H, W) float32, normalised.
+    views, parameters: see `recolour`. Returns (N, C, H, W) float32, normalised.
     """
     return normalise(recolour(views, parameters, recipe.blur.sigma[1]), recipe)
 
 
 def normalise(images: Tensor, recipe: AugmentationSection) -> Tensor:
-    """Normalise images (N, 3, H, W) in [0, 1] for the network."""
+    """Normalise images (N, C, H, W) in [0, 1] for the network."""
     mean = torch.tensor(recipe.mean, device=images.device)[:, None, None]
     std = torch.tensor(recipe.std, device=images.device)[:, None, None]
     return (images - mean) / std
@@ -87,11 +108,26 @@ def normalise(images: Tensor, recipe: AugmentationSection) -> Tensor:
 def recolour(views: Tensor, parameters: Tensor, max_sigma: float) -> Tensor:
     """Apply each view's own parameters, the flip last.
 
-    views: (N, 3, H, W) uint8. parameters: (N, PARAMETERS) on the CPU, so that selecting views for
-    an operation does not wait for the device. max_sigma: the recipe's largest blur, pixels.
-    Returns (N, 3, H, W) float32 in [0, 1].
+    views: (N, 3, H, W) uint8 in RGB, or (N, C, H, W) float32 in [0, 1] with their own channels.
+    parameters: (N, P) of such views, on the CPU, so that selecting views for an operation does not
+    wait for the device. max_sigma: the recipe's largest blur, pixels.
+    Returns (N, C, H, W) float32 in [0, 1].
     """
-    images = views.float() / 255
+    if views.dtype == torch.uint8:
+        images = _jittered(views.float() / 255, parameters)
+    else:
+        images = _jittered_channels(views.clone(), parameters)
+    blurred = parameters[:, BLUR].nonzero().flatten()
+    if len(blurred):
+        sigma = parameters[blurred, BLUR].to(images.device)
+        blurred = blurred.to(images.device)
+        images[blurred] = gaussian_blur(images[blurred], sigma, max_sigma=max_sigma)
+    flips = parameters[:, FLIP].bool().to(images.device)[:, None, None, None]
+    return torch.where(flips, images.flip(3), images)
+
+
+def _jittered(images: Tensor, parameters: Tensor) -> Tensor:
+    """Colour jitter and grayscale of RGB images (N, 3, H, W), in place."""
     order = parameters[:, ORDER].long()
     for position in range(4):
         operation_of = torch.where(order >= 0, _ORDERS[order, position], -1)
@@ -104,13 +140,36 @@ def recolour(views: Tensor, parameters: Tensor, max_sigma: float) -> Tensor:
     chosen = parameters[:, GRAYSCALE].nonzero().flatten().to(images.device)
     if len(chosen):
         images[chosen] = _luma(images[chosen]).expand(-1, 3, -1, -1)
-    blurred = parameters[:, BLUR].nonzero().flatten()
-    if len(blurred):
-        sigma = parameters[blurred, BLUR].to(images.device)
-        blurred = blurred.to(images.device)
-        images[blurred] = gaussian_blur(images[blurred], sigma, max_sigma=max_sigma)
-    flips = parameters[:, FLIP].bool().to(images.device)[:, None, None, None]
-    return torch.where(flips, images.flip(3), images)
+    return images
+
+
+def _jittered_channels(images: Tensor, parameters: Tensor) -> Tensor:
+    """Brightness and contrast of each channel of images (N, C, H, W), in place.
+
+    Contrast comes first in the half of the orders of RGB's jitter in which it precedes brightness.
+    """
+    order = parameters[:, ORDER].long()
+    factors = parameters[:, PARAMETERS:].view(len(images), 2, -1, 1, 1)
+    places = _ORDERS.argsort(1)  # (24, 4): position of each operation in each order
+    contrast_first = places[order, CONTRAST] < places[order, BRIGHTNESS]
+    for first in (True, False):
+        chosen = ((order >= 0) & (contrast_first == first)).nonzero().flatten()
+        if not len(chosen):
+            continue
+        brightness, contrast = factors[chosen].to(images.device).unbind(1)
+        chosen = chosen.to(images.device)
+        some = images[chosen]
+        if first:
+            some = _brightness(_channel_contrast(some, contrast), brightness)
+        else:
+            some = _channel_contrast(_brightness(some, brightness), contrast)
+        images[chosen] = some
+    return images
+
+
+def _channel_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    mean = images.mean((2, 3), keepdim=True)
+    return torch.lerp(mean.expand_as(images), images, factor).clamp_(0, 1)
 
 
 def _luma(images: Tensor) -> Tensor:

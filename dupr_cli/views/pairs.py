@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dupr_cli.artifacts.pixel_formats import AnyImage, ChannelImage
 from dupr_cli.recipe.pretrain import ViewsSection
 from dupr_cli.views.augmentation import FLIP, Photometric, draw_parameters
 from dupr_cli.views.geometry import Crop, as_crop, random_crop_pair
@@ -19,8 +20,9 @@ from dupr_cli.views.geometry import Crop, as_crop, random_crop_pair
 class ViewPairBatch:
     """Two cropped views of each image, on the CPU, not yet flipped or recoloured.
 
-    views: (N, 2, 3, S, S) uint8. crops: (N, 2, 4) float32, x0, y0, x1, y1 in source pixels.
-    parameters: (N, 2, PARAMETERS) float32, see `augmentation`. numbers: (N,) int64, of the samples
+    views: (N, 2, 3, S, S) uint8, or (N, 2, C, S, S) float32 in 0..1 of images that keep their
+    channels. crops: (N, 2, 4) float32, x0, y0, x1, y1 in source pixels.
+    parameters: (N, 2, P) float32, see `augmentation`. numbers: (N,) int64, of the samples
     in the shards. unreadable: images that could not be decoded and were replaced.
     """
 
@@ -51,7 +53,7 @@ class ViewPairBatch:
         )
 
 
-def crop_and_resize(image: Image.Image, crop: Crop, size: int) -> Image.Image:
+def crop_and_resize(image: AnyImage, crop: Crop, size: int) -> AnyImage:
     """Resize one crop to size x size, antialiased, without shifting the source's pixels.
 
     crop: x0, y0, x1, y1 in pixels of the image.
@@ -60,7 +62,7 @@ def crop_and_resize(image: Image.Image, crop: Crop, size: int) -> Image.Image:
 
 
 def cut_pair(
-    image: Image.Image,
+    image: AnyImage,
     views: ViewsSection,
     colours: Photometric,
     random: np.random.Generator,
@@ -74,7 +76,8 @@ def cut_pair(
     Source: docs/method.md, "Views".
     """
     crops = random_crop_pair(image.width, image.height, views, random)
-    parameters = np.stack([draw_parameters(colours, random) for _ in range(2)])
+    channels = image.values.shape[2] if isinstance(image, ChannelImage) else None
+    parameters = np.stack([draw_parameters(colours, random, channels) for _ in range(2)])
     if flip_together:
         parameters[1, FLIP] = parameters[0, FLIP]
     cut = [np.asarray(crop_and_resize(image, as_crop(crop), views.size)) for crop in crops]

@@ -26,12 +26,12 @@ from dupr_cli.views.pairs import ViewPairBatch
 _CHUNK = 2048  # queries compared with the pool at a time
 _POOL = 16384  # and rows of the pool
 
-# Images (N, 3, S, S) float32 in [0, 1] to feature maps (N, C, S / stride, S / stride) by level.
+# Images (N, C, S, S) float32 in [0, 1] to feature maps (N, C, S / stride, S / stride) by level.
 Maps = Callable[[Tensor], Mapping[Level, Tensor]]
 
 
 def recoloured(batch: ViewPairBatch, view: int, max_sigma: float, device: torch.device) -> Tensor:
-    """One view of each image (N, 3, S, S) float32 in [0, 1], recoloured and flipped."""
+    """One view of each image (N, C, S, S) float32 in [0, 1], recoloured and flipped."""
     return recolour(batch.views[:, view].to(device), batch.parameters[:, view], max_sigma)
 
 

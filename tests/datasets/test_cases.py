@@ -661,11 +661,11 @@ def test_a_depth_that_is_known_is_scaled(
     path = deep(tmp_path / "in" / name, values)
     prepared(tmp_path / "in", tmp_path / "out")
     shards = open_shards(str(tmp_path / "out"))
-    grey = np.asarray(decode(shards[0].image))[..., 0]
+    grey = np.asarray(decode(shards[0]))[..., 0]
     assert np.abs(grey - 255 * RAMP).max() <= 1.5
     # A shard of others with the same file is the same picture.
     tar = foreign(tmp_path / "x.tar", {path.name: path.read_bytes()})
-    assert np.array_equal(np.asarray(decode(open_shards(str(tar))[0].image))[..., 0], grey)
+    assert np.array_equal(np.asarray(decode(open_shards(str(tar))[0]))[..., 0], grey)
 
 
 @pytest.mark.parametrize(
@@ -691,7 +691,7 @@ def test_a_depth_that_is_not_known_is_named(tmp_path: Path, values: np.ndarray[A
 def test_the_recipe_says_what_is_white(tmp_path: Path) -> None:
     deep(tmp_path / "in/deep.png", (RAMP * 4095).astype(np.uint16))
     prepared(tmp_path / "in", tmp_path / "out", "image.range=[0, 4095]")
-    grey = np.asarray(decode(open_shards(str(tmp_path / "out"))[0].image))[..., 0]
+    grey = np.asarray(decode(open_shards(str(tmp_path / "out"))[0]))[..., 0]
     assert np.abs(grey - 255 * RAMP).max() <= 1.5
 
 

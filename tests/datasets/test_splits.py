@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from dupr_cli.artifacts.pixel_formats import as_picture
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import UsageError
 from dupr_cli.metrics import Detections, score
@@ -56,7 +57,7 @@ def test_coco_is_read_as_it_is(tmp_path: Path) -> None:
     assert images.annotations[0].boxes.tolist() == [[10, 20, 30, 50], [60, 0, 96, 40]]
     assert images.annotations[0].names == ("red", "blue")
     assert images.annotations[1].boxes.shape == (0, 4)
-    assert images.image(0).getpixel((10, 20)) == COLOURS["red"]
+    assert as_picture(images.image(0)).getpixel((10, 20)) == COLOURS["red"]
 
 
 def test_masks_of_coco_are_those_of_pycocotools(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ WIDTHS = {"small": (8, 16, 24, 32), "large": (16, 32, 48, 64)}
 
 
 class Trunk(nn.Module):
-    """Images (N, 3, H, W) to maps of stride 4, 8, 16 and 32."""
+    """Images (N, C, H, W) to maps of stride 4, 8, 16 and 32."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], in_channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 2, 2)
+        self.stem = nn.Conv2d(in_channels, widths[0], 2, 2)
         before = widths[0]
         for number, width in enumerate(widths, 2):
             block = nn.Sequential(nn.Conv2d(before, width, 2, 2), nn.BatchNorm2d(width), nn.SiLU())
@@ -38,12 +38,13 @@ class Trunk(nn.Module):
 
 
 class ExampleBackbone(LibraryBackbone):
-    def __init__(self, architecture: str) -> None:
-        """architecture: example:small or example:large."""
+    def __init__(self, architecture: str, in_channels: int = 3) -> None:
+        """architecture: example:small or example:large. in_channels: of an image."""
         widths = WIDTHS.get(architecture.removeprefix("example:"))
         if widths is None:
             raise UsageError(f"model.backbone: {architecture} is none of {', '.join(WIDTHS)}.")
-        super().__init__(architecture, Trunk(widths), strides=(4, 8, 16, 32), channels=widths)
+        trunk = Trunk(widths, in_channels)
+        super().__init__(architecture, trunk, (4, 8, 16, 32), widths, in_channels)
         self.recompute = False  # this network has no activation checkpointing
 
     def forward(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dupr_cli.artifacts.pixel_formats import as_picture
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.probe.data import (
     ImageSet,
@@ -74,7 +75,7 @@ def test_objects_are_images_where_only_boxes_are_known(tmp_path: Path) -> None:
     assert len(one) == 9  # every other image has two objects
     colours = {"red": 0, "green": 1, "blue": 2}
     for position, label in enumerate(one.labels):
-        image = one.image(position)
+        image = as_picture(one.image(position))
         centre = image.getpixel((image.width // 2, image.height // 2))
         assert isinstance(centre, tuple)
         assert max(range(3), key=lambda c: centre[c]) == colours[label]

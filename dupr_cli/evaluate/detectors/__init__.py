@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from dupr_cli.artifacts.pixel_formats import NetworkInput
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.detectors.fcos import Fcos
@@ -30,7 +31,7 @@ from dupr_cli.models.backbone import (
 )
 from dupr_cli.models.frozen import FrozenBackbone, normalised_batch
 from dupr_cli.models.resnet import ResNetBackbone
-from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, LEVELS, Level
+from dupr_cli.recipe.base import LEVELS, Level
 from dupr_cli.recipe.evaluate import DENSE_MODELS, EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
@@ -66,8 +67,8 @@ class FrozenDetector(nn.Module):
         """frozen: what computed the features. precision: of the head's arithmetic."""
         super().__init__()
         self.head, self.architecture, self._precision = head, architecture, precision
-        self.register_buffer("mean", frozen.mean.view(3, 1, 1).clone(), persistent=False)
-        self.register_buffer("std", frozen.std.view(3, 1, 1).clone(), persistent=False)
+        self.register_buffer("mean", frozen.mean.view(-1, 1, 1).clone(), persistent=False)
+        self.register_buffer("std", frozen.std.view(-1, 1, 1).clone(), persistent=False)
 
     def losses(self, images: list[ImageMaps], targets: list[Target]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode. targets: labels are class numbers from 0."""
@@ -97,7 +98,7 @@ class FrozenDetector(nn.Module):
 
 
 class Detector(nn.Module):
-    """uint8 images to losses in training, to detections in evaluation."""
+    """Images to losses in training, to detections in evaluation."""
 
     mean: Tensor
     std: Tensor
@@ -109,11 +110,11 @@ class Detector(nn.Module):
         std: Sequence[float],
         precision: torch.dtype,
     ) -> None:
-        """mean, std: of the input, RGB in 0..1. precision: of the network's arithmetic."""
+        """mean, std: of the input's channels, in 0..1. precision: of the network's arithmetic."""
         super().__init__()
         self.network, self._precision = network, precision
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     @property
     def backbone(self) -> nn.Module:
@@ -126,7 +127,7 @@ class Detector(nn.Module):
     def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode.
 
-        images: (3, H, W) uint8 each. targets: labels are class numbers from 0.
+        images: (C, H, W) each, see `DetectionBatch`. targets: labels are class numbers from 0.
         """
         on_device = [t.to(self._device) for t in targets]
         batch = self.normalised(images)
@@ -136,7 +137,8 @@ class Detector(nn.Module):
     def detect(self, images: list[Tensor]) -> list[HeadOutput]:
         """Detections per image, highest score first; call in evaluation mode.
 
-        images: (3, H, W) uint8 each. Boxes are in pixels of the image, labels from 0.
+        images: (C, H, W) each, see `DetectionBatch`. Boxes are in pixels of the image, labels from
+        0.
         """
         batch = self.normalised(images)
         with _autocast(self._device, self._precision):
@@ -205,21 +207,19 @@ def build_detector(
     weights: Weights | None,
     seed: int,
     world: World,
+    taken: NetworkInput | None = None,
 ) -> tuple[Detector, int]:
     """A detector ready to train, on the device, and how many tensors it took from the weights.
 
     All its randomness follows from the seed, not from the weights: compared weights start from
-    the same heads. Without weights the backbone stays random.
+    the same heads. Without weights the backbone stays random. taken: the network's input; by
+    default that of the weights, or RGB with ImageNet's statistics.
     Raises UsageError when a tensor of the weights is missing, unknown or of another shape.
     """
     torch.manual_seed(seed)
-    backbone = make_backbone(architecture)
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-    loaded = 0
-    if weights is not None:
-        loaded = load_backbone(backbone, weights)
-        mean, std = weights.metadata.input_mean, weights.metadata.input_std
+    taken = taken or (weights.metadata.input if weights is not None else NetworkInput())
+    backbone = make_backbone(architecture, taken.channels)
+    loaded = 0 if weights is None else load_backbone(backbone, weights)
     replace_batch_norms(backbone, recipe.detector.norm)
     network: TwoStage | OneStage
     if recipe.detector.model in DENSE_MODELS:
@@ -227,6 +227,6 @@ def build_detector(
     else:
         network = TwoStage(backbone, num_classes, recipe)
     precision = getattr(torch, recipe.train.precision)
-    detector = Detector(network, mean, std, precision)
+    detector = Detector(network, taken.mean, taken.std, precision)
     detector.to(memory_format=torch.channels_last)
     return detector.to(world.device), loaded

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from dupr_cli.artifacts.pixel_formats import described
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import UsageError
 from dupr_cli.plugins import EXPORT_FORMATS, load_plugin, plugin_names
@@ -25,6 +26,7 @@ __all__ = [
     "Loaded",
     "folders_of",
     "make_format",
+    "require_rgb",
 ]
 
 Features = Mapping[Level, Tensor]
@@ -67,7 +69,7 @@ class ExportFormat(Protocol):
     def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
         """Load the files strictly, as users would, and compute features in evaluation mode.
 
-        images: (N, 3, H, W), normalised. Raises LibraryMissingError, or RunError on refusal.
+        images: (N, C, H, W), normalised. Raises LibraryMissingError, or RunError on refusal.
         """
         ...
 
@@ -91,6 +93,16 @@ def make_format(name: str) -> ExportFormat:
             f"{', '.join(plugin_names(EXPORT_FORMATS))}. (recipe key: formats)"
         )
     return cast("type[ExportFormat]", load_plugin(EXPORT_FORMATS, name))()
+
+
+def require_rgb(weights: Weights, name: str) -> None:
+    """Raises UsageError for weights of images that are not RGB of 8 bits. name: of the format."""
+    pixels = weights.metadata.input.pixels
+    if pixels is not None:
+        raise UsageError(
+            f"--to {name}: its loaders read RGB of 8 bits, but the weights take "
+            f"{described(pixels)}. Give --to {weights.metadata.layout} or onnx."
+        )
 
 
 def folders_of(formats: Sequence[ExportFormat]) -> dict[str, str]:

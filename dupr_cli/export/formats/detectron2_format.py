@@ -21,7 +21,7 @@ from torch import Tensor
 from dupr_cli.artifacts.files import write_bytes
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.export.formats import LibraryMissingError, Loaded
+from dupr_cli.export.formats import LibraryMissingError, Loaded, require_rgb
 from dupr_cli.models.naming import detectron2_backbone_name
 
 FILE = "backbone.pkl"
@@ -39,6 +39,7 @@ class Detectron2Format:
     top = False
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
+        require_rgb(weights, self.name)
         if weights.metadata.architecture not in _DEPTHS:
             raise UsageError(
                 f"--to detectron2: it supports {', '.join(_DEPTHS)}, but the weights are of a "

@@ -17,7 +17,7 @@ from torch import Tensor
 from dupr_cli.artifacts.files import write_bytes
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.export.formats import LibraryMissingError, Loaded
+from dupr_cli.export.formats import LibraryMissingError, Loaded, require_rgb
 from dupr_cli.export.formats.safetensors_files import load_strictly, renamed_back
 from dupr_cli.recipe.base import LEVELS
 
@@ -41,6 +41,7 @@ class MMDetectionFormat:
     top = False
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
+        require_rgb(weights, self.name)
         _depth(weights)
         tensors = {_PREFIX + name: tensor for name, tensor in weights.tensors.items()}
         buffer = io.BytesIO()

@@ -49,7 +49,8 @@ class OnnxFormat:
         dtype = _dtype(weights)
         if dtype == torch.bfloat16:
             raise UsageError("--to onnx: onnxruntime lacks bfloat16; give another --dtype.")
-        backbone = make_backbone(weights.metadata.architecture)
+        channels = weights.metadata.input.channels
+        backbone = make_backbone(weights.metadata.architecture, channels)
         load_backbone(backbone, weights)
         model = _Maps(backbone.to(dtype)).eval()
         sizes = {
@@ -59,7 +60,7 @@ class OnnxFormat:
         }
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, 3, 96, 128, dtype=dtype),),
+            (torch.zeros(2, channels, 96, 128, dtype=dtype),),
             dynamo=True,
             verbose=False,
             opset_version=_OPSET,
@@ -88,7 +89,8 @@ class OnnxFormat:
         raise RunError(f"{weights.address}: {FILE} holds no tensors by the backbone's names")
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
-        levels = as_backbone(make_backbone(weights.metadata.architecture)).levels
+        metadata = weights.metadata
+        levels = as_backbone(make_backbone(metadata.architecture)).levels
         return [
             (
                 "python",
@@ -96,7 +98,7 @@ class OnnxFormat:
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{place}{FILE}")
-images = np.zeros((1, 3, 224, 224), dtype=np.float32)
+images = np.zeros((1, {metadata.input.channels}, 224, 224), dtype=np.float32)
 {", ".join(levels)} = session.run(None, {{"images": images}})""",
             )
         ]

@@ -48,6 +48,7 @@ class TimmFormat:
             known: dict[str, Any] = {"first_conv": "conv1", "classifier": "fc"}
         else:
             further, known = _layers_after(weights), dict(_in_timm(weights).network.pretrained_cfg)
+        channels = metadata.input.channels
         backbone = as_backbone(make_backbone(metadata.architecture))
         whole = replace(weights, tensors={**weights.tensors, **further})
         # With its header this is also a weights file of dupr.
@@ -60,11 +61,12 @@ class TimmFormat:
                 "architecture": metadata.architecture.removeprefix(TIMM),
                 "num_classes": 0,
                 "num_features": backbone.channels[backbone.levels[-1]],
+                **({"model_args": {"in_chans": channels}} if channels != 3 else {}),
                 "pretrained_cfg": {
                     "tag": "dupr",
                     "license": license_name,
                     "custom_load": False,
-                    "input_size": [3, size, size],
+                    "input_size": [channels, size, size],
                     "fixed_input_size": known.get("fixed_input_size", False),
                     "interpolation": "bicubic",
                     "crop_pct": 0.875,
@@ -73,7 +75,9 @@ class TimmFormat:
                     "std": list(metadata.input_std),
                     "num_classes": 0,
                     "pool_size": [size // 32, size // 32],
-                    "first_conv": known["first_conv"],
+                    # timm adapts the named convolution to another number of channels, which this
+                    # one already has.
+                    "first_conv": known["first_conv"] if channels == 3 else None,
                     "classifier": known["classifier"],
                     **(_PAPER if metadata.method == DUPR else {}),
                 },
@@ -112,7 +116,7 @@ class TimmFormat:
         return read_model(weights, folder, _same)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
-        address = f"local-dir:{place or '.'}"
+        address, channels = f"local-dir:{place or '.'}", weights.metadata.input.channels
         if weights.metadata.layout == "torchvision":
             return [
                 (
@@ -122,7 +126,7 @@ import torch
 
 model = timm.create_model("{address}", pretrained=True)
 levels = timm.create_model("{address}", pretrained=True, features_only=True)
-features = levels(torch.zeros(1, 3, 224, 224))""",
+features = levels(torch.zeros(1, {channels}, 224, 224))""",
                 )
             ]
         ours = _in_timm(weights)
@@ -138,14 +142,16 @@ levels = timm.create_model(
     "{address}", pretrained=True, features_only=True, feature_cls="getter",
     out_indices={ours.out_indices}{options},
 )
-{names} = levels(torch.zeros(1, 3, 224, 224))""",
+{names} = levels(torch.zeros(1, {channels}, 224, 224))""",
             )
         ]
 
 
 def _in_timm(weights: Weights) -> TimmBackbone:
     """The network as timm has it."""
-    return TimmBackbone(TIMM + weights.metadata.architecture.removeprefix(TIMM))
+    metadata = weights.metadata
+    name = TIMM + metadata.architecture.removeprefix(TIMM)
+    return TimmBackbone(name, metadata.input.channels)
 
 
 def _layers_after(weights: Weights) -> dict[str, Tensor]:
@@ -156,7 +162,9 @@ def _layers_after(weights: Weights) -> dict[str, Tensor]:
     dtype = next(t.dtype for t in weights.tensors.values() if t.is_floating_point())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        whole = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
+        whole = timm.create_model(
+            name, pretrained=False, num_classes=0, in_chans=weights.metadata.input.channels
+        ).state_dict()
     return {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in whole.items()

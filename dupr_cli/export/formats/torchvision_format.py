@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from dupr_cli.artifacts.hub_weights import EXPORTED
@@ -35,7 +35,10 @@ class TorchvisionFormat:
 
     def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
         model = torchvision.models.get_model(weights.metadata.architecture, weights=None)
-        model.fc = torchvision.models.resnet.nn.Identity()
+        model.fc = nn.Identity()
+        channels = weights.metadata.input.channels
+        if channels != 3:
+            model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         tensors, _ = read_safetensors(folder / FILE)
         by = f"torchvision {torchvision.__version__}"
         load_strictly(model, tensors, by)
@@ -46,7 +49,14 @@ class TorchvisionFormat:
         return renamed_back(weights, read_safetensors(folder / FILE)[0], lambda name: name)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
-        architecture = weights.metadata.architecture
+        architecture, taken = weights.metadata.architecture, weights.metadata.input
+        # A network for other images than RGB has another first convolution.
+        first = (
+            f"model.conv1 = torch.nn.Conv2d(\n"
+            f"    {taken.channels}, 64, kernel_size=7, stride=2, padding=3, bias=False\n)\n"
+            if taken.channels != 3
+            else ""
+        )
         blocks = [
             (
                 "python",
@@ -55,11 +65,11 @@ import torchvision
 from safetensors.torch import load_file
 
 model = torchvision.models.{architecture}(weights=None)
-model.fc = torch.nn.Identity()
+{first}model.fc = torch.nn.Identity()
 model.load_state_dict(load_file("{place}{FILE}"), strict=True)""",
             )
         ]
-        if architecture == "resnet50":
+        if architecture == "resnet50" and taken.pixels is None:
             blocks.append(
                 (
                     "python",

@@ -17,7 +17,7 @@ from torch import Tensor
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.export.formats import LibraryMissingError, Loaded
+from dupr_cli.export.formats import LibraryMissingError, Loaded, require_rgb
 from dupr_cli.export.formats.safetensors_files import read_model, write_model
 from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.models.naming import block_count, names_elsewhere
@@ -52,6 +52,7 @@ class TransformersFormat:
     top = False
 
     def write(self, weights: Weights, folder: Path, license_name: str) -> None:
+        require_rgb(weights, self.name)
         metadata = weights.metadata
         twin = transformers_twin(weights)
         if twin is None:
