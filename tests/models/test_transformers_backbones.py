@@ -141,3 +141,14 @@ def test_an_unknown_family_is_named() -> None:
         recipe("keras:resnet50")
     with pytest.raises(UsageError, match="no backbones of the family 'keras'"):
         make_backbone("keras:resnet50")
+
+
+@pytest.mark.parametrize("name", [
+    "hgnetv2_b0", "rt_detr_resnet18", "convnext_tiny", "swin_tiny", '{"model_type":"hgnet_v2"}',
+])  # fmt: skip
+def test_images_of_other_channels(name: str) -> None:
+    with torch.device("meta"):
+        backbone = make_backbone(f"transformers:{name}", 5).eval()
+        maps = as_backbone(backbone)(torch.zeros(1, 5, 64, 64))
+    assert as_backbone(backbone).in_channels == 5
+    assert maps["res5"].shape[2:] == (2, 2)
