@@ -124,6 +124,16 @@ def test_losses_and_detections_are_torchvisions() -> None:
         torch.testing.assert_close(one.scores, other["scores"])
 
 
+def test_all_distances_can_be_learned_at_the_start() -> None:
+    """torchvision cuts distances at zero, without a gradient; one that begins there may stay."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        head = Fcos(as_backbone(ResNetBackbone("resnet18")), 3, frozen_recipe())
+        outputs, _ = head._predict(maps(seed))
+        for of_level in outputs:
+            assert float(of_level["bbox_regression"].min()) > 0.5
+
+
 def test_an_object_is_learned_at_its_place() -> None:
     """A head trained on one object finds it there, and its mirror image on the other side."""
     torch.manual_seed(0)
