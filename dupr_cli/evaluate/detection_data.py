@@ -74,9 +74,14 @@ class ImageRequest:
     flip: bool = False
 
 
-def resized_size(width: int, height: int, short_side: int, max_size: int) -> tuple[int, int]:
-    """Width and height with the short side as given, unless the long side exceeds max_size."""
-    scale = min(short_side / min(width, height), max_size / max(width, height))
+def resized_size(
+    width: int, height: int, short_side: int, data: DetectionDataSection
+) -> tuple[int, int]:
+    """Width and height with the short side as given, unless the long side exceeds data.max_size;
+    with data.square, both are the short side."""
+    if data.square:
+        return short_side, short_side
+    scale = min(short_side / min(width, height), data.max_size / max(width, height))
     return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
@@ -90,7 +95,8 @@ class TrainingOrder:
 
     Images that do not fill a batch at the end of an epoch start the next one; nothing is dropped.
     With `data.group_by_aspect`, wide and tall images are batched separately, as in detectron2: an
-    image waits for others of its kind.
+    image waits for others of its kind. With `data.square`, the images of a batch have the size that
+    its first one drew.
     """
 
     def __init__(
@@ -108,8 +114,13 @@ class TrainingOrder:
             kind = self._wide[request.position] or not self._recipe.data.group_by_aspect
             waiting[kind].append(request)
             if len(waiting[kind]) == self._recipe.train.batch_size:
-                yield waiting[kind]
+                yield self._sized(waiting[kind])
                 waiting[kind] = []
+
+    def _sized(self, batch: list[ImageRequest]) -> list[ImageRequest]:
+        if not self._recipe.data.square:
+            return batch
+        return [replace(request, short_side=batch[0].short_side) for request in batch]
 
     def _requests(self) -> Iterator[ImageRequest]:
         data, images = self._recipe.data, len(self._wide)
@@ -148,9 +159,7 @@ class ImageLoading:
         """Crowds are left out of training. Raises RunError naming an image that cannot be read."""
         image = self._images.image(request.position)
         annotation = self._images.annotations[request.position]
-        width, height = resized_size(
-            image.width, image.height, request.short_side, self._data.max_size
-        )
+        width, height = resized_size(image.width, image.height, request.short_side, self._data)
         target = resized_target(annotation, self._classes, width, height, request.flip)
         # torch rejects Pillow's read-only memory, so this is a copy.
         pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))

@@ -40,6 +40,7 @@ from dupr_cli.models.frozen import FrozenBackbone, freeze, normalised_batch
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
+from dupr_cli.recipe.evaluate import DetectionDataSection
 from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.stopping import raise_if_stopped
 
@@ -65,7 +66,7 @@ class FeatureSet:
         file: Path,
         images: LabelledSet,
         short_side: int,
-        max_size: int,
+        data: DetectionDataSection,
         channels: Mapping[Level, int],
         mirrored: bool,
     ) -> None:
@@ -73,7 +74,7 @@ class FeatureSet:
         self.file, self.mirrored = file, mirrored
         self._channels, self._places, offset = channels, {}, 0
         for annotation in images.annotations:
-            width, height = resized_size(annotation.width, annotation.height, short_side, max_size)
+            width, height = resized_size(annotation.width, annotation.height, short_side, data)
             self._places[annotation.image_id] = _Place(offset, (height, width))
             offset += self._values((height, width)) * (2 if mirrored else 1)
         self.values = offset
@@ -208,6 +209,7 @@ def open_features(
         "batch norm": [labelled.digest, data.train_sizes, measured_batches(recipe, labelled)],
         "batches": [recipe.train.batch_size, data.flip, data.group_by_aspect],
         "max_size": data.max_size,
+        "square": data.square,
         "precision": recipe.train.precision,
         "device": device.type,
         **({"pixels": str(train.pixels)} if train.pixels else {}),
@@ -217,7 +219,7 @@ def open_features(
         facts = {**known, "images": images.digest, "side": side, "mirrored": mirrored}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = folder / f"{digest[:24]}{_SUFFIX}"
-        return FeatureSet(file, images, side, data.max_size, channels, mirrored)
+        return FeatureSet(file, images, side, data, channels, mirrored)
 
     found = Features(
         backbone,

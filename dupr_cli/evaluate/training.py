@@ -90,7 +90,7 @@ def make_optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.o
 
     Weight decay acts on everything but the norms' scales and shifts, as in detectron2.
     """
-    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
     norms = {
         id(parameter)
         for module in detector.modules()
@@ -161,6 +161,9 @@ def train_detector(
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(scaler.scale(torch.stack(list(losses.values())).sum()))
             average_gradients(parameters, world)
+            if train.gradient_clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
             scaler.step(optimizer)
             scaler.update()
             sums.add(losses)

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dupr_cli.recipe.base import BackboneOrAuto, Fraction, Level, Section, Seed, reject
+from dupr_cli.recipe.base import (
+    LEVEL_STRIDES,
+    BackboneOrAuto,
+    Fraction,
+    Level,
+    Section,
+    Seed,
+    reject,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Model = Literal[
@@ -17,18 +25,41 @@ Model = Literal[
     "mask-rcnn-fpn",
     "retinanet-fpn",
     "fcos-fpn",
+    "rtdetr-v2",
+    "d-fine",
 ]
 LabelList = Annotated[
     list[Positive | Annotated[str, Field(pattern=r"^(all|\d+(\.\d+)?%)$")]], Field(min_length=2)
 ]
-DENSE_MODELS = ("retinanet-fpn", "fcos-fpn")
+QUERY_MODELS = ("rtdetr-v2", "d-fine")
+DENSE_MODELS = ("retinanet-fpn", "fcos-fpn", *QUERY_MODELS)
 Labels = Annotated[str, Field(pattern=r"^(all|\d+(\.\d+)?%|.+\.json)$")]
+
+
+class QuerySection(Section):
+    """Encoder and decoder of RT-DETR v2 and D-FINE. Defaults: those of RT-DETR v2's R50."""
+
+    width: Annotated[int, Field(multiple_of=8)] = 256
+    """Channels of encoder, decoder and queries, for 8 attention heads."""
+    feedforward: Positive = 1024
+    """Width of the layers between attentions."""
+    expansion: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Width of the encoder's convolutional blocks, as a factor of `width`."""
+    depth: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """D-FINE: factor of the 3 layers in each convolutional block of the encoder."""
+    decoder_layers: Annotated[int, Field(ge=2)] = 6
+    queries: Positive = 300
+    """Detections are chosen from the outputs of this many queries. They start from the most
+    promising cells of res3 to res5."""
+    denoising: Annotated[int, Field(ge=0)] = 100
+    """Number of additional queries in training that start from labelled boxes with noise."""
 
 
 class DetectorSection(Section):
     model: Model = "faster-rcnn-c4"
     """C4: res5 is the box head, on regions of res4. FPN: heads on a feature pyramid of res2 to res5
-    (RetinaNet and FCOS: from res3). Mask R-CNN needs labels with masks."""
+    (RetinaNet and FCOS: from res3). Mask R-CNN needs labels with masks. RT-DETR v2 and D-FINE: a
+    transformer on res3 to res5, whose queries become objects; they need transformers."""
     backbone: BackboneOrAuto = "auto"
     """`auto` takes the architecture that the weights name (resnet50 if only `none` is given);
     otherwise as model.backbone of `dupr pretrain`."""
@@ -36,13 +67,13 @@ class DetectorSection(Section):
     """The backbone up to this level keeps the given weights, with batch-norm statistics that are
     measured once on the labelled training images; later levels are fine-tuned. res5: all of it is
     frozen, so its features are computed once per image and shared by seeds and numbers of labels
-    (retinanet-fpn and fcos-fpn)."""
+    (retinanet-fpn, fcos-fpn, rtdetr-v2 and d-fine)."""
     norm: Literal["sync", "batch", "frozen"] = "sync"
     """Batch norm of the backbone: trained with statistics of the whole batch over all devices
     (sync) or of each device's part (batch), or frozen."""
     new_norm: Literal["sync", "batch", "group", "none"] = "sync"
-    """Norm of new layers: after res5 in C4, after the convolutions of the pyramid in FPN. group: 32
-    groups, independent of the batch."""
+    """Norm of new layers: after res5 in C4, after the convolutions of the pyramid in FPN, in the
+    encoder of RT-DETR and D-FINE (sync or batch). group: 32 groups, independent of the batch."""
     roi_size: Annotated[int, Field(ge=2, le=28)] = 14
     """Side of the RoIAlign output that enters the box head, in cells (14 in C4, 7 in FPN)."""
     mask_roi_size: Annotated[int, Field(ge=2, le=28)] = 14
@@ -69,6 +100,8 @@ class DetectorSection(Section):
     """Sampled regions per image in the loss of the box head."""
     positive_fraction: Fraction = 0.25
     """Target share of positives among the sampled regions."""
+    query: QuerySection = QuerySection()
+    """Only for rtdetr-v2 and d-fine."""
 
     @model_validator(mode="after")
     def _pyramid_has_its_sizes(self) -> DetectorSection:
@@ -90,6 +123,29 @@ class DetectorSection(Section):
                 "anchor_sizes",
                 f"{self.anchor_sizes}, but the pyramid of {self.model} has 5 levels, "
                 f"{'p3 to p7' if self.model == 'retinanet-fpn' else 'p2 to p6'}; give one for each",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _queries_fit(self) -> DetectorSection:
+        if self.model not in QUERY_MODELS:
+            if self.query != QuerySection():
+                reject(
+                    "query",
+                    f"set, but {self.model} has no queries; remove it, or give detector.model = "
+                    f"{' or '.join(QUERY_MODELS)}",
+                )
+        elif self.new_norm not in ("sync", "batch"):
+            reject(
+                "new_norm",
+                f"{self.new_norm}, but the encoder of {self.model} has batch norms; give sync or "
+                f"batch",
+            )
+        elif self.model != "d-fine" and self.query.depth != 1:
+            reject(
+                "query.depth",
+                f"{self.query.depth}, but the blocks of {self.model} have a fixed depth; give 1, "
+                f"or detector.model = d-fine",
             )
         return self
 
@@ -133,6 +189,9 @@ class DetectionDataSection(Section):
     """Short side in testing, pixels."""
     max_size: Positive = 1333
     """Limit of the long side, pixels."""
+    square: bool = False
+    """Resize to squares of these sizes, whatever the shape of the image, as RT-DETR and D-FINE do:
+    no padding, and one size for all images of a batch."""
     flip: bool = True
     """Horizontal flip with probability 0.5 in training."""
     group_by_aspect: bool = True
@@ -163,6 +222,8 @@ class DetectionTrainSection(Section):
     momentum: Fraction = 0.9
     """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    gradient_clip: Annotated[float, Field(gt=0)] | None = None
+    """Gradients with a larger norm, over all parameters together, are scaled down to it."""
     warmup: Annotated[int, Field(ge=0)] = 100
     """Iterations over which lr rises linearly to its value."""
     schedule: Literal["steps", "cosine"] = "steps"
@@ -205,6 +266,7 @@ class DetectionTestSection(Section):
     """Iterations between tests, for the learning curve; 0: only at the end."""
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
+    """RT-DETR and D-FINE have no non-maximum suppression."""
     detections_per_image: Positive = 100
     precise_bn_batches: Annotated[int, Field(ge=0)] = 200
     """Training batches over which batch-norm statistics are re-estimated before testing."""
@@ -240,6 +302,7 @@ class EvaluateRecipe(Section):
                 f"{self.data.max_size}, but it limits the long side, and the recipe has a short "
                 f"side of {largest}; raise it to at least {largest}",
             )
+        self._queries_have_cells()
         if self.is_frozen and len(self.data.train_sizes) > 1:
             reject(
                 "data.train_sizes",
@@ -258,6 +321,34 @@ class EvaluateRecipe(Section):
                 f"measures",
             )
         return self
+
+    def _queries_have_cells(self) -> None:
+        model, data = self.detector.model, self.data
+        if model not in QUERY_MODELS:
+            return
+        if not data.square:
+            reject(
+                "data.square",
+                f"false, but {model} is trained and tested on squares, without padding; give true",
+            )
+        for key, sizes in (("train_sizes", data.train_sizes), ("test_size", [data.test_size])):
+            uneven = [size for size in sizes if size % LEVEL_STRIDES["res5"]]
+            if uneven:
+                reject(
+                    f"data.{key}",
+                    f"{uneven[0]}, but squares of {model} must be multiples of the stride of res5, "
+                    f"{LEVEL_STRIDES['res5']}",
+                )
+        smallest = min(*data.train_sizes, data.test_size)
+        levels: tuple[Level, ...] = ("res3", "res4", "res5")
+        cells = sum((smallest // LEVEL_STRIDES[level]) ** 2 for level in levels)
+        if self.detector.query.queries > cells:
+            reject(
+                "detector.query.queries",
+                f"{self.detector.query.queries}, but an image of {smallest} x {smallest} pixels "
+                f"has {cells} cells from which queries start; give at most {cells}, or larger "
+                f"images",
+            )
 
     @property
     def has_masks(self) -> bool:

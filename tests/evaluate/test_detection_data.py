@@ -110,8 +110,22 @@ def test_boxes_follow_the_image_when_resized_and_flipped(tmp_path: Path) -> None
 
 
 def test_long_side_is_bounded() -> None:
-    assert resized_size(400, 200, 100, 320) == (200, 100)
-    assert resized_size(400, 100, 100, 320) == (320, 80)
+    bounded = recipe(max_size=320).data
+    assert resized_size(400, 200, 100, bounded) == (200, 100)
+    assert resized_size(400, 100, 100, bounded) == (320, 80)
+
+
+def test_squares_of_a_batch_have_one_size_and_boxes_follow(tmp_path: Path) -> None:
+    batches = list(islice(order(tmp_path, square=True), 30))
+    sides = [{request.short_side for request in batch} for batch in batches]
+    assert all(len(of_batch) == 1 for of_batch in sides)
+    assert set.union(*sides) == {72, 90}
+    images = opened(tmp_path)
+    loading = ImageLoading(images, recipe(square=True).data, CLASSES, False)
+    batch = loading(ImageRequest(0, short_side=144, flip=True))
+    assert batch.sizes == [(144, 144)]
+    found = rectangles(batch.images[0])[images.annotations[0].names[0]]
+    assert batch.targets[0].boxes[0].tolist() == pytest.approx(found, abs=1.0)
 
 
 def order(tree: Path, train: int = 7, start: int = 0, **data: object) -> TrainingOrder:

@@ -1,6 +1,8 @@
-"""The detectors of the transfer protocols: R-CNN in its C4 and FPN forms, RetinaNet, FCOS.
+"""The detectors of the transfer protocols: R-CNN in its C4 and FPN forms, RetinaNet, FCOS, RT-DETR
+v2 and D-FINE.
 
-They are built from torchvision's detection parts wherever those follow the protocols.
+They are built from torchvision's detection parts wherever those follow the protocols, and the last
+two from transformers'.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from dupr_cli.artifacts.pixel_formats import NetworkInput
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.detectors.detr import QueryHead, library
 from dupr_cli.evaluate.detectors.fcos import Fcos
 from dupr_cli.evaluate.detectors.norms import replace_batch_norms
 from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, DenseHead, OneStage
@@ -32,7 +35,7 @@ from dupr_cli.models.backbone import (
 from dupr_cli.models.frozen import FrozenBackbone, normalised_batch
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import LEVELS, Level
-from dupr_cli.recipe.evaluate import DENSE_MODELS, EvaluateRecipe
+from dupr_cli.recipe.evaluate import DENSE_MODELS, QUERY_MODELS, EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
 __all__ = [
@@ -162,14 +165,19 @@ def dense_head(
     backbone: Backbone, num_classes: int, recipe: EvaluateRecipe, world: World
 ) -> nn.Module:
     """The recipe's `DenseHead`. backbone: only its levels' shapes are looked at."""
+    if recipe.detector.model in QUERY_MODELS:
+        return QueryHead(backbone, num_classes, recipe)
     if recipe.detector.model == "fcos-fpn":
         return Fcos(backbone, num_classes, recipe)
     return RetinaNet(backbone, num_classes, recipe, world)
 
 
 def check_architecture(recipe: EvaluateRecipe, architecture: str) -> None:
-    """Raises UsageError when the recipe's detector cannot have this backbone."""
+    """Raises UsageError when the recipe's detector cannot have this backbone, or a package that it
+    needs is missing."""
     model = recipe.detector.model
+    if model in QUERY_MODELS:
+        library(model)
     backbone = make_backbone(architecture)
     if model.endswith("-c4"):
         if not isinstance(backbone, ResNetBackbone):

@@ -1,0 +1,200 @@
+"""RT-DETR v2 and D-FINE: queries become objects, without anchors or non-maximum suppression.
+
+Encoder, decoder, losses and post-processing are those of transformers, built from a configuration
+with random weights. The maps of dupr's backbone take the place of transformers' backbone, so that
+any network with res3 to res5 fits.
+Source: Lv et al., "RT-DETRv2" (arXiv 2407.17140); Peng et al., "D-FINE" (arXiv 2410.13842);
+transformers, models/rt_detr_v2, models/d_fine, loss/loss_rt_detr.py and loss/loss_d_fine.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert, clip_boxes_to_image
+
+from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.detectors.norms import replace_batch_norms
+from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS
+from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
+from dupr_cli.models.backbone import Backbone
+from dupr_cli.recipe.base import Level
+from dupr_cli.recipe.evaluate import DetectorSection, EvaluateRecipe
+
+# transformers' losses of a layer and ours. Those of all layers, and of the denoising queries, which
+# some batches do not have, are summed.
+_NAMES = {
+    "loss_vfl": "loss_classifier",
+    "loss_bbox": "loss_box_reg",
+    "loss_giou": "loss_giou",
+    "loss_fgl": "loss_distribution",
+    "loss_ddf": "loss_distillation",
+}
+_PRIOR = 0.01  # initial probability of a class at a query
+_D_FINE_POINTS = [3, 6, 3]  # sampled per level and head; RT-DETR v2 has 4 of each
+
+
+@dataclass(frozen=True)
+class _Library:
+    """What transformers has for one of the models."""
+
+    config: Callable[..., Any]
+    detector: Callable[[Any], Any]
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor], object]]
+    backbone_config: Callable[..., Any]
+    processor: Callable[[], Any]
+
+
+def library(model: str) -> _Library:
+    """transformers' classes for `detector.model`. Raises UsageError when it is not installed."""
+    try:
+        import transformers
+        from transformers.loss.loss_d_fine import DFineForObjectDetectionLoss
+        from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
+    except ImportError as error:
+        raise UsageError(
+            f"detector.model: {model} needs transformers; `pip install 'dupr-cli[transformers]'`. "
+            f"(recipe key: detector.model)"
+        ) from error
+    backbone, processor = transformers.RTDetrResNetConfig, transformers.RTDetrImageProcessor
+    if model == "d-fine":
+        config, detector = transformers.DFineConfig, transformers.DFineForObjectDetection
+        return _Library(config, detector, DFineForObjectDetectionLoss, backbone, processor)
+    config, detector = transformers.RTDetrV2Config, transformers.RTDetrV2ForObjectDetection
+    return _Library(config, detector, RTDetrForObjectDetectionLoss, backbone, processor)
+
+
+class _Maps(nn.Module):
+    """Takes the place of transformers' backbone: passes on maps that were computed before."""
+
+    def forward(self, _images: Tensor, maps: Sequence[Tensor]) -> list[tuple[Tensor, None]]:
+        # transformers gives the padding's mask in place of the maps, and expects one with each map,
+        # which neither network looks at.
+        return [(values, None) for values in maps]
+
+
+class QueryHead(nn.Module):
+    """Encoder and decoder on res3 to res5: a `DenseHead`.
+
+    Its arithmetic is float32 whatever train.precision says: boxes are refined through the logits of
+    their coordinates, of which bfloat16 has 8 bits, or 2 pixels of 640.
+    """
+
+    def __init__(self, backbone: Backbone, num_classes: int, recipe: EvaluateRecipe) -> None:
+        """backbone: only its levels' shapes are looked at.
+
+        Raises UsageError when transformers is not installed.
+        """
+        super().__init__()
+        detector, self._test = recipe.detector, recipe.test
+        self.levels, self._strides = DENSE_LEVELS, backbone.strides
+        found = library(detector.model)
+        self._config = _config(found, num_classes, detector)
+        self._loss, self._processor = found.loss, found.processor()
+        self.network = found.detector(self._config).model
+        self.network.backbone = _Maps()
+        for projection, level in zip(self.network.encoder_input_proj, self.levels, strict=True):
+            projection[0] = nn.Conv2d(backbone.channels[level], detector.query.width, 1, bias=False)
+        replace_batch_norms(self, detector.new_norm)
+
+    def losses(self, maps: Mapping[Level, Tensor], targets: list[Target]) -> dict[str, Tensor]:
+        """Losses of a batch, summed over the layers; call in training mode."""
+        height, width = self._image_size(maps)
+        device = maps[self.levels[0]].device
+        scale = torch.tensor([width, height, width, height], device=device)
+        labels = [
+            {"class_labels": t.labels, "boxes": box_convert(t.boxes, "xyxy", "cxcywh") / scale}
+            for t in targets
+        ]
+        with torch.autocast(device.type, enabled=False):
+            output = self._output(maps, labels)
+            _, by_layer, _ = self._loss(
+                output.intermediate_logits[:, -1],
+                labels,
+                device,
+                output.intermediate_reference_points[:, -1],
+                self._config,
+                output.intermediate_logits,
+                output.intermediate_reference_points,
+                enc_topk_logits=output.enc_topk_logits,
+                enc_topk_bboxes=output.enc_topk_bboxes,
+                denoising_meta_values=output.denoising_meta_values,
+                predicted_corners=output.intermediate_predicted_corners,
+                initial_reference_points=output.initial_reference_points,
+            )
+        sums: dict[str, Tensor] = {}
+        for name, value in by_layer.items():
+            ours = next(ours for theirs, ours in _NAMES.items() if name.startswith(theirs))
+            sums[ours] = sums.get(ours, 0) + value
+        return sums
+
+    def detect(
+        self, maps: Mapping[Level, Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[HeadOutput]:
+        """Detections of a batch; call in evaluation mode."""
+        with torch.autocast(maps[self.levels[0]].device.type, enabled=False):
+            output = self._output(maps, None)
+        last = SimpleNamespace(
+            logits=output.intermediate_logits[:, -1],
+            pred_boxes=output.intermediate_reference_points[:, -1],
+        )
+        found = self._processor.post_process_object_detection(
+            last, self._test.score_threshold, [self._image_size(maps)] * len(sizes)
+        )
+        best = self._test.detections_per_image
+        return [
+            HeadOutput(
+                clip_boxes_to_image(of["boxes"][:best], size),
+                of["labels"][:best],
+                of["scores"][:best],
+            )
+            for of, size in zip(found, sizes, strict=True)
+        ]
+
+    def _output(self, maps: Mapping[Level, Tensor], labels: list[dict[str, Tensor]] | None) -> Any:
+        given = [maps[level].float() for level in self.levels]
+        return self.network(given[0], pixel_mask=given, labels=labels)
+
+    def _image_size(self, maps: Mapping[Level, Tensor]) -> tuple[int, int]:
+        """Height and width of the images of a batch, with their padding."""
+        level = self.levels[0]
+        height, width = (int(side) * self._strides[level] for side in maps[level].shape[2:])
+        return height, width
+
+
+def _config(found: _Library, num_classes: int, detector: DetectorSection) -> Any:
+    """transformers' configuration; values that are not named are its defaults, the published ones.
+
+    Its backbone, which is replaced, is as small as can be.
+    """
+    query, levels = detector.query, len(DENSE_LEVELS)
+    backbone = found.backbone_config(
+        embedding_size=8,
+        hidden_sizes=[8] * 4,
+        depths=[1] * 4,
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    own = {}
+    if detector.model == "d-fine":
+        own = {"depth_mult": query.depth, "decoder_n_points": _D_FINE_POINTS}
+    return found.config(
+        num_labels=num_classes,
+        backbone_config=backbone,
+        d_model=query.width,
+        encoder_hidden_dim=query.width,
+        decoder_in_channels=[query.width] * levels,
+        encoder_ffn_dim=query.feedforward,
+        decoder_ffn_dim=query.feedforward,
+        hidden_expansion=query.expansion,
+        decoder_layers=query.decoder_layers,
+        num_queries=query.queries,
+        num_denoising=query.denoising,
+        initializer_bias_prior_prob=_PRIOR,
+        **own,
+    )

@@ -1,0 +1,375 @@
+"""RT-DETR v2 and D-FINE: transformers' own networks, on their own images, are the oracle."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from dupr_cli import evaluate
+from dupr_cli.artifacts.weights import read_weights
+from dupr_cli.datasets.labelled import LabelledSet, open_labelled
+from dupr_cli.errors import StoppedRunError, UsageError
+from dupr_cli.evaluate.detection_data import ImageLoading, ImageRequest
+from dupr_cli.evaluate.detectors import (
+    Detector,
+    Target,
+    build_detector,
+    check_architecture,
+)
+from dupr_cli.evaluate.detectors.detr import QueryHead
+from dupr_cli.evaluate.inference import in_source_pixels
+from dupr_cli.evaluate.training import make_optimizer
+from dupr_cli.metrics import Metric, score
+from dupr_cli.models.backbone import as_backbone
+from dupr_cli.progress import SilentReporter
+from dupr_cli.recipe import EvaluateRecipe
+from dupr_cli.recipe.base import Level
+from dupr_cli.runtime.parallel import World
+from tests.support.command_line import dupr
+from tests.support.labelled_scenes import make_tree
+from tests.support.weights import random_weights
+
+transformers = pytest.importorskip("transformers", reason="the extra `transformers` has these")
+
+MODELS = ["rtdetr-v2", "d-fine"]
+LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
+ALONE = World(torch.device("cpu"))
+SIZE = (64, 96)  # height, width
+PIXELS = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+BOXES = torch.tensor([[4.0, 6, 40, 50], [50, 10, 90, 60]])
+NETWORK = "timm:test_resnet"  # of 0.4 million parameters
+
+
+def recipe(model: str, iterations: int = 2, **sections: dict[str, object]) -> EvaluateRecipe:
+    """A small network on squares of 64 pixels."""
+    small: dict[str, dict[str, object]] = {
+        "detector": {
+            "model": model,
+            "backbone": NETWORK,
+            "query": {
+                "width": 32,
+                "feedforward": 32,
+                "expansion": 0.5,
+                "decoder_layers": 2,
+                "queries": 20,
+                "denoising": 8,
+            },
+        },
+        "data": {"square": True, "train_sizes": [64], "test_size": 64},
+        "train": {
+            "iterations": iterations,
+            "batch_size": 2,
+            "optimizer": "adamw",
+            "lr": 0.001,
+            "milestones": [],
+            "warmup": 0,
+            "workers": 0,
+        },
+        "test": {"precise_bn_batches": 2, "pictures": 0, "score_threshold": 0.0},
+    }
+    for name, values in sections.items():
+        small[name] = {**small[name], **values}
+    return EvaluateRecipe.model_validate(small)
+
+
+def targets() -> list[Target]:
+    return [
+        Target(BOXES, torch.tensor([0, 2])),
+        Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)),
+    ]
+
+
+class Channels(nn.Module):
+    """The shape of a backbone whose maps have 8 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = dict.fromkeys(LEVELS, 8)
+        self.strides = dict(zip(LEVELS, (8, 16, 32), strict=True))
+
+
+def oracle(model: str) -> Any:
+    """transformers' detector with its own backbone, as its documentation builds it."""
+    shared = {
+        "num_labels": 3,
+        "backbone_config": transformers.RTDetrResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, 8, 8, 8],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        "encoder_hidden_dim": 32,
+        "decoder_in_channels": [32, 32, 32],
+        "d_model": 32,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "hidden_expansion": 0.5,
+        "decoder_layers": 2,
+        "num_queries": 20,
+        "num_denoising": 8,
+    }
+    if model == "d-fine":
+        config = transformers.DFineConfig(**shared, decoder_n_points=[3, 6, 3])
+        return transformers.DFineForObjectDetection(config)
+    return transformers.RTDetrV2ForObjectDetection(transformers.RTDetrV2Config(**shared))
+
+
+def randomised(network: nn.Module) -> None:
+    """Far from the initial values, at which every box is its anchor and all scores are alike."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad and "sampling_offsets" not in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_and_detections_are_transformers(model: str) -> None:
+    theirs = oracle(model)
+    randomised(theirs)
+    ours = QueryHead(as_backbone(Channels()), 3, recipe(model))
+    state = theirs.model.state_dict()
+    ours.network.load_state_dict({k: v for k, v in state.items() if not k.startswith("backbone")})
+    labels = [
+        {
+            "class_labels": t.labels,
+            "boxes": box_convert(t.boxes, "xyxy", "cxcywh") / torch.tensor([96, 64, 96, 64]),
+        }
+        for t in targets()
+    ]
+
+    def maps() -> dict[Level, Tensor]:
+        found = theirs.model.backbone(PIXELS, torch.ones(2, *SIZE))
+        return {level: values for level, (values, _) in zip(LEVELS, found, strict=True)}
+
+    theirs.train()
+    torch.manual_seed(3)  # of the denoising queries
+    wanted = theirs(PIXELS, labels=labels)
+    torch.manual_seed(3)
+    found = ours.train().losses(maps(), targets())
+    sums: dict[str, float] = defaultdict(float)
+    for name, value in wanted.loss_dict.items():
+        sums[name.split("_")[1]] += float(value.detach())
+    assert any("dn" in name for name in wanted.loss_dict)
+    assert [float(v.detach()) for v in found.values()] == pytest.approx(list(sums.values()))
+    total = torch.stack(list(found.values())).sum()
+    torch.testing.assert_close(total, wanted.loss.view(()))
+
+    torch.autograd.backward(wanted.loss)
+    torch.autograd.backward(total)
+    gradient = theirs.model.decoder.query_pos_head.layers[0].weight.grad
+    assert gradient.abs().sum() > 0
+    torch.testing.assert_close(ours.network.decoder.query_pos_head.layers[0].weight.grad, gradient)
+
+    theirs.eval()
+    with torch.no_grad():
+        outputs = theirs(PIXELS)
+        expected = transformers.RTDetrImageProcessor().post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=[SIZE, SIZE]
+        )
+        detected = ours.eval().detect(maps(), [SIZE, SIZE])
+    for one, other in zip(detected, expected, strict=True):
+        assert torch.equal(one.labels, other["labels"])
+        torch.testing.assert_close(one.scores, other["scores"])
+        inside = other["boxes"].clamp(min=0)
+        inside = inside.minimum(torch.tensor([96, 64, 96, 64]))
+        torch.testing.assert_close(one.boxes, inside)
+
+
+class Told(nn.Module):
+    """Puts the boxes and classes it was told into some of the queries."""
+
+    def __init__(self, logits: Tensor, boxes: Tensor) -> None:
+        super().__init__()
+        self.logits, self.boxes = logits, boxes
+
+    def forward(self, *_given: object, **_more: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            intermediate_logits=self.logits[None, None],
+            intermediate_reference_points=self.boxes[None, None],
+        )
+
+
+@pytest.mark.parametrize("metric", ["voc07", "voc10", "coco"])
+@pytest.mark.parametrize(("side", "share", "wanted"), [(64, 0.0, 100), (160, 0.0, 100),
+                                                       (160, 0.2, 40)])  # fmt: skip
+def test_objects_as_output_score_what_their_boxes_are_worth(
+    tmp_path: Path, side: int, share: float, wanted: float, metric: Metric
+) -> None:
+    """Images of 96 x 72 as squares. A box moved by a fifth of its width has an IoU of 2/3."""
+    images = opened(make_tree(tmp_path / "tree", val=8), "val")
+    settings = recipe(MODELS[0], data={"test_size": side})
+    head = QueryHead(as_backbone(Channels()), len(images.classes), settings)
+    read = ImageLoading(images, settings.data, images.classes, masks=False)
+    found = []
+    for position in range(len(images)):
+        (target,) = read(ImageRequest(position, side)).targets
+        boxes = torch.rand(20, 4, generator=torch.Generator().manual_seed(position))
+        logits = torch.full((20, len(images.classes)), -20.0)
+        places = [3, 17][: len(target.labels)]
+        widths = target.boxes[:, 2] - target.boxes[:, 0]
+        moved = target.boxes + share * widths[:, None] * torch.tensor([1.0, 0, 1, 0])
+        boxes[places] = box_convert(moved, "xyxy", "cxcywh") / side
+        logits[places, target.labels] = 20.0
+        head.network = Told(logits, boxes)
+        maps = {level: torch.zeros(1, 8, side // 8, side // 8) for level in LEVELS}
+        (detected,) = head.detect(maps, [(side, side)])
+        found.append(in_source_pixels(detected, images.annotations[position], side, side))
+    truths = [images.truth(i, images.classes) for i in range(len(images))]
+    assert score(metric, truths, found, images.classes).metrics["AP"] == pytest.approx(wanted)
+
+
+def opened(tree: Path, split: str) -> LabelledSet:
+    return open_labelled(str(tree), [split], SilentReporter())
+
+
+def built(settings: EvaluateRecipe, architecture: str = NETWORK) -> Detector:
+    return build_detector(settings, architecture, 3, None, 0, ALONE)[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_batch_without_objects_has_the_same_losses(model: str) -> None:
+    detector = built(recipe(model)).train()
+    images = [torch.zeros(3, 64, 64, dtype=torch.uint8)] * 2
+    with_objects = detector.losses(images, targets())
+    without = detector.losses(images, targets()[1:] * 2)
+    assert without.keys() == with_objects.keys()
+    assert all(bool(value.isfinite()) for value in without.values())
+
+
+def test_the_head_computes_in_float32() -> None:
+    head = QueryHead(as_backbone(Channels()), 3, recipe(MODELS[0])).eval()
+    randomised(head)
+    maps = {
+        level: torch.randn(1, 8, side, side) for level, side in zip(LEVELS, (8, 4, 2), strict=True)
+    }
+    with torch.no_grad():
+        (plain,) = head.detect(maps, [(64, 64)])
+        with torch.autocast("cpu", torch.bfloat16):
+            (mixed,) = head.detect(maps, [(64, 64)])
+    assert torch.equal(plain.boxes, mixed.boxes)
+
+
+def test_compared_weights_start_from_the_same_heads(tmp_path: Path) -> None:
+    settings = recipe(MODELS[1])
+    weights = read_weights(str(random_weights(tmp_path / "w.safetensors")))
+    one = built(settings, "resnet18").network.head.state_dict()
+    other, _ = build_detector(settings, "resnet18", 3, weights, 0, ALONE)
+    assert all(torch.equal(one[k], v) for k, v in other.network.head.state_dict().items())
+
+
+def test_weight_decay_leaves_the_norms_of_attention_alone() -> None:
+    detector = built(recipe(MODELS[0], train={"weight_decay": 0.07}))
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in make_optimizer(detector, recipe(MODELS[0]).train).param_groups
+        for parameter in group["params"]
+    }
+    layer = detector.network.head.get_submodule("network.decoder.layers.0")
+    assert decay[id(layer.get_parameter("final_layer_norm.weight"))] == 0
+    assert decay[id(layer.get_parameter("self_attn.q_proj.weight"))] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_an_interrupted_trial_continues_exactly(model: str, tmp_path: Path) -> None:
+    """The noise of the denoising queries follows from the iteration; a test in between, from whose
+    shapes transformers keeps tables, changes nothing."""
+    tree = make_tree(tmp_path / "tree")
+    settings = recipe(model, 6, train={"gradient_clip": 0.1}, test={"every": 2})
+    whole = evaluate.run(settings, ["none"], str(tree), tmp_path / "a", device="cpu")
+    with pytest.raises(StoppedRunError, match="iteration 3 of 6"):
+        evaluate.run(settings, ["none"], str(tree), tmp_path / "b", device="cpu", stop_after=3)
+    again = evaluate.run(settings, ["none"], str(tree), tmp_path / "b", device="cpu")
+    name = Path("01-none/seed-0/detections.json")
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert again.results[0].metrics == whole.results[0].metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_frozen_features_train_the_same_head(model: str, tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    settings = recipe(model, 4, detector={"frozen": "res5", "backbone": NETWORK})
+    whole = evaluate.run(settings, ["none"], str(tree), tmp_path / "a", device="cpu")
+    with pytest.raises(StoppedRunError):
+        evaluate.run(settings, ["none"], str(tree), tmp_path / "b", device="cpu", stop_after=2)
+    again = evaluate.run(settings, ["none"], str(tree), tmp_path / "b", device="cpu")
+    assert again.results[0].metrics == whole.results[0].metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rtdetr-r18-tiny", "dfine-tiny"])
+def test_shipped_recipes_run(name: str, tmp_path: Path) -> None:
+    tree, out = make_tree(tmp_path / "tree"), tmp_path / "out"
+    keys = (
+        f"detector.backbone={NETWORK}", "data.train_sizes=[64]", "data.test_size=64",
+        "train.iterations=2", "train.warmup=0", "train.workers=0", "train.batch_size=2",
+        "test.precise_bn_batches=1", "test.pictures=0",
+    )  # fmt: skip
+    options = [part for key in keys for part in ("--set", key)]
+    dupr("evaluate", "voc", "none", "-r", name, "--data", tree, "--out", out, *options)
+    assert (out / "results.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_one_batch_is_learned_by_heart(model: str) -> None:
+    settings = recipe(model, detector={"query": {
+        "width": 64, "feedforward": 64, "decoder_layers": 2, "queries": 20, "denoising": 20,
+    }})  # fmt: skip
+    detector = built(settings, "resnet18").train()
+    image = torch.full((3, 64, 96), 60, dtype=torch.uint8)
+    for (x0, y0, x1, y1), channel in zip(BOXES.long().tolist(), (0, 2), strict=True):
+        image[channel, y0:y1, x0:x1] = 230
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=0.001, weight_decay=0.0)
+    for iteration in range(80):
+        torch.manual_seed(iteration)
+        losses = detector.losses([image] * 2, targets()[:1] * 2)
+        optimizer.zero_grad()
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
+        nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
+        optimizer.step()
+    for norm in detector.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        detector.losses([image] * 2, targets()[:1] * 2)
+    with torch.inference_mode():
+        (found,) = detector.eval().detect([image])
+    assert sorted(found.labels[:2].tolist()) == [0, 2]
+    in_order = found.boxes[:2][found.labels[:2].argsort()]
+    assert float((in_order - BOXES).abs().max()) < 5
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"square": False}}, "squares"),
+        ({"data": {"train_sizes": [72], "max_size": 96}}, "multiples of the stride"),
+        ({"detector": {"query": {"queries": 300}}}, "84 cells"),
+        ({"detector": {"new_norm": "group"}}, "sync or batch"),
+        ({"detector": {"query": {"queries": 20, "depth": 0.5}}}, "d-fine"),
+        ({"detector": {"model": "fcos-fpn", "pyramid_channels": 32}}, "has no queries"),
+    ],
+)
+def test_what_does_not_fit_is_refused(sections: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe("rtdetr-v2", **sections)
+
+
+def test_without_transformers_the_message_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match=r"pip install 'dupr-cli\[transformers\]'"):
+        check_architecture(recipe("d-fine"), "resnet18")
