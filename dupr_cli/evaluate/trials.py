@@ -103,7 +103,7 @@ def run_trial(
         trial, batches_from, reporter, limits, lambda: tested(SilentReporter())[1].metrics
     )
     trained = time.perf_counter()
-    if recipe.test.precise_bn_batches and features is None:
+    if recipe.test.precise_bn_batches:
         with closing(batches_from(recipe.train.iterations)) as batches:
             measure_batch_norm(trial, batches, reporter)
     measured = time.perf_counter()
