@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from dupr_cli import evaluate
 from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import StoppedRunError, UsageError
-from dupr_cli.evaluate.detection_data import ImageLoading, ImageRequest
+from dupr_cli.evaluate.detection_data import DetectionBatch, ImageLoading, ImageRequest
 from dupr_cli.evaluate.detectors import (
     Detector,
     Target,
@@ -26,7 +27,7 @@ from dupr_cli.evaluate.detectors import (
 )
 from dupr_cli.evaluate.detectors.detr import QueryHead
 from dupr_cli.evaluate.inference import in_source_pixels
-from dupr_cli.evaluate.training import make_optimizer
+from dupr_cli.evaluate.training import Trial, make_optimizer, train_detector
 from dupr_cli.metrics import Metric, score
 from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.batch_norm import measured_statistics
@@ -277,6 +278,24 @@ def test_weight_decay_leaves_the_norms_of_attention_alone() -> None:
     layer = detector.network.get_submodule("head.network.decoder.layers.0")
     assert decay[id(layer.get_parameter("final_layer_norm.weight"))] == 0
     assert decay[id(layer.get_parameter("self_attn.q_proj.weight"))] > 0
+
+
+def test_the_norm_of_the_gradient_is_limited(tmp_path: Path) -> None:
+    """One step of plain gradient descent with a rate of 1 moves everything by the limit."""
+    plain = {"optimizer": "sgd", "momentum": 0.0, "lr": 1.0, "weight_decay": 0.0}
+    settings = recipe(MODELS[0], train={**plain, "iterations": 1, "gradient_clip": 0.01})
+    detector = built(settings)
+    before = {name: p.detach().clone() for name, p in detector.named_parameters()}
+    batch = DetectionBatch([torch.zeros(3, 64, 64, dtype=torch.uint8)] * 2, targets())
+
+    def batches(_start: int) -> Generator[DetectionBatch, None, None]:
+        yield batch
+
+    trial = Trial(detector, settings, 0, "some", tmp_path, ALONE)
+    train_detector(trial, batches, SilentReporter())
+    moved = [p.detach() - before[name] for name, p in detector.named_parameters()]
+    distance = torch.cat([m.flatten() for m in moved]).norm()
+    assert float(distance) == pytest.approx(0.01, rel=0.01)
 
 
 @pytest.mark.slow
