@@ -39,7 +39,7 @@ Labels = Annotated[str, Field(pattern=r"^(all|\d+(\.\d+)?%|.+\.json)$")]
 class QuerySection(Section):
     """Encoder and decoder of RT-DETR v2 and D-FINE. Defaults: those of RT-DETR v2's R50."""
 
-    width: Annotated[int, Field(multiple_of=8)] = 256
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = 256
     """Channels of encoder, decoder and queries, for 8 attention heads."""
     feedforward: Positive = 1024
     """Width of the layers between attentions."""

@@ -237,13 +237,19 @@ def built(settings: EvaluateRecipe, architecture: str = NETWORK) -> Detector:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_batch_without_objects_has_the_same_losses(model: str) -> None:
+def test_a_batch_without_objects_has_the_same_losses_and_gradients(model: str) -> None:
+    """Processes average their gradients, so all need the same ones, whatever their images hold."""
     detector = built(recipe(model)).train()
     images = [torch.zeros(3, 64, 64, dtype=torch.uint8)] * 2
-    with_objects = detector.losses(images, targets())
-    without = detector.losses(images, targets()[1:] * 2)
-    assert without.keys() == with_objects.keys()
-    assert all(bool(value.isfinite()) for value in without.values())
+    found: list[tuple[set[str], set[str]]] = []
+    for given in (targets(), targets()[1:] * 2):
+        losses = detector.losses(images, given)
+        assert all(bool(value.isfinite()) for value in losses.values())
+        detector.zero_grad(set_to_none=True)
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
+        named = detector.named_parameters()
+        found.append((set(losses), {name for name, p in named if p.grad is not None}))
+    assert found[0] == found[1]
 
 
 def test_the_head_computes_in_float32() -> None:

@@ -142,6 +142,11 @@ class QueryHead(nn.Module):
         for name, value in by_layer.items():
             ours = next(ours for theirs, ours in _NAMES.items() if name.startswith(theirs))
             sums[ours] = sums.get(ours, 0) + value
+        if self._config.num_denoising and output.denoising_meta_values is None:
+            # A batch without objects has no denoising queries. Gradients are averaged over
+            # processes, all of which must have the same ones.
+            unused = self.network.denoising_class_embed.weight.sum()
+            sums["loss_classifier"] = sums["loss_classifier"] + 0 * unused
         return sums
 
     def detect(
