@@ -136,7 +136,7 @@ def randomised(network: nn.Module) -> None:
 def test_losses_and_detections_are_transformers(model: str) -> None:
     theirs = oracle(model)
     randomised(theirs)
-    ours = QueryHead(as_backbone(Channels()), 3, recipe(model))
+    ours = QueryHead(as_backbone(Channels()), 3, recipe(model), ALONE)
     state = theirs.model.state_dict()
     ours.network.load_state_dict({k: v for k, v in state.items() if not k.startswith("backbone")})
     labels = [
@@ -208,7 +208,7 @@ def test_objects_as_output_score_what_their_boxes_are_worth(
     """Images of 96 x 72 as squares. A box moved by a fifth of its width has an IoU of 2/3."""
     images = opened(make_tree(tmp_path / "tree", val=8), "val")
     settings = recipe(MODELS[0], data={"test_size": side})
-    head = QueryHead(as_backbone(Channels()), len(images.classes), settings)
+    head = QueryHead(as_backbone(Channels()), len(images.classes), settings, ALONE)
     read = ImageLoading(images, settings.data, images.classes, masks=False)
     found = []
     for position in range(len(images)):
@@ -252,8 +252,26 @@ def test_a_batch_without_objects_has_the_same_losses_and_gradients(model: str) -
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_are_divided_by_the_mean_number_of_boxes_of_all_processes(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two boxes here and six in another process: a mean of four, twice as many as here."""
+    head = QueryHead(as_backbone(Channels()), 3, recipe(model), ALONE).train()
+    maps = {level: torch.randn(2, 8, 64 // s, 64 // s) for level, s in STRIDES.items()}
+    found = []
+    for world in (ALONE, SimpleNamespace(size=2, sum=lambda boxes: boxes + 6)):
+        monkeypatch.setattr(head, "_world", world)
+        torch.manual_seed(0)
+        found.append({name: float(v.detach()) for name, v in head.losses(maps, targets()).items()})
+    alone, of_two = found
+    distillation = alone.pop("loss_distillation", None)
+    assert of_two.pop("loss_distillation", None) == distillation
+    assert of_two == pytest.approx({name: value / 2 for name, value in alone.items()})
+
+
 def test_the_head_computes_in_float32() -> None:
-    head = QueryHead(as_backbone(Channels()), 3, recipe(MODELS[0])).eval()
+    head = QueryHead(as_backbone(Channels()), 3, recipe(MODELS[0]), ALONE).eval()
     randomised(head)
     maps = {
         level: torch.randn(1, 8, side, side) for level, side in zip(LEVELS, (8, 4, 2), strict=True)
@@ -368,7 +386,7 @@ def one_object_each(seed: int) -> tuple[dict[Level, Tensor], list[Target]]:
 def test_objects_are_learned_at_their_places(model: str) -> None:
     """A head that is trained on objects finds others, and knows their classes."""
     torch.manual_seed(0)
-    head = QueryHead(as_backbone(Channels()), 2, recipe(model)).train()
+    head = QueryHead(as_backbone(Channels()), 2, recipe(model), ALONE).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.002)
     for iteration in range(100):
         torch.manual_seed(iteration)

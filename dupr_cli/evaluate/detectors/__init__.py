@@ -166,7 +166,7 @@ def dense_head(
 ) -> nn.Module:
     """The recipe's `DenseHead`. backbone: only its levels' shapes are looked at."""
     if recipe.detector.model in QUERY_MODELS:
-        return QueryHead(backbone, num_classes, recipe)
+        return QueryHead(backbone, num_classes, recipe, world)
     if recipe.detector.model == "fcos-fpn":
         return Fcos(backbone, num_classes, recipe)
     return RetinaNet(backbone, num_classes, recipe, world)

@@ -25,6 +25,7 @@ from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.models.backbone import Backbone
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import DetectorSection, EvaluateRecipe
+from dupr_cli.runtime.parallel import World
 
 # transformers' losses of a layer and ours. Those of all layers, and of the denoising queries, which
 # some batches do not have, are summed.
@@ -35,6 +36,7 @@ _NAMES = {
     "loss_fgl": "loss_distribution",
     "loss_ddf": "loss_distillation",
 }
+_MEAN_OVER_QUERIES = "loss_ddf"  # the others are sums, divided by the number of boxes
 _PRIOR = 0.01  # initial probability of a class at a query
 _D_FINE_POINTS = [3, 6, 3]  # sampled per level and head; RT-DETR v2 has 4 of each
 
@@ -94,13 +96,15 @@ class QueryHead(nn.Module):
     their coordinates, of which bfloat16 has 8 bits, or 2 pixels of 640.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, recipe: EvaluateRecipe) -> None:
+    def __init__(
+        self, backbone: Backbone, num_classes: int, recipe: EvaluateRecipe, world: World
+    ) -> None:
         """backbone: only its levels' shapes are looked at.
 
         Raises UsageError when transformers is not installed.
         """
         super().__init__()
-        detector, self._test = recipe.detector, recipe.test
+        detector, self._test, self._world = recipe.detector, recipe.test, world
         self.levels, self._strides = DENSE_LEVELS, backbone.strides
         found = library(detector.model)
         self._config = _config(found, num_classes, detector)
@@ -138,10 +142,15 @@ class QueryHead(nn.Module):
                 predicted_corners=output.intermediate_predicted_corners,
                 initial_reference_points=output.initial_reference_points,
             )
+        # transformers divides by the boxes of this process; the authors, by the mean of all.
+        boxes = torch.tensor(float(sum(len(t.labels) for t in targets)), device=device)
+        mean = self._world.sum(boxes) / self._world.size
+        share = boxes.clamp(min=1) / mean.clamp(min=1)
         sums: dict[str, Tensor] = {}
         for name, value in by_layer.items():
-            ours = next(ours for theirs, ours in _NAMES.items() if name.startswith(theirs))
-            sums[ours] = sums.get(ours, 0) + value
+            kind = next(kind for kind in _NAMES if name.startswith(kind))
+            weight = share if kind != _MEAN_OVER_QUERIES else 1.0
+            sums[_NAMES[kind]] = sums.get(_NAMES[kind], 0) + weight * value
         if self._config.num_denoising and output.denoising_meta_values is None:
             # A batch without objects has no denoising queries. Gradients are averaged over
             # processes, all of which must have the same ones.
