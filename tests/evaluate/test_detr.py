@@ -32,7 +32,7 @@ from dupr_cli.metrics import Metric, score
 from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.progress import SilentReporter
-from dupr_cli.recipe import EvaluateRecipe
+from dupr_cli.recipe import EvaluateRecipe, load_recipe
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.runtime.parallel import World
 from tests.support.command_line import dupr
@@ -183,6 +183,20 @@ def test_losses_and_detections_are_transformers(model: str) -> None:
         inside = other["boxes"].clamp(min=0)
         inside = inside.minimum(torch.tensor([96, 64, 96, 64]))
         torch.testing.assert_close(one.boxes, inside)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "millions"),
+    [("rtdetr-r18-coco-120e", "resnet18", 20), ("dfine-s-coco-132e", "timm:hgnetv2_b0", 10)],
+)
+def test_shipped_recipes_have_the_published_number_of_parameters(
+    name: str, architecture: str, millions: int
+) -> None:
+    """Source: the tables of RT-DETRv2-S and D-FINE-S in the authors' repositories."""
+    detector, _ = build_detector(
+        load_recipe(EvaluateRecipe, name), architecture, 80, None, 0, ALONE
+    )
+    assert sum(p.numel() for p in detector.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
 
 
 class Told(nn.Module):
