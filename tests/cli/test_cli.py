@@ -199,7 +199,10 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
         (("export", tmp_path / "cut.safetensors", "--out", out), "not a whole safetensors file"),
         (("export", tmp_path / "pickle.pth", "--out", out), "can run code when they are loaded"),
         (("export", wrong, "--out", out), "the weights do not fit a resnet18"),
-        (("export", wrong, "--to", "caffe", "--out", out), "caffe is unknown; use detectron2"),
+        (
+            ("export", wrong, "--to", "caffe", "--out", out),
+            "caffe is unknown; use d-fine",
+        ),
         (("evaluate", "voc", "none", "--data", out, "--out", out), "does not exist"),
         (("recipe", "show", "nothing"), "neither a file nor a shipped recipe"),
     ):

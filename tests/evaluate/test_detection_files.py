@@ -255,7 +255,12 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     refused(r"lion\.txt: name the file .*classes of .* are blue, green, red", other, "--data", tree)
     refused(r"no split 'tset'", red, "--data", tree, "--split", "tset")
     refused(r"nowhere: this file or folder does not exist", red, "--data", tree / "nowhere")
-    refused(r"neither a VOC tree nor COCO's JSON", red, "--data", tree / "JPEGImages")
+    refused(
+        r"neither a VOC tree, nor a YOLO set, nor labelled shards, nor COCO's JSON",
+        red,
+        "--data",
+        tree / "JPEGImages",
+    )
 
 
 def test_nothing_detected_is_an_ap_of_0(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_several_formats_lie_apart(tmp_path: Path) -> None:
 
 
 def test_unknown_format_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"darknet is unknown; use detectron2, mmdet.*timm"):
+    with pytest.raises(UsageError, match=r"darknet is unknown; use d-fine, .*mmdet.*timm"):
         load_recipe(ExportRecipe, "default", ["formats=[darknet]"])
 
 

@@ -378,5 +378,5 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
 def test_where_several_formats_lie() -> None:
     assert folders_of([make_format("onnx")]) == {"onnx": ""}
     assert folders_of([make_format(n) for n in ("onnx", "timm")]) == {"onnx": "onnx/", "timm": ""}
-    with pytest.raises(UsageError, match="this format does not exist; the formats are detectron2"):
+    with pytest.raises(UsageError, match="this format does not exist; the formats are d-fine"):
         make_format("darknet")
