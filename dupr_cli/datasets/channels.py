@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -230,7 +230,7 @@ def _open_with_tifffile(file: BinaryIO) -> ChannelPicture:
     with tifffile.TiffFile(file) as tiff:
         if len(tiff.series) != 1:
             raise ChannelError(f"a TIFF of {len(tiff.series)} images; give one image a file")
-        series, page = tiff.series[0], tiff.pages.first
+        series, page = tiff.series[0], cast(Any, tiff.pages.first)
         shape, axes, dtype = series.shape, series.axes, series.dtype
         photometric = page.photometric.name
         orientation = int(page.tags.valueof(274, default=1))

@@ -256,7 +256,7 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     refused(r"no split 'tset'", red, "--data", tree, "--split", "tset")
     refused(r"nowhere: this file or folder does not exist", red, "--data", tree / "nowhere")
     refused(
-        r"neither a VOC tree, nor a YOLO set, nor labelled shards, nor COCO's JSON",
+        r"neither a VOC tree, nor a YOLO set",
         red,
         "--data",
         tree / "JPEGImages",
