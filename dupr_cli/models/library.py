@@ -22,7 +22,8 @@ _NETWORK = "network."
 class LibraryBackbone(nn.Module):
     """A network of a library; its maps of stride 4 to 32 are res2 to res5.
 
-    Of several maps of one stride, the level is the last. Subclasses compute the maps.
+    Of several maps of one stride, the level is the last. Subclasses compute the maps, and may
+    override `_recompute` and `own_names`.
     """
 
     def __init__(
@@ -54,6 +55,25 @@ class LibraryBackbone(nn.Module):
     def first_centres(self) -> dict[Level, float]:
         """Measured when they are first asked for, once for each architecture in a process."""
         return _first_centres(cast(Any, type(self)), self.architecture)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether levels are recomputed in the backward pass; libraries do this by blocks."""
+        return False
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        if wanted:
+            try:
+                self._recompute()
+            except (AttributeError, AssertionError, NotImplementedError, ValueError) as error:
+                raise UsageError(
+                    f"train.activation_checkpointing: {self.architecture} lacks it"
+                ) from error
+
+    def _recompute(self) -> None:
+        """Have the network recompute its blocks; any of the errors above if it cannot."""
+        raise NotImplementedError
 
     def after(self, last: Level) -> list[nn.Module]:
         """The modules that need not be computed when `last` is the last level wanted."""

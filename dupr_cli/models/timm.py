@@ -32,20 +32,8 @@ class TimmBackbone(LibraryBackbone):
         # timm's own numbers of the levels' maps.
         self.out_indices = [int(getter.out_indices[place]) for place in self.places.values()]
 
-    @property
-    def recompute(self) -> bool:
-        """Whether levels are recomputed in the backward pass; timm does this by blocks."""
-        return False
-
-    @recompute.setter
-    def recompute(self, wanted: bool) -> None:
-        if wanted:
-            try:
-                self.network.set_grad_checkpointing(True)
-            except (AttributeError, AssertionError, NotImplementedError) as error:
-                raise UsageError(
-                    f"train.activation_checkpointing: timm's {self.architecture} lacks it"
-                ) from error
+    def _recompute(self) -> None:
+        self.network.set_grad_checkpointing(True)
 
     def own_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of an earlier version of this class under the present names, which are timm's.

@@ -110,20 +110,8 @@ class TransformersBackbone(LibraryBackbone):
         )
         self.config: dict[str, Any] = self.network.config.to_dict()
 
-    @property
-    def recompute(self) -> bool:
-        """Whether levels are recomputed in the backward pass; transformers does this by layers."""
-        return False
-
-    @recompute.setter
-    def recompute(self, wanted: bool) -> None:
-        if wanted:
-            try:
-                self.network.gradient_checkpointing_enable()
-            except ValueError as error:
-                raise UsageError(
-                    f"train.activation_checkpointing: transformers' {self.architecture} lacks it"
-                ) from error
+    def _recompute(self) -> None:
+        self.network.gradient_checkpointing_enable()
 
     def forward(
         self, images: Tensor, levels: Collection[Level] = LEVELS, last: Level = "res5"

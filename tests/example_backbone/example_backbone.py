@@ -45,7 +45,6 @@ class ExampleBackbone(LibraryBackbone):
             raise UsageError(f"model.backbone: {architecture} is none of {', '.join(WIDTHS)}.")
         trunk = Trunk(widths, in_channels)
         super().__init__(architecture, trunk, (4, 8, 16, 32), widths, in_channels)
-        self.recompute = False  # this network has no activation checkpointing
 
     def forward(
         self, images: Tensor, levels: Collection[Level] = LEVELS, last: Level = "res5"

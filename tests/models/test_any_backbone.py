@@ -19,6 +19,7 @@ from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.models.backbone import as_backbone, load_backbone, make_backbone
 from tests.support.command_line import dupr, pretrain
 from tests.support.labelled_scenes import make_tree
+from tests.support.recipes import SMALL_DETECTOR
 
 TIMM = ["timm:test_convnext", "timm:test_efficientnet"]
 # A configuration file, as a user has it beside a detector.
@@ -26,12 +27,6 @@ TRANSFORMERS = {
     "model_type": "rt_detr_resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [16, 16, 32, 32],
     "embedding_size": 16, "layer_type": "basic", "out_features": ["stage4"],
 }  # fmt: skip
-SMALL = [
-    "data.train_sizes=[64]", "data.test_size=64", "data.max_size=128", "train.iterations=2",
-    "train.batch_size=2", "train.workers=0", "train.warmup=0", "train.milestones=[]",
-    "train.checkpoint_every=1", "test.precise_bn_batches=1", "test.pictures=0",
-    "detector.pyramid_channels=32", "detector.rpn_pre_nms=[50, 50]",
-]  # fmt: skip
 
 
 def sets(*overrides: str) -> list[str]:
@@ -182,7 +177,18 @@ def test_onnx_has_the_same_features(run: Path, tmp_path: Path) -> None:
 ], ids=["frozen", "frozen up to res4", "pyramid"])  # fmt: skip
 def test_detectors_are_trained_on_it(run: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     tree = make_tree(tmp_path / "tree")
-    given = ["evaluate", "voc", run, "none", "--data", tree, "--seeds", 1, *options, *sets(*SMALL)]
+    given = [
+        "evaluate",
+        "voc",
+        run,
+        "none",
+        "--data",
+        tree,
+        "--seeds",
+        1,
+        *options,
+        *sets(*SMALL_DETECTOR),
+    ]
     dupr(*given, "--out", tmp_path / "whole")
     results = json.loads((tmp_path / "whole" / "results.json").read_bytes())
     assert {of["architecture"] for of in results["results"]} == {architecture_of(run)}

@@ -13,14 +13,9 @@ import torch
 from tests.support.command_line import dupr, pretrain
 from tests.support.labelled_scenes import make_tree
 from tests.support.processes import forked
+from tests.support.recipes import SMALL_DETECTOR
 
 EXAMPLE = Path(__file__).parents[1] / "example_backbone"
-SET = [
-    "data.train_sizes=[64]", "data.test_size=64", "data.max_size=128", "train.iterations=2",
-    "train.batch_size=2", "train.workers=0", "train.warmup=0", "train.milestones=[]",
-    "train.checkpoint_every=1", "test.precise_bn_batches=1", "test.pictures=0",
-    "detector.pyramid_channels=32", "detector.rpn_pre_nms=[50, 50]",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +55,7 @@ def test_every_stage_takes_it(
     assert found.levels == ["res2", "res3", "res4", "res5"]
 
     tree = make_tree(tmp_path / "tree")
-    small = [argument for override in SET for argument in ("--set", override)]
+    small = [argument for override in SMALL_DETECTOR for argument in ("--set", override)]
     for name, recipe in (("frozen", ["--frozen", "-r", "voc-frozen-tiny"]), (
         "pyramid", ["-r", "voc-tiny", "--set", "detector.model=faster-rcnn-fpn",
                     "--set", "detector.anchor_sizes=[8, 16, 32, 64, 128]"])):  # fmt: skip

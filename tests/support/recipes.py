@@ -79,3 +79,12 @@ def frozen_recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:
         "test": {"precise_bn_batches": 2, "pictures": 0, "score_threshold": 0.0},
     }
     return EvaluateRecipe.model_validate({**sections, **overrides})
+
+
+# Overrides with which a detector of any recipe is trained and tested in seconds.
+SMALL_DETECTOR = [
+    "data.train_sizes=[64]", "data.test_size=64", "data.max_size=128", "train.iterations=2",
+    "train.batch_size=2", "train.workers=0", "train.warmup=0", "train.milestones=[]",
+    "train.checkpoint_every=1", "test.precise_bn_batches=1", "test.pictures=0",
+    "detector.pyramid_channels=32", "detector.rpn_pre_nms=[50, 50]",
+]  # fmt: skip
