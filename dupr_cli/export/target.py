@@ -45,6 +45,12 @@ def _in_transformers(path: Path, weights: Weights) -> Arrival:
     config = path / _CONFIG if path.is_dir() else path
     if not config.is_file():
         raise UsageError(f"--check {path}: there is no {config}.")
+    holds_weights = path.is_dir() and any(path.glob("*.safetensors"))
+    if path.is_dir() and not holds_weights and any(path.glob("*.bin")):
+        raise UsageError(
+            f"--check {path}: its weights are pickled (.bin), which can run code when they are "
+            f"loaded. Save them with save_pretrained, or give {config} to check the network alone."
+        )
     try:
         from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection
     except ImportError as error:
@@ -57,7 +63,7 @@ def _in_transformers(path: Path, weights: Weights) -> Arrival:
         kind: Any = AutoModelForObjectDetection
         if type(settings) not in kind._model_mapping:
             kind = AutoModel
-        if not any(path.glob("*.safetensors")):
+        if not holds_weights:
             return load_into(kind.from_config(settings), weights, name=str(path))
         model = kind.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:

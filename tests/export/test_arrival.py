@@ -245,6 +245,15 @@ def test_what_cannot_be_checked_is_said(write: Write, target: str, message: str)
     assert message in " ".join(done.stderr.split())
 
 
+def test_pickled_weights_of_a_detector_are_not_taken_for_none(
+    folder: tuple[Path, Path],
+) -> None:
+    target, file = folder
+    (target / "model.safetensors").rename(target / "pytorch_model.bin")
+    done = dupr("export", file, "--check", target, code=2)
+    assert "its weights are pickled" in " ".join(done.stderr.split())
+
+
 def test_no_library_is_imported_that_was_not_given(write: Write) -> None:
     file = write("resnet18")
     code = f"""
