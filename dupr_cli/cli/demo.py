@@ -33,8 +33,8 @@ def demo(
     """Run all four stages on generated images and print one table, in minutes on a CPU.
 
     The demo generates scenes, makes shards from them, and pre-trains a ResNet-18 without labels.
-    It then fine-tunes a detector on a few labelled scenes, once from those weights and once from
-    random ones. The table reports the measurements, whichever weights win.
+    It then trains a detector on a few labelled scenes, once on frozen features of those weights and
+    once of random ones. The table reports the measurements, whichever weights win.
 
     [bold]Example[/]
 

@@ -217,10 +217,10 @@ def _compared(model: nn.Module, weights: Weights, found: _Place, name: str) -> A
     without_norm = any(_NORM_OF_LEVEL in ours for ours in found.left_out)
     nearest: dict[str, float] = {}
     for level, features in expected.items():
-        found_maps = [o.float().cpu() for o in outputs if o.shape == features.shape]
-        one: list[Features] = [{level: features_found} for features_found in found_maps]
-        if one:
-            nearest[level] = min(largest_difference(of, {level: features}) for of in one)
+        alike = (output for output in outputs if output.shape == features.shape)
+        found_here: list[Features] = [{level: output.float().cpu()} for output in alike]
+        if found_here:
+            nearest[level] = min(largest_difference(of, {level: features}) for of in found_here)
     allowed = TOLERANCE.get(parameter.dtype, 0.1)
     within = [level for level in expected if nearest.get(level, torch.inf) <= allowed]
     beyond = [level for level in expected if level not in within]
@@ -239,7 +239,7 @@ def _compared(model: nn.Module, weights: Weights, found: _Place, name: str) -> A
         names=found.library,
         tensors=len(found.names),
         left_out=found.left_out,
-        levels=list(within),
+        levels=[*within],
         max_difference=max(nearest[level] for level in within),
     )
 

@@ -132,10 +132,10 @@ def configuration(architecture: str) -> dict[str, Any]:
         return config
     if name not in _SHAPES:
         near = get_close_matches(name, _SHAPES, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(_SHAPES)}"
+        hint = f"Did you mean {near[0]}?" if near else f"Named ones are {', '.join(_SHAPES)}."
         raise UsageError(
-            f"model.backbone: {architecture} is not a backbone. {hint}, or give the path of a "
-            f"configuration: {TRANSFORMERS}PATH/config.json."
+            f"model.backbone: {architecture} is not a backbone. {hint} Any other is given by the "
+            f"path of its configuration: {TRANSFORMERS}PATH/config.json."
         )
     return _SHAPES[name]
 
