@@ -1,7 +1,7 @@
 """Stage 2, `dupr pretrain`: shards and a recipe to a run directory with checkpoints.
 
-trainer.py holds the method and reads from top to bottom; the views, geometry, losses, queues and
-checkpoints that it calls are modules of their own.
+step.py holds the method and reads from top to bottom, and trainer.py the loop around it; the views,
+geometry, losses, queues and checkpoints that they call are modules of their own.
 """
 
 from __future__ import annotations

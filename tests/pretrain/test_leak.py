@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dupr_cli.models.batch_norm import group_batch_norms
 from dupr_cli.pretrain.encoders import Embeddings, KeyQueue, momentum_update
 from dupr_cli.pretrain.losses import info_nce
-from dupr_cli.pretrain.trainer import embed_keys, step_generator
+from dupr_cli.pretrain.step import embed_keys, step_generator
 from dupr_cli.pretrain.view_batches import View
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.runtime.parallel import World

@@ -26,7 +26,7 @@ from dupr_cli.pretrain.encoders import Embeddings, Encoder, KeyQueue, momentum_u
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.pretrain.monitor import diagnostics
 from dupr_cli.pretrain.retrieval_check import patch_retrieval
-from dupr_cli.pretrain.trainer import (
+from dupr_cli.pretrain.step import (
     embed_keys,
     key_momentum,
     learning_rate,

@@ -14,7 +14,7 @@ from dupr_cli import pretrain
 from dupr_cli.artifacts.run import MetricsLog, list_checkpoints
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.pretrain.data import training_batches
-from dupr_cli.pretrain.trainer import make_model, step_generator
+from dupr_cli.pretrain.step import make_model, step_generator
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.runtime.parallel import World
 from tests.reference.pretrain_step import Draws, Reference, Settings
