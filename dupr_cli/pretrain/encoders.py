@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.recipe.base import LEVELS, Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
+from dupr_cli.runtime.phases import phase
 from dupr_cli.views.geometry import Grid, pool_patches
 
 
@@ -117,11 +118,13 @@ class Encoder(nn.Module):
         """views: (N, C, S, S) normalised; boxes: (N, 4) shared regions; flips: (N,) bool."""
         features = self.features(views)
         # Pool before projecting: the head is an MLP, so the two do not commute.
-        pooled = {
-            v: pool_patches(features[v], boxes, flips, self.bins[v], self.grids[v])
-            for v in self.patch_levels
-        }
-        return Embeddings(self.embed_images(features), self.embed_patches(pooled))
+        with phase("patch pooling"):
+            pooled = {
+                v: pool_patches(features[v], boxes, flips, self.bins[v], self.grids[v])
+                for v in self.patch_levels
+            }
+        with phase("heads"):
+            return Embeddings(self.embed_images(features), self.embed_patches(pooled))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from dupr_cli.pretrain.method import Dupr, method_class
 from dupr_cli.pretrain.view_batches import View, make_views
 from dupr_cli.recipe.pretrain import MethodSection, OptimizerSection, PretrainRecipe
 from dupr_cli.runtime.parallel import World, average_gradients
+from dupr_cli.runtime.phases import phase
 from dupr_cli.views.pairs import ViewPairBatch
 
 
@@ -76,7 +77,7 @@ def embed_keys(
     embedded = []
     for part in parts(rows, recipe.train.accumulate):
         images = shuffled.part(part).for_encoder(recipe.method, memory_format(recipe))
-        with autocast(recipe, world):
+        with autocast(recipe, world), phase("key forward"):
             embedded.append(key(*images))
     back = order.argsort()
     return join(embedded).map(lambda values: world.exchange(values, back))
@@ -113,14 +114,16 @@ def forward_backward(
         loss = torch.zeros((), device=world.device)
         for view, of_view in zip(views, keys, strict=True):
             images = view.part(part).for_encoder(recipe.method, memory_format(recipe))
-            with autocast(recipe, world):
+            with autocast(recipe, world), phase("query forward"):
                 queries = model.query(*images)
             answers = of_view.part(part)
-            found = model.losses(queries, answers, valid[part], len(valid), valid_images)
-            loss = loss + model.weighted(found) / len(views)
-            for name, value in found.items():
-                losses[name] = losses.get(name, 0) + value.detach() / len(views)
-        torch.autograd.backward(scaler.scale(loss))
+            with phase("losses"):
+                found = model.losses(queries, answers, valid[part], len(valid), valid_images)
+                loss = loss + model.weighted(found) / len(views)
+                for name, value in found.items():
+                    losses[name] = losses.get(name, 0) + value.detach() / len(views)
+        with phase("backward"):
+            torch.autograd.backward(scaler.scale(loss))
         total += loss.detach()
     return StepLosses(total, losses, (queries, answers))
 
@@ -221,10 +224,12 @@ class Training:
         lr = learning_rate(recipe.optimizer, step, self._steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        views, valid = make_views(batch, method, world.device)
+        with phase("transfer"):
+            views, valid = make_views(batch, method, world.device)
         valid_images = max(1.0, float(world.sum(valid.sum()))) / world.size
 
-        momentum_update(model.key, model.query, key_momentum(method, step, self._steps))
+        with phase("momentum update"):
+            momentum_update(model.key, model.query, key_momentum(method, step, self._steps))
         keys = [
             embed_keys(model.key, views[k], recipe, world, generator) for _, k in self._directions
         ]
@@ -233,20 +238,24 @@ class Training:
         found = forward_backward(
             model, queries, keys, valid, valid_images, recipe, world, self.scaler
         )
-        average_gradients(self._parameters, world)
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        gradient_norm = torch.nn.utils.get_total_norm(gradients)
-
-        # float16 gradients may overflow; the scaler then skips the step by itself.
-        finite = torch.isfinite(found.total) & (self._half | torch.isfinite(gradient_norm))
-        flags = world.max(torch.tensor([float(not finite), float(stop_code)])).tolist()
+        with phase("average gradients"):
+            average_gradients(self._parameters, world)
+        with phase("gradient check"):
+            self.scaler.unscale_(self.optimizer)
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            gradient_norm = torch.nn.utils.get_total_norm(gradients)
+            # float16 gradients may overflow; the scaler then skips the step by itself.
+            finite = torch.isfinite(found.total) & (self._half | torch.isfinite(gradient_norm))
+            flags = world.max(torch.tensor([float(not finite), float(stop_code)])).tolist()
         if flags[0]:
             drop_statistics([model])
         else:
-            self.scaler.step(self.optimizer)
-            commit_statistics([model], world)
-            push_keys(model, keys, world, generator)
+            with phase("optimizer"):
+                self.scaler.step(self.optimizer)
+            with phase("batch-norm statistics"):
+                commit_statistics([model], world)
+            with phase("queues"):
+                push_keys(model, keys, world, generator)
         values = {"loss": found.total, "gradient_norm": gradient_norm}
         values |= {f"loss/{name}": value for name, value in found.losses.items()}
         values["overlap"] = valid.float().mean()

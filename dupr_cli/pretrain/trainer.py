@@ -23,6 +23,7 @@ from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.runtime.parallel import World
+from dupr_cli.runtime.phases import phase
 from dupr_cli.runtime.state import TrainingState
 from dupr_cli.runtime.stopping import Limits, Stop, stopped
 from dupr_cli.views.pairs import ViewPairBatch
@@ -104,7 +105,8 @@ def train(
     ):
         batches = timed(loader)
         for step in range(done, steps):
-            batch, waited = next(batches)
+            with phase("data wait"):
+                batch, waited = next(batches)
             found = training.step(step, batch, stop.code)
             if found.finite:
                 monitor.good_step()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dupr_cli.recipe.pretrain import MethodSection
 from dupr_cli.runtime.parallel import World
+from dupr_cli.runtime.phases import phase
 from dupr_cli.views.augmentation import augment
 from dupr_cli.views.geometry import shared_region_boxes
 from dupr_cli.views.pairs import ViewPairBatch
@@ -47,10 +48,12 @@ class View:
         self, method: MethodSection, memory_format: torch.memory_format
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The encoder's input: images (N, C, S, S) augmented and normalised, boxes, flips."""
-        images = augment(self.pixels, self.parameters, method.augmentation)
         device = self.pixels.device
+        with phase("augment"):
+            images = augment(self.pixels, self.parameters, method.augmentation)
+            images = images.contiguous(memory_format=memory_format)
         return (
-            images.contiguous(memory_format=memory_format),
+            images,
             self.boxes.to(device, non_blocking=True),
             self.flips.to(device, non_blocking=True),
         )
