@@ -8,6 +8,7 @@ import typer
 
 from dupr_cli import __version__
 from dupr_cli.cli import (
+    bench,
     checkpoint,
     demo,
     doctor,
@@ -15,6 +16,7 @@ from dupr_cli.cli import (
     export,
     import_,
     inspect,
+    plan,
     prepare,
     pretrain,
     recipe,
@@ -63,6 +65,7 @@ def root(
 
 for module in (
     prepare,
+    plan,
     pretrain,
     export,
     import_,
@@ -70,6 +73,7 @@ for module in (
     study,
     demo,
     checkpoint,
+    bench,
     inspect,
     recipe,
     doctor,

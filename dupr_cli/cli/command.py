@@ -233,7 +233,7 @@ def _print_result(result: T | Planned | None, show: Callable[[T], None], as_json
 
         print_json(_plain(result))
     elif isinstance(result, Planned):
-        from dupr_cli.cli.plan import show_plan
+        from dupr_cli.cli.dry_run import show_plan
 
         show_plan(result.recipe, result.plan)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -43,18 +42,19 @@ def doctor() -> Diagnosis:
     """Report versions and hardware of this machine, with advice. Paste it into a bug report."""
     import torch
 
+    from dupr_cli.runtime.machine import cores, memory_bytes
+
     versions = {"dupr": __version__, "python": platform.python_version()}
     for library in _LIBRARIES:
         try:
             versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             versions[library] = "missing"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = shutil.disk_usage(Path.cwd()).free
     machine = {
         "system": platform.platform(),
-        "cpu cores": str(cores),
-        "memory": _memory(),
+        "cpu cores": str(cores()),
+        "memory": f"{memory_bytes() / 2**30:.0f} GiB",
         "free disk here": f"{free / 1e9:.0f} GB",
     }
     advice = []
@@ -71,8 +71,8 @@ def doctor() -> Diagnosis:
             "torch finds no GPU: use the recipes for a CPU (dupr-r18-cpu-smoke, voc-tiny); "
             "ImageNet-scale recipes would take months here."
         )
-    if cores and cores > 2:
-        advice.append(f"Use up to {cores} loader processes: --workers {cores}.")
+    if cores() > 2:
+        advice.append(f"Use up to {cores()} loader processes: --workers {cores()}.")
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).total < 2**30:
         advice.append(
@@ -80,11 +80,6 @@ def doctor() -> Diagnosis:
             "container, enlarge it (--shm-size) or use --workers 0."
         )
     return Diagnosis(versions, machine, advice)
-
-
-def _memory() -> str:
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return f"{pages * size / 2**30:.0f} GiB"
 
 
 def show(diagnosis: Diagnosis) -> None:

@@ -65,7 +65,7 @@ def views(
     """
     from dupr_cli.recipe import PretrainRecipe, load_recipe
 
-    _require_png(out)
+    require_png(out)
     resolved = load_recipe(PretrainRecipe, recipe, overrides(set_, seed=("seed", seed)))
     from dupr_cli.inspect.views import draw_views
 
@@ -91,12 +91,12 @@ def curves(
     """
     from dupr_cli.inspect.curves import draw_curves
 
-    _require_png(out)
+    require_png(out)
     draw_curves(runs, out)
     return Picture(str(out), [str(run) for run in runs])
 
 
-def _require_png(out: Path) -> None:
+def require_png(out: Path) -> None:
     """Raises UsageError unless `out` is the name of a PNG, because an existing file is replaced."""
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: a PNG is written; give a name that ends in .png.")

@@ -29,6 +29,7 @@ from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import load_backbone, make_backbone, require_levels
 from dupr_cli.models.published import open_weights
 from dupr_cli.pretrain.data import BatchOrder
+from dupr_cli.pretrain.estimate import estimate, estimate_warnings
 from dupr_cli.pretrain.method import method_class
 from dupr_cli.pretrain.recipe_checks import science_warnings
 from dupr_cli.pretrain.trainer import count_steps, train
@@ -101,16 +102,22 @@ def plan(
         _check_claim(recipe, shards, out, allow_changed, SilentReporter())
     order = BatchOrder(shards, recipe)
     steps = count_steps(recipe, order.images)
+    chosen = choose_device(device)
+    expected = estimate(recipe, steps, chosen, processes)
     return PretrainPlan(
         data=data,
         images=order.images,
         held_out=len(shards) - order.images,
         steps=steps,
         epochs=round(steps * recipe.data.batch_size / order.images, 2),
-        device=str(choose_device(device)),
+        device=str(chosen),
         processes=processes,
         images_per_process=recipe.data.batch_size // processes,
-        warnings=science_warnings(recipe, order.images, steps),
+        estimate=expected,
+        warnings=[
+            *science_warnings(recipe, order.images, steps),
+            *estimate_warnings(expected, chosen),
+        ],
         out=str(out),
     )
 

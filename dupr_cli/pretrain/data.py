@@ -22,6 +22,7 @@ from dupr_cli.errors import RunError
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World
+from dupr_cli.runtime.phases import phase
 from dupr_cli.views.pairs import ViewPairBatch, cut_pair
 
 # An unreadable image is replaced by the next one; this many in a row point to a real fault.
@@ -125,7 +126,8 @@ class ViewPairs:
         epoch, number = request
         problems: list[str] = []
         for attempt in range(_MAX_REPLACEMENTS):
-            sample = self._shards[(number + attempt) % len(self._shards)]
+            with phase("read"):
+                sample = self._shards[(number + attempt) % len(self._shards)]
             if sample.pixels != self._shards.pixels:
                 raise RunError(
                     f"{self._shards.name}: sample {sample.key} is one of "
@@ -133,7 +135,8 @@ class ViewPairs:
                     f"{described(self._shards.pixels)}. Give shards of one format."
                 )
             try:
-                image = decode(sample)
+                with phase("decode"):
+                    image = decode(sample)
                 break
             except IMAGE_ERRORS as error:
                 problems.append(f"{sample.key}: {error}")
@@ -145,7 +148,10 @@ class ViewPairs:
         random = np.random.default_rng([self._seed, epoch, number])
         place = (number + len(problems)) % len(self._shards)
         views, colours = self._method.views, self._method.augmentation
-        return cut_pair(image, views, colours, random, place, len(problems), self._flip_together)
+        with phase("crop"):
+            return cut_pair(
+                image, views, colours, random, place, len(problems), self._flip_together
+            )
 
 
 def training_batches(

@@ -16,6 +16,7 @@ from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.run import CheckpointState, MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.pretrain.data import BatchOrder, probe_batches, training_batches
+from dupr_cli.pretrain.estimate import estimate, estimate_warnings
 from dupr_cli.pretrain.monitor import Monitor
 from dupr_cli.pretrain.retrieval_check import patch_retrieval
 from dupr_cli.pretrain.step import Training, start_from_weights
@@ -85,6 +86,10 @@ def train(
     if done >= steps:
         reporter.info(f"{out} is already complete: {done} steps")
         return MetricsLog(out).latest()
+    expected = estimate(recipe, steps - done, world.device, world.size)
+    reporter.info(f"estimate: {expected}")
+    for warning in estimate_warnings(expected, world.device):
+        reporter.warning(warning)
     loader, order = training_batches(shards, recipe, done, world)
     held_out = probe_batches(shards, recipe) if world.is_main else []
     monitor = Monitor(out, recipe, order.images, steps, done, world, reporter)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dupr_cli.pretrain.estimate import Estimate
+
 
 @dataclass(frozen=True)
 class PretrainPlan:
@@ -17,6 +19,7 @@ class PretrainPlan:
     device: str
     processes: int
     images_per_process: int
+    estimate: Estimate
     warnings: list[str]
     out: str
 

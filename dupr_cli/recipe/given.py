@@ -19,7 +19,7 @@ Overrides = Mapping[str, object] | Sequence[str]
 
 def resolve_recipe(model: type[R], recipe: R | str | Path, overrides: Overrides = ()) -> R:
     """The recipe to run. Raises RecipeError like `load_recipe`, TypeError for other types."""
-    options = _options(overrides)
+    options = as_overrides(overrides)
     if isinstance(recipe, model):
         return apply_overrides(recipe, options) if options else recipe
     if isinstance(recipe, str | Path):
@@ -30,7 +30,8 @@ def resolve_recipe(model: type[R], recipe: R | str | Path, overrides: Overrides 
     )
 
 
-def _options(overrides: Overrides) -> list[Override | str]:
+def as_overrides(overrides: Overrides) -> list[Override]:
+    """Each key that is set. Raises RecipeError for a string that is no key=value, and TypeError."""
     if isinstance(overrides, Mapping) and all(isinstance(key, str) for key in overrides):
         return [
             Override(key, os.fspath(value) if isinstance(value, os.PathLike) else value)
@@ -38,7 +39,7 @@ def _options(overrides: Overrides) -> list[Override | str]:
         ]
     listed = isinstance(overrides, Sequence) and not isinstance(overrides, str | bytes)
     if listed and all(isinstance(option, str) for option in overrides):
-        return list(overrides)
+        return [Override.parse(str(option)) for option in overrides]
     raise TypeError(
         f'overrides: give a mapping such as {{"train.steps": 3}} or a list of strings such as '
         f'["train.steps=3"], not {_shortened(overrides)}.'

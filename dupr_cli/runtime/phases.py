@@ -60,11 +60,14 @@ class PhaseTimes:
         _times.reset(self._token)
 
 
-class phase(record_function):
+def phase(name: str) -> _Phase:
     """A context manager that names what is done inside it."""
+    return _Phase(name)
 
+
+class _Phase(record_function):
     def __enter__(self) -> Self:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         self._listener = _times.get()
         if self._listener is not None:
             self._start = self._listener.open()

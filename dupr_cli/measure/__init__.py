@@ -1,0 +1,1 @@
+"""Measures a machine with real steps: `bench` says what bounds a recipe, `plan` proposes one."""

@@ -1,0 +1,172 @@
+"""How long a run takes, and the memory and disk it needs, before its first step.
+
+The estimate counts operations and sizes of the network without computing anything, and measures
+only the device's matrix products. It is right within a factor of two or so, enough to tell hours
+from months; `dupr plan` measures real steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dupr_cli.models.backbone import as_backbone, make_backbone
+from dupr_cli.recipe.base import LEVELS
+from dupr_cli.recipe.pretrain import PretrainRecipe
+from dupr_cli.runtime.machine import device_memory_bytes, matrix_rate
+
+# Share of the rate of large matrix products that a whole step reaches. CPU: measured, see
+# docs/benchmarks.md. GPU: usual for ResNets in half precision.
+_UTILISATION = {"cpu": 0.45, "cuda": 0.25}
+# A forward pass of the key encoder, and a forward and a backward pass of the query encoder.
+_PASSES = 4
+# Key and query parameters, gradients and momentum.
+_COPIES = 4
+# What a process takes before it holds a network, and a loader process, in bytes.
+_PROCESS, _LOADER = {"cpu": 700 * 2**20, "cuda": 500 * 2**20}, 250 * 2**20
+_LONG_HOURS = 14 * 24
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take, without the waits for its data.
+
+    hours: of the steps that are left. memory_gib: peak on the device; on a CPU, of all processes.
+    disk_gib: of the checkpoints that are kept. measured: from real steps, not from operations.
+    """
+
+    images_per_second: float
+    hours: float
+    memory_gib: float
+    disk_gib: float
+    measured: bool = False
+
+    def __str__(self) -> str:
+        how = "measured" if self.measured else "from operations; `dupr plan` measures"
+        return (
+            f"about {describe_hours(self.hours)} at {self.images_per_second:.3g} images/s, "
+            f"{self.memory_gib:.1f} GiB of memory, {self.disk_gib:.1f} GiB of disk ({how})"
+        )
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """operations: of a forward pass of one image. activations: bytes that its backward pass needs.
+    parameters: their number, heads included."""
+
+    operations: float
+    activations: float
+    parameters: int
+
+
+def describe_hours(hours: float) -> str:
+    """A duration as people say it: 40 minutes, 7 hours, 12 days, 8 months."""
+    for size, unit in ((24 * 365, "years"), (24 * 30.4, "months"), (24, "days"), (1, "hours")):
+        if hours >= 2 * size:
+            return f"{hours / size:.0f} {unit}"
+    return f"{hours * 60:.0f} minutes"
+
+
+def network_size(recipe: PretrainRecipe) -> NetworkSize:
+    """Sizes of the backbone at the recipe's views, counted on tensors without values."""
+    # This module takes a second to import, and only an estimate needs it.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    method = recipe.method
+    kept: dict[int, Tensor] = {}  # holding them keeps their numbers apart
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[id(tensor)] = tensor
+        return tensor
+
+    with torch.device("meta"):
+        backbone = make_backbone(recipe.model.backbone, method.augmentation.channels)
+        backbone.train()
+        side = method.views.size
+        view = torch.empty(2, method.augmentation.channels, side, side)  # norms may need two
+        levels = [v for v in LEVELS if method.image.weights.get(v) or method.patch.weights.get(v)]
+        counter = FlopCounterMode(display=False)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), counter:
+            backbone(view, levels, levels[-1])
+    activations = sum(t.numel() * t.element_size() for t in kept.values()) / len(view)
+    channels = as_backbone(backbone).channels
+    kinds = [v for part in (method.image, method.patch) for v in LEVELS if part.weights.get(v)]
+    heads = sum(channels[v] * (channels[v] + method.embedding_dim) for v in kinds)
+    own = sum(p.numel() for p in backbone.parameters())
+    return NetworkSize(counter.get_total_flops() / len(view), activations, own + heads)
+
+
+def disk_gib(recipe: PretrainRecipe, size: NetworkSize) -> float:
+    """Of the checkpoints that a run keeps: both encoders, momentum and queues in float32."""
+    return recipe.train.keep_checkpoints * (3 * size.parameters + _queued(recipe)) * 4 / _GIB
+
+
+def memory_gib(recipe: PretrainRecipe, size: NetworkSize, device: torch.device) -> float:
+    """Peak memory of a process on its device; on a CPU, with its loader processes."""
+    bytes_each = 4 if recipe.train.precision == "float32" else 2
+    images = recipe.data.batch_size / recipe.train.accumulate
+    activations = size.activations * images * bytes_each / 4
+    if recipe.train.activation_checkpointing:
+        activations /= 4
+    state = (_COPIES * size.parameters + _queued(recipe)) * 4
+    loaders = recipe.data.workers * _LOADER if device.type == "cpu" else 0
+    return (_PROCESS[device.type] + state + activations + loaders) / _GIB
+
+
+def estimate(
+    recipe: PretrainRecipe, steps: int, device: torch.device, processes: int = 1
+) -> Estimate:
+    """The estimate for `steps` steps. processes: equal devices that share the batch."""
+    size = network_size(recipe)
+    directions = 2 if recipe.method.symmetric else 1
+    operations = directions * (_PASSES * size.operations + _loss_operations(recipe))
+    rate = matrix_rate(device, getattr(torch, recipe.train.precision))
+    images_per_second = processes * rate * _UTILISATION[device.type] / operations
+    hours = steps * recipe.data.batch_size / images_per_second / 3600
+    share = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(
+                update={"batch_size": recipe.data.batch_size // processes}
+            )
+        }
+    )
+    memory = memory_gib(share, size, device)
+    return Estimate(images_per_second, hours, memory, disk_gib(recipe, size))
+
+
+def estimate_warnings(found: Estimate, device: torch.device) -> list[str]:
+    """In plain words, what is absurd about a run on this device."""
+    warnings = []
+    if found.hours > _LONG_HOURS:
+        warnings.append(
+            f"this run would take about {describe_hours(found.hours)} on this device "
+            f"({found.images_per_second:.3g} images/s). `dupr plan SHARDS --hours 12` proposes a "
+            f"recipe that fits the time and the machine."
+        )
+    there = device_memory_bytes(device) / _GIB
+    if found.memory_gib > there:
+        warnings.append(
+            f"this run would need about {found.memory_gib:.0f} GiB of memory, and there are "
+            f"{there:.0f}. Use a smaller data.batch_size or method.views.size, or "
+            f"train.accumulate."
+        )
+    return warnings
+
+
+def _queued(recipe: PretrainRecipe) -> int:
+    """Numbers in all queues."""
+    method = recipe.method
+    queues = sum(bool(w) for part in (method.image, method.patch) for w in part.weights.values())
+    return queues * method.queue_length * method.embedding_dim
+
+
+def _loss_operations(recipe: PretrainRecipe) -> float:
+    """Of one image's contrast with the queues: similarities, and the weighted keys."""
+    method = recipe.method
+    queries = sum(bool(w) for w in method.image.weights.values())
+    queries += sum(method.patch.bins[v] ** 2 for v, w in method.patch.weights.items() if w)
+    return 4.0 * queries * method.queue_length * method.embedding_dim
