@@ -87,6 +87,13 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=COMMON),
 ]
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile",
+        help="Also record a few steps, as a trace and a table of the top costs in OUT/profile.",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dupr_cli.cli import evaluate_detections, evaluate_probes
-from dupr_cli.cli.command import Common, Planned, command, overrides
+from dupr_cli.cli.command import Common, Planned, Profile, command, overrides
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -127,6 +127,7 @@ class FineTuning:
             "--max-hours", min=0, help="Save and stop after this time, with exit code 75."
         ),
     ] = None
+    profile: Profile = False
 
 
 def voc(
@@ -318,6 +319,7 @@ def _carry_out(
     from dupr_cli.cli.launch import launch
     from dupr_cli.evaluate.scaling import limited, rescaled, scale_to_devices
     from dupr_cli.runtime.parallel import world_size
+    from dupr_cli.runtime.profiling import profiling
 
     processes, notes = max(options.nproc or 1, world_size()), []
     if options.iterations is not None:
@@ -351,13 +353,16 @@ def _carry_out(
         "max_hours": options.max_hours,
         "reporter": reporter,
     }
-    results: Results | LabelCurves
-    if isinstance(recipe.data.labels, list):
-        results = stage.run_labels(recipe, weights, data, out, baseline=options.baseline, **given)
-    elif options.baseline is not None:
+    if options.baseline is not None and not isinstance(recipe.data.labels, list):
         raise UsageError("--baseline needs several numbers of labels, such as --labels 50,100,all.")
-    else:
-        results = stage.run(recipe, weights, data, out, **given)
+    results: Results | LabelCurves
+    with profiling(out / "profile" if options.profile else None, reporter):
+        if isinstance(recipe.data.labels, list):
+            results = stage.run_labels(
+                recipe, weights, data, out, baseline=options.baseline, **given
+            )
+        else:
+            results = stage.run(recipe, weights, data, out, **given)
     return results if processes == 1 else None
 
 

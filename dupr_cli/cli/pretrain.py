@@ -14,6 +14,7 @@ from dupr_cli.cli.command import (
     DryRun,
     Overwrite,
     Planned,
+    Profile,
     Seed,
     Set,
     Workers,
@@ -96,6 +97,7 @@ def pretrain(
             help="Continue although this recipe key (or `data`) has changed. Repeatable.",
         ),
     ] = None,
+    profile: Profile = False,
     set_: Set = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -165,17 +167,20 @@ def pretrain(
         )
         launch(nproc or 1, nnodes, rendezvous, sys.argv[1:])
         return None
-    return stage.run(
-        resolved,
-        data,
-        out,
-        device=device,
-        overwrite=overwrite,
-        allow_changed=allow_changed or (),
-        max_hours=max_hours,
-        stop_after=stop_after,
-        reporter=reporter,
-    )
+    from dupr_cli.runtime.profiling import profiling
+
+    with profiling(out / "profile" if profile else None, reporter):
+        return stage.run(
+            resolved,
+            data,
+            out,
+            device=device,
+            overwrite=overwrite,
+            allow_changed=allow_changed or (),
+            max_hours=max_hours,
+            stop_after=stop_after,
+            reporter=reporter,
+        )
 
 
 def show(result: PretrainResult) -> None:

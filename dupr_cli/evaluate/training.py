@@ -28,6 +28,8 @@ from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.evaluate import DetectionTrainSection, EvaluateRecipe
 from dupr_cli.runtime.parallel import World, average_gradients
+from dupr_cli.runtime.phases import phase
+from dupr_cli.runtime.profiling import step_done
 from dupr_cli.runtime.state import TrainingState
 from dupr_cli.runtime.stopping import Limits, Stop, stopped
 
@@ -157,14 +159,19 @@ def train_detector(
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             train_backbone(iteration >= train.freeze_iterations)
-            losses = _seeded_losses(trial, next(batches), iteration)
+            with phase("data wait"):
+                batch = next(batches)
+            with phase("losses"):
+                losses = _seeded_losses(trial, batch, iteration)
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(scaler.scale(torch.stack(list(losses.values())).sum()))
+            with phase("backward"):
+                torch.autograd.backward(scaler.scale(torch.stack(list(losses.values())).sum()))
             average_gradients(parameters, world)
             if train.gradient_clip is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
-            scaler.step(optimizer)
+            with phase("optimizer"):
+                scaler.step(optimizer)
             scaler.update()
             sums.add(losses)
 
@@ -178,6 +185,7 @@ def train_detector(
                     losses_by_name = {f"{_LOSS}{k}": v for k, v in record.losses.items()}
                     trial.log.append({"step": count, "lr": lr, **losses_by_name})
                 progress.advance(0, f"loss {record.total:.3f}, lr {lr:.2g}{shown}")
+            step_done()
             progress.advance()
             if last or stopping or count % train.checkpoint_every == 0:
                 state.save(_checkpoint_facts(trial, count, sums), keep=1)

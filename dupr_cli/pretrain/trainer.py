@@ -25,6 +25,7 @@ from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.runtime.parallel import World
 from dupr_cli.runtime.phases import phase
+from dupr_cli.runtime.profiling import step_done
 from dupr_cli.runtime.state import TrainingState
 from dupr_cli.runtime.stopping import Limits, Stop, stopped
 from dupr_cli.views.pairs import ViewPairBatch
@@ -119,6 +120,7 @@ def train(
             else:
                 monitor.bad_step(step + 1, batch, shards)
 
+            step_done()
             progress.advance(1, monitor.status)
             last, code = step + 1 == steps, found.stop_code
             stopping = not last and (code or stop.steps_are_done(step + 1 - done))
