@@ -30,6 +30,12 @@ _STEP_SECONDS = {"cpu": 1.5, "cuda": 3.0}
 # The phases of a loader process, in the words of advice.
 _LOADER_WORDS = {"read": "reading the shards", "decode": "decoding", "crop": "cropping"}
 _BACKBONE = "backbone"
+_ADVICE = {
+    _BACKBONE: "The network itself is the bound: smaller views, train.precision, or a faster "
+    "device.",
+    "augment": "The colour changes take most of a step: leave out some of method.augmentation, or "
+    "use a faster device for them.",
+}
 
 
 @dataclass(frozen=True)
@@ -168,29 +174,21 @@ def _parts(step: StepCost) -> list[Part]:
 def _bound(
     parts: list[Part], loader: LoaderCost, waited: float, workers: int, suggested: int
 ) -> tuple[str, str]:
-    """The part to look at first, and what to do."""
+    """The part to look at first, and what to do. Waiting for data counts as a part of a step."""
+    share = parts[0].milliseconds / sum(part.milliseconds for part in parts)
+    waiting = ""
     if waited > _WAITING:
         slowest = max(loader.seconds, key=lambda name: loader.seconds[name])
-        bound = _LOADER_WORDS[slowest]
-        advice = f"Steps wait {waited:.0%} of the time for data, and most of it goes to {bound}."
+        words = _LOADER_WORDS[slowest]
+        waiting = f"Steps wait {waited:.0%} of the time for data, and most of it goes to {words}. "
         if suggested > workers:
-            return bound, f"{advice} Use --workers {suggested}."
-        if slowest == "read":
-            return bound, f"{advice} Copy the shards to a local disk, or use more --workers."
-        return bound, (
-            f"{advice} Make smaller images in `dupr prepare` (image.min_side), or use a machine "
-            f"with more cores."
-        )
-    bound = parts[0].name
-    if bound == _BACKBONE:
-        advice = (
-            "The network itself is the bound: smaller views, train.precision, or a faster device."
-        )
-    elif bound == "augment":
-        advice = (
-            "The colour changes take most of a step: leave out some of method.augmentation, or "
-            "use a faster device for them."
-        )
-    else:
-        advice = f"Most of a step goes to {bound}."
-    return bound, advice
+            waiting += f"Use --workers {suggested}. "
+        elif slowest == "read":
+            waiting += "Copy the shards to a local disk. "
+        else:
+            waiting += "Make smaller images in `dupr prepare` (image.min_side), or use more cores. "
+        if waited > share * (1 - waited):
+            return words, waiting.strip()
+    return parts[0].name, waiting + _ADVICE.get(
+        parts[0].name, f"Most of a step goes to {parts[0].name}."
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,20 +10,16 @@ import pytest
 import torch
 
 from tests.support.command_line import dupr, pretrain
+from tests.support.example_package import install
 from tests.support.labelled_scenes import make_tree
 from tests.support.processes import forked
 from tests.support.recipes import SMALL_DETECTOR
-
-EXAMPLE = Path(__file__).parents[1] / "example_backbone"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package, installed into a folder of its own."""
-    target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(target), str(EXAMPLE)], check=True)
-    return target
+    return install(tmp_path_factory.mktemp("site"))
 
 
 def test_every_stage_takes_it(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class Served:
     requests: list[str] = field(default_factory=list)
     failures: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    delay: float = 0.0  # seconds before each tar
     on_send: Callable[[int], None] = lambda _: None
 
 
@@ -35,6 +37,8 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         served = self.served
+        if self.path.endswith(".tar"):
+            time.sleep(served.delay)
         with served.lock:
             served.requests.append(self.path)
             fails = served.fail_every and len(served.requests) % served.fail_every == 0
@@ -75,9 +79,9 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path, fail_every: int = 0) -> Iterator[Served]:
+def serve(folder: Path, fail_every: int = 0, delay: float = 0.0) -> Iterator[Served]:
     """Serve a folder at `url` on this machine."""
-    served = Served(fail_every=fail_every)
+    served = Served(fail_every=fail_every, delay=delay)
     handler = partial(_Handler, served, directory=str(folder))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     served.url = f"http://127.0.0.1:{server.server_port}"
