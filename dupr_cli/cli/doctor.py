@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -41,6 +40,9 @@ def add_to(app: typer.Typer) -> None:
 
 def doctor() -> Diagnosis:
     """Report versions and hardware of this machine, with advice. Paste it into a bug report."""
+    # Here, because it takes as long as all of dupr's own part of `dupr --help`.
+    import importlib.metadata
+
     import torch
 
     versions = {"dupr": __version__, "python": platform.python_version()}
