@@ -26,7 +26,7 @@ from dupr_cli.artifacts.run import (
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.artifacts.weights import layout_of
 from dupr_cli.errors import UsageError
-from dupr_cli.models.backbone import load_backbone, make_backbone, require_levels
+from dupr_cli.models.backbone import make_backbone, require_fit, require_levels
 from dupr_cli.models.published import open_weights
 from dupr_cli.pretrain.data import BatchOrder
 from dupr_cli.pretrain.method import method_class
@@ -212,7 +212,7 @@ def _require_init(recipe: PretrainRecipe) -> None:
                 f"be converted. Start from random weights (model.init: null), or from weights for "
                 f"{counted(channels)}. (recipe key: model.init)"
             )
-        load_backbone(make_backbone(architecture, channels), weights)
+        require_fit(weights, architecture, channels)
 
 
 def _require_channels(recipe: PretrainRecipe, shards: ShardSet) -> None:
