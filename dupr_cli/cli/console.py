@@ -22,8 +22,6 @@ from dupr_cli.cli.pace import Pace, duration, fitted
 Clock = Callable[[], float]
 
 _LOG_EVERY_SECONDS = 15.0
-
-
 _BAR_WIDTH = 20
 
 

@@ -95,6 +95,7 @@ def report_error(message: str) -> None:
     if not (file and os.environ.get(_LAUNCHED)):
         print_error(message)
         return
+    # Here, because every command imports this module, and `--help` has no use for it.
     import json
 
     extra = {"py_callstack": "", "timestamp": str(int(time.time()))}

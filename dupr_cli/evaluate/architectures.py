@@ -19,6 +19,7 @@ def check_architecture(recipe: EvaluateRecipe, architecture: str) -> None:
     needs is missing."""
     model = recipe.detector.model
     if model in QUERY_MODELS:
+        # The other detectors need no package that may be missing, and take long to import.
         from dupr_cli.evaluate.detectors.detr import library
 
         library(model)
