@@ -274,8 +274,7 @@ def _recalls_of_a_second(positives: Integers) -> Floats:
 
     It is the one at the position of the bit length of n - 1.
     """
-    doublings = np.arange(1 + int(positives.max() - 1).bit_length(), dtype=np.float64)
-    recalls: Floats = np.exp2(1 - doublings)
+    recalls: Floats = np.ldexp(1.0, 1 - np.arange(1 + int(positives.max() - 1).bit_length()))
     return recalls
 
 
