@@ -15,7 +15,8 @@ class Task(Protocol):
     """Long work whose progress is counted."""
 
     def advance(self, count: int = 1, status: str = "") -> None:
-        """`count` more units are done; `status` is a short text shown beside the bar."""
+        """`count` more units are done. status: a short text shown beside them; its parts are two
+        spaces apart, the most important first, as a narrow terminal leaves out the last ones."""
         ...
 
 

@@ -218,6 +218,7 @@ def _are_options(kind: object) -> TypeGuard[type[DataclassInstance]]:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
+@functools.cache
 def _options_of(group: type[DataclassInstance]) -> list[inspect.Parameter]:
     """The fields of a dataclass as parameters of a function."""
     kinds = get_type_hints(group, include_extras=True)

@@ -9,98 +9,123 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from dupr_cli.cli.pace import Pace, duration, fitted
+
+Clock = Callable[[], float]
 
 _LOG_EVERY_SECONDS = 15.0
+_BAR_WIDTH = 20
+
+
+class _Progress:
+    """The state of counted work and the texts that describe it.
+
+    A status has parts, two spaces apart, the most important one first.
+    """
+
+    def __init__(self, description: str, total: int, unit: str, done: int, clock: Clock):
+        self.description, self.total, self.unit, self.done = description, total, unit, done
+        self._pace, self._status = Pace(clock), ""
+
+    def advance(self, count: int, status: str) -> None:
+        self.done += count
+        self._pace.advance(count)
+        self._status = status or self._status
+
+    @property
+    def counted(self) -> str:
+        return f"{self.description} {self.done}/{self.total} {self.unit}"
+
+    @property
+    def left(self) -> str:
+        if self.done >= self.total:
+            return "done"
+        rate = self._pace.rate
+        return f"{duration((self.total - self.done) / rate)} left" if rate else ""
+
+    @property
+    def rate(self) -> str:
+        return f"{rate:.3g}/s" if (rate := self._pace.rate) else ""
+
+    @property
+    def status(self) -> list[str]:
+        return [part for part in self._status.split("  ") if part]
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.done / self.total) if self.total else 1.0
 
 
 class _LiveTask:
-    """A rich progress bar; the rate is the mean over the whole task."""
+    """One live line on a terminal: of what does not fit, the details go first."""
 
-    def __init__(self, console: Console, description: str, total: int, unit: str, done: int):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+    def __init__(self, console: Console, progress: _Progress):
+        from rich.live import Live
 
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[status]}"),
-            console=console,
-            transient=True,
-        )
-        self._task = self.progress.add_task(
-            description, total=total, completed=done, rate="", status=""
-        )
-        self._unit, self._new, self._start = unit, 0, time.monotonic()
-        self._status = ""
+        self._progress = progress
+        self.live = Live(self, console=console, transient=True)
 
     def advance(self, count: int = 1, status: str = "") -> None:
-        self._new += count
-        rate = self._new / max(1e-9, time.monotonic() - self._start)
-        self._status = status or self._status
-        self.progress.update(
-            self._task,
-            advance=count,
-            rate=f"{rate:.3g} {self._unit}/s",
-            status=self._status,
-        )
+        self._progress.advance(count, status)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        progress = self._progress
+        filled = round(_BAR_WIDTH * progress.share)
+        bar = "━" * filled + " " * (_BAR_WIDTH - filled)
+        first, *details = progress.status or [""]
+        parts = [
+            (0, progress.counted, "bold"),
+            (3, bar, "green"),
+            (0, progress.left, "cyan"),
+            (0, first, ""),
+            (1, progress.rate, ""),
+            *((2, detail, "dim") for detail in details),
+        ]
+        parts = [part for part in parts if part[1]]
+        shown = fitted([(rank, text) for rank, text, _ in parts], options.max_width)
+        line = Text("  ").join(Text(parts[place][1], parts[place][2]) for place in shown)
+        line.no_wrap, line.overflow = True, "ellipsis"
+        yield line
 
 
 class _LogTask:
     """Prints a line to a log at regular intervals and at the end."""
 
-    def __init__(self, console: Console, description: str, total: int, unit: str, done: int):
-        self._console, self._description = console, description
-        self._total, self._unit, self._done, self._new = total, unit, done, 0
-        self._start = self._last = time.monotonic()
-        self._status = ""
+    def __init__(self, console: Console, progress: _Progress, clock: Clock):
+        self._console, self._progress, self._clock = console, progress, clock
+        self._last = clock()
 
     def advance(self, count: int = 1, status: str = "") -> None:
-        self._done += count
-        self._new += count
-        self._status = status or self._status
-        now = time.monotonic()
-        if now - self._last >= _LOG_EVERY_SECONDS or self._done == self._total:
+        progress = self._progress
+        progress.advance(count, status)
+        now = self._clock()
+        if now - self._last >= _LOG_EVERY_SECONDS or progress.done == progress.total:
             self._last = now
-            self._print(now)
-
-    def _print(self, now: float) -> None:
-        rate = self._new / max(1e-9, now - self._start)
-        left = (self._total - self._done) / max(1e-9, rate)
-        parts = [
-            f"{self._description} {self._done}/{self._total} {self._unit}",
-            f"{rate:.3g}/s",
-            f"{_duration(left)} left" if self._done < self._total else "done",
-            self._status,
-        ]
-        line = "  ".join(part for part in parts if part)
-        self._console.print(escape(line), highlight=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+            parts = [progress.counted, progress.rate, progress.left, *progress.status]
+            line = "  ".join(part for part in parts if part)
+            self._console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 class ConsoleReporter:
     """The reporter of the command line. verbosity: -1 quiet, 0 normal, 1 verbose."""
 
-    def __init__(self, verbosity: int = 0) -> None:
+    def __init__(
+        self,
+        verbosity: int = 0,
+        console: Console | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self.verbosity = verbosity
-        self.console = Console(stderr=True, emoji=False)
+        self.console = console or Console(stderr=True, emoji=False)
+        self._clock = clock
 
     def info(self, message: str) -> None:
         if self.verbosity >= 0:
@@ -119,14 +144,15 @@ class ConsoleReporter:
     def task(
         self, description: str, total: int, unit: str, done: int = 0
     ) -> Iterator[_LiveTask | _LogTask | _QuietTask]:
+        progress = _Progress(description, total, unit, done, self._clock)
         if self.verbosity < 0:
             yield _QuietTask()
         elif self.console.is_terminal:
-            live = _LiveTask(self.console, description, total, unit, done)
-            with live.progress:
-                yield live
+            task = _LiveTask(self.console, progress)
+            with task.live:
+                yield task
         else:
-            yield _LogTask(self.console, description, total, unit, done)
+            yield _LogTask(self.console, progress, self._clock)
 
 
 class _QuietTask:

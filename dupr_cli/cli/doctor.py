@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 from dataclasses import dataclass
@@ -40,6 +39,9 @@ def add_to(app: typer.Typer) -> None:
 
 def doctor() -> Diagnosis:
     """Report versions and hardware of this machine, with advice. Paste it into a bug report."""
+    # Here, because it takes as long as all of dupr's own part of `dupr --help`.
+    import importlib.metadata
+
     import torch
 
     from dupr_cli.runtime.machine import cores, memory_bytes

@@ -6,7 +6,6 @@ process passes its final error message through a file to the launcher, which pri
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -96,5 +95,8 @@ def report_error(message: str) -> None:
     if not (file and os.environ.get(_LAUNCHED)):
         print_error(message)
         return
+    # Here, because every command imports this module, and `--help` has no use for it.
+    import json
+
     extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
     Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,6 +189,9 @@ def prepare(
 
 def _start_server_of_workers() -> None:
     """Start the server that workers fork from; it imports their modules while we import ours."""
+    # Here, so that `--help` of the other commands does not wait for it.
+    from multiprocessing import forkserver
+
     forkserver.set_forkserver_preload(["dupr_cli.prepare.engines"])
     forkserver.ensure_running()
 

@@ -31,16 +31,11 @@ def add_to(app: typer.Typer) -> None:
 
 def list_recipes() -> list[dict[str, str]]:
     """List the recipes that ship with dupr."""
-    from dupr_cli.recipe import RECIPE_MODELS, load_recipe, shipped_recipes
+    from dupr_cli.recipe import RECIPE_MODELS, shipped_recipes
+    from dupr_cli.recipe.load import recipe_description
 
     return [
-        {
-            "stage": path.parent.name,
-            "name": name,
-            "description": str(
-                load_recipe(RECIPE_MODELS[path.parent.name], str(path)).model_dump()["description"]
-            ),
-        }
+        {"stage": stage, "name": name, "description": recipe_description(path, stage)}
         for stage in RECIPE_MODELS
         for name, path in shipped_recipes(stage).items()
     ]

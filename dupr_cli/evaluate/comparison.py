@@ -29,7 +29,7 @@ from dupr_cli.artifacts.weights import SUPERVISED
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.datasets.pixel_statistics import measured_input
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.detectors import check_architecture
+from dupr_cli.evaluate.architectures import check_architecture
 from dupr_cli.evaluate.features import (
     FEATURES_FOLDER,
     Features,

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
-from dupr_cli.evaluate.detectors import ImageMaps, Target
+from dupr_cli.evaluate.detector_data import ImageMaps, Target
 from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
 from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World

@@ -33,8 +33,7 @@ from dupr_cli.evaluate.detection_data import (
     resized_size,
     resized_target,
 )
-from dupr_cli.evaluate.detectors import ImageMaps
-from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS
+from dupr_cli.evaluate.detector_data import DENSE_LEVELS, ImageMaps
 from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights
 from dupr_cli.models.frozen import FrozenBackbone, freeze, normalised_batch
 from dupr_cli.progress import Reporter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ from torch.nn.functional import grid_sample
 
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
 from dupr_cli.evaluate.detection_data import Batch
-from dupr_cli.evaluate.detectors import Detector, FrozenDetector, HeadOutput
+from dupr_cli.evaluate.detector_data import HeadOutput
 from dupr_cli.metrics.types import Detections, Rle
 from dupr_cli.progress import Reporter
 from dupr_cli.runtime.parallel import World
+
+if TYPE_CHECKING:
+    from dupr_cli.evaluate.detectors import Detector, FrozenDetector
 
 
 def positions_of(world: World, images: int) -> list[int]:

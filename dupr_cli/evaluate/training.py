@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from dupr_cli.artifacts.run import CheckpointState, MetricsLog
 from dupr_cli.errors import RunError
 from dupr_cli.evaluate.detection_data import Batch
-from dupr_cli.evaluate.detectors import Detector, FrozenDetector
-from dupr_cli.evaluate.detectors.norms import batch_norms
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
@@ -32,6 +30,9 @@ from dupr_cli.runtime.phases import phase
 from dupr_cli.runtime.profiling import step_done
 from dupr_cli.runtime.state import TrainingState
 from dupr_cli.runtime.stopping import Limits, Stop, stopped
+
+if TYPE_CHECKING:
+    from dupr_cli.evaluate.detectors import Detector, FrozenDetector
 
 _LOSS = "loss/"
 _SUM = "sum/"
@@ -117,6 +118,9 @@ def make_optimizer(detector: nn.Module, train: DetectionTrainSection) -> torch.o
 
 
 def _backbone_parameters(detector: nn.Module) -> list[nn.Parameter]:
+    # Detectors are made of torchvision's parts, whose import no dry run needs to wait for.
+    from dupr_cli.evaluate.detectors import Detector
+
     return list(detector.backbone.parameters()) if isinstance(detector, Detector) else []
 
 
@@ -275,6 +279,8 @@ def _checkpoint_facts(trial: Trial, iteration: int, sums: _Sums) -> CheckpointSt
 
 def measure_batch_norm(trial: Trial, batches: Iterator[Batch], reporter: Reporter) -> None:
     """Measure batch-norm statistics over test.precise_bn_batches training batches."""
+    from dupr_cli.evaluate.detectors.norms import batch_norms
+
     count, norms = trial.recipe.test.precise_bn_batches, batch_norms(trial.detector)
     if not count or not norms:
         return

@@ -11,19 +11,13 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dupr_cli.artifacts.files import remove_leftovers, write_text
 from dupr_cli.artifacts.results import TrialResult
 from dupr_cli.artifacts.run import CHECKPOINTS, METRICS_FILE, training_files
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.evaluate.detection_data import Batch, test_batches, training_batches
-from dupr_cli.evaluate.detectors import (
-    Detector,
-    FrozenDetector,
-    build_detector,
-    build_frozen_detector,
-)
-from dupr_cli.evaluate.detectors.norms import freeze_up_to
 from dupr_cli.evaluate.features import Features, measured_batches, training_pixels
 from dupr_cli.evaluate.inference import detect_all, positions_of
 from dupr_cli.evaluate.results_table import detection_rows, detections_from_rows
@@ -37,6 +31,9 @@ from dupr_cli.recipe.base import Level
 from dupr_cli.runtime.output import damaged_result, read_result, remove, write_result
 from dupr_cli.runtime.parallel import World
 from dupr_cli.runtime.stopping import Limits
+
+if TYPE_CHECKING:
+    from dupr_cli.evaluate.detectors import Detector, FrozenDetector
 
 DETECTIONS_FILE = "detections.json"
 
@@ -68,6 +65,9 @@ def run_trial(
     features: of the backbone, if all of it is frozen.
     Raises RunError, StoppedRunError; see `train_detector`.
     """
+    # Detectors are made of torchvision's parts, whose import no dry run needs to wait for.
+    from dupr_cli.evaluate.detectors import build_detector, build_frozen_detector
+
     reporter = reporter if world.is_main else SilentReporter()
     name = compared.folder if recipe.trials == 1 else f"{compared.folder} seed {seed}"
     detector: Detector | FrozenDetector
@@ -136,6 +136,8 @@ def _freeze(
     classes: Sequence[str],
 ) -> None:
     """Freeze the backbone up to a level, with batch norm measured on the training images."""
+    from dupr_cli.evaluate.detectors.norms import freeze_up_to
+
     count = measured_batches(recipe, train)
     with measured_statistics(detector.backbone):
         for images in training_pixels(recipe, train, classes, count):

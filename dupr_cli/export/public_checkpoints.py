@@ -44,7 +44,7 @@ from dupr_cli.models.naming import (
     sequential_name,
     transformers_name,
 )
-from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.models.resnet_shapes import Shape, resnet_shapes
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 
 _COUNTER = "num_batches_tracked"
@@ -233,12 +233,11 @@ def _architecture(own: Mapping[str, Tensor], naming: _Naming, address: str) -> s
 
 
 @cache
-def _shapes(architecture: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {n: t.shape for n, t in ResNetBackbone(architecture).state_dict().items()}
+def _shapes(architecture: str) -> dict[str, Shape]:
+    return resnet_shapes(architecture, in_channels=3)
 
 
-def _sides(shape: torch.Size) -> str:
+def _sides(shape: Shape) -> str:
     return "x".join(map(str, shape)) or "a single number"
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torchvision
-
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import UsageError
 from dupr_cli.export.arrival import Arrival, check_module, check_tensors, load_into
@@ -31,6 +29,9 @@ def check_in(detector: str, weights: Weights) -> Arrival:
     if path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt"):
         state = dict(flat_tensors(read_checkpoint(path, detector)))
         return check_tensors(state, weights, detector)
+    # Here, because torchvision also loads torch's compiler, which no dry run needs.
+    import torchvision
+
     names = torchvision.models.list_models(module=torchvision.models.detection)
     if detector in names:
         model = torchvision.models.get_model(detector, weights=None, weights_backbone=None)

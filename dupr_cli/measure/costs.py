@@ -20,7 +20,7 @@ from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
 from dupr_cli.models.backbone import make_backbone
 from dupr_cli.pretrain.data import BatchOrder, ViewPairs, training_batches
-from dupr_cli.pretrain.estimate import NetworkSize, estimate, memory_gib, network_size
+from dupr_cli.pretrain.estimate import NetworkSize, estimate_run, memory_gib, network_size
 from dupr_cli.pretrain.step import Training, autocast, memory_format
 from dupr_cli.pretrain.trainer import timed
 from dupr_cli.recipe.base import LEVELS
@@ -106,7 +106,7 @@ def affordable(
     recipe: PretrainRecipe, device: torch.device, size: NetworkSize, seconds: float
 ) -> PretrainRecipe:
     """The recipe with as much of its batch as a step of about `seconds` and the memory allow."""
-    rate = estimate(recipe, 1, device).images_per_second
+    rate = estimate_run(recipe, 1, device).images_per_second
     images = min(recipe.data.batch_size // recipe.train.accumulate, max(1, int(rate * seconds)))
     found = reduced(recipe, images)
     room = _ROOM * device_memory_bytes(device) / 2**30

@@ -1,6 +1,6 @@
 """The metrics of detection: one function for all of them, selected by name.
 
-VOC's average precision is computed here (voc.py), COCO's by pycocotools (coco.py).
+VOC's average precision is computed here (voc.py), COCO's by faster-coco-eval (coco.py).
 """
 
 from __future__ import annotations

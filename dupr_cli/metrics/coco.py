@@ -1,8 +1,9 @@
-"""COCO's average precision and recall, of boxes and of masks, computed by pycocotools itself.
+"""COCO's average precision and recall, of boxes and of masks, computed by faster-coco-eval.
 
-Objects and detections are written as COCO's JSON and given to COCOeval, whose numbers are returned
-unchanged except for the factor of 100. COCO's own files should be given by their content
-(`coco_json_scores`), because x + width - x need not equal the width in the file.
+Objects and detections are written as COCO's JSON and given to COCOeval_faster, whose numbers are
+returned as percentages. They equal those of pycocotools to the last bit, for which the precision of
+a single detection needs a correction (`_as_pycocotools_rounds`). COCO's own files should be given
+by their content (`coco_json_scores`), because x + width - x need not equal the width in the file.
 
 Crowd regions follow COCO: a detection that matches one by the threshold counts as neither right nor
 wrong. COCO has no difficult objects. Here they are ignored as COCO ignores objects outside a size
@@ -13,14 +14,21 @@ Source: pycocotools, COCOeval and COCOeval.summarize.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
-from dupr_cli.metrics.types import Detections, Rle, Scores, Truth, threshold_name
+from dupr_cli.metrics.types import (
+    Detections,
+    Floats,
+    Integers,
+    Rle,
+    Scores,
+    Truth,
+    threshold_name,
+)
 
 # In the order of COCOeval.stats.
 STATISTICS = (
@@ -81,12 +89,9 @@ def truths_json(truths: Sequence[Truth], classes: Sequence[str]) -> Json:
     """The content of a COCO file: images 1 to n, categories 1 to the number of classes."""
     annotations: list[Json] = []
     for image, truth in enumerate(truths, 1):
-        for number, (box, label) in enumerate(zip(truth.boxes, truth.labels, strict=True)):
-            annotation = {
-                **_entry(image, box, label, truth.masks, number),
-                "id": len(annotations) + 1,
-                "iscrowd": int(truth.crowd is not None and truth.crowd[number]),
-            }
+        for number, annotation in enumerate(_entries(image, truth)):
+            annotation["id"] = len(annotations) + 1
+            annotation["iscrowd"] = int(truth.crowd is not None and truth.crowd[number])
             annotation["area"] = _area(truth, number, annotation)
             annotations.append(annotation)
     return {
@@ -98,25 +103,26 @@ def truths_json(truths: Sequence[Truth], classes: Sequence[str]) -> Json:
 
 def detections_json(detections: Sequence[Detections]) -> list[Json]:
     """The content of a COCO results file, for the numbers of `truths_json`."""
-    return [
-        {**_entry(image, box, label, found.masks, number), "score": float(found.scores[number])}
-        for image, found in enumerate(detections, 1)
-        for number, (box, label) in enumerate(zip(found.boxes, found.labels, strict=True))
+    results: list[Json] = []
+    for image, found in enumerate(detections, 1):
+        entries = _entries(image, found)
+        for entry, score in zip(entries, found.scores.tolist(), strict=True):
+            entry["score"] = score
+        results += entries
+    return results
+
+
+def _entries(image: int, objects: Truth | Detections) -> list[Json]:
+    corners = np.asarray(objects.boxes, dtype=np.float64).reshape(-1, 4)
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+    categories = (np.asarray(objects.labels) + 1).tolist()
+    entries = [
+        {"image_id": image, "category_id": category, "bbox": box}
+        for category, box in zip(categories, boxes, strict=True)
     ]
-
-
-def _entry(
-    image: int, box: np.ndarray[Any, Any], label: int, masks: tuple[Rle, ...] | None, number: int
-) -> Json:
-    x_min, y_min, x_max, y_max = (float(edge) for edge in box)
-    entry: Json = {
-        "image_id": image,
-        "category_id": int(label) + 1,
-        "bbox": [x_min, y_min, x_max - x_min, y_max - y_min],
-    }
-    if masks is not None:
-        entry["segmentation"] = dict(masks[number])
-    return entry
+    for entry, mask in zip(entries, objects.masks or (), strict=objects.masks is not None):
+        entry["segmentation"] = dict(mask)
+    return entries
 
 
 def _size(image: int, masks: tuple[Rle, ...] | None) -> Json:
@@ -140,36 +146,19 @@ def coco_json_scores(
     kind: str,
     ious: Sequence[float] = (),
 ) -> Scores:
-    """COCOeval on the content of COCO's files. kind: bbox or segm.
+    """COCO's metric on the content of COCO's files. kind: bbox or segm.
 
     Annotations may lack iscrowd, area (the box's area is used) and id. Classes without an object
     to find are left out, as are numbers that COCOeval reports as -1.
     Raises ValueError when no class has an object to find.
     """
-    from pycocotools.coco import COCO
-
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO()
-        # COCOeval writes into the entries. It takes the id 0 for "not found" and merges entries
-        # with the same id, so all ids are renumbered; the order in the file stays.
-        truth.dataset = {
-            **content,
-            "annotations": [
-                {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a, "id": number}
-                for number, a in enumerate(content.get("annotations") or [], 1)
-            ],
-        }
-        truth.createIndex()
-        found = _results(truth, [dict(row) for row in results], kind)
-        main, stats = _evaluate(truth, found, kind)
-        more = _evaluate(truth, found, kind, ious)[0] if ious else None
+    precision, stats = _evaluate(*_numbered(content, results, kind), kind, ious)
+    # Categories have the numbers of their places in the order of ids.
     rows = {
         category["name"]: row
-        for place, category in enumerate(sorted(content["categories"], key=lambda c: c["id"]))
-        if (row := _class_row(main, more, place, ious))
+        for place, category in enumerate(sorted(content["categories"], key=_order))
+        if (row := _class_row(precision, place, ious))
     }
-    if not rows:
-        raise ValueError("no class has an object to find")
     metrics = dict(zip(STATISTICS, (100 * stats).tolist(), strict=True))
     for iou in ious:
         name = threshold_name(iou)
@@ -177,43 +166,139 @@ def coco_json_scores(
     return Scores({name: value for name, value in metrics.items() if value >= 0}, rows)
 
 
-def _results(truth: Any, rows: list[Json], kind: str) -> Any:
-    if rows and kind == "segm":
-        # With a box, COCO uses its area for the mask, which would change small and large.
-        for row in rows:
-            row.pop("bbox", None)
-    if rows:
-        return truth.loadRes(rows)
-    # loadRes rejects an empty list.
-    empty = type(truth)()
-    empty.dataset = {**truth.dataset, "annotations": []}
-    empty.createIndex()
-    return empty
+def _order(row: Mapping[str, Any]) -> tuple[bool, Any]:
+    """Numbers before text: ids may be either."""
+    return isinstance(row["id"], str), row["id"]
+
+
+def _numbered(
+    content: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: str
+) -> tuple[Json, Json]:
+    """Both files with only what the metric reads, and with whole numbers as ids.
+
+    COCOeval writes into the entries, so they are copies. faster-coco-eval needs whole numbers;
+    COCOeval takes the id 0 for "not found" and merges entries with the same id. The order of ids,
+    which decides between equal scores, stays, as does the order in the files.
+    """
+    images = sorted(content["images"], key=_order)
+    image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
+    categories = sorted(content["categories"], key=_order)
+    category_ids = {category["id"]: number for number, category in enumerate(categories, 1)}
+    region = "bbox" if kind == "bbox" else "segmentation"
+    objects = [
+        {
+            "id": number,
+            "image_id": image_ids[row["image_id"]],
+            "category_id": category_ids[row["category_id"]],
+            region: row[region],
+            "area": row["area"] if "area" in row else row["bbox"][2] * row["bbox"][3],
+            "iscrowd": row.get("iscrowd", 0),
+        }
+        for number, row in enumerate(content.get("annotations") or [], 1)
+    ]
+    found = [
+        {
+            "id": number,
+            "image_id": image_ids[row["image_id"]],
+            "category_id": category_ids[row["category_id"]],
+            region: of_row,
+            "area": area,
+            "score": row["score"],
+        }
+        for number, (row, of_row, area) in enumerate(
+            zip(results, *_regions(results, kind), strict=True), 1
+        )
+    ]
+    shared = {
+        "images": [{**image, "id": number} for number, image in enumerate(images, 1)],
+        "categories": [{"id": number} for number in category_ids.values()],
+    }
+    return {**shared, "annotations": objects}, {**shared, "annotations": found}
+
+
+def _regions(results: Sequence[Mapping[str, Any]], kind: str) -> tuple[list[Any], list[float]]:
+    """Boxes or masks of detections, and their areas.
+
+    The area of a mask is its own, also where the results have a box for it. If they have no boxes,
+    these follow from the masks, and COCO.loadRes keeps the masks' areas for them.
+    """
+    if kind == "bbox" and all("bbox" in row for row in results):
+        boxes = [row["bbox"] for row in results]
+        return boxes, [width * height for _, _, width, height in boxes]
+    masks = [row["segmentation"] for row in results]
+    # One by one, because pycocotools cannot count more than 255 masks at a time.
+    areas = [float(coco_mask.area(mask)) for mask in masks]
+    return (masks if kind == "segm" else coco_mask.toBbox(masks).tolist()), areas
 
 
 def _evaluate(
-    truth: Any, found: Any, kind: str, ious: Sequence[float] | None = None
-) -> tuple[Any, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Precision (T, 101, classes, sizes, detections per image), -1 where undefined; and stats."""
-    from pycocotools.cocoeval import COCOeval
+    objects: Json, found: Json, kind: str, ious: Sequence[float]
+) -> tuple[Floats, Floats]:
+    """Precision (T, 101, classes, sizes, detections per image), -1 where undefined; and stats.
 
-    evaluation = COCOeval(truth, found, kind)
-    if ious is not None:
-        evaluation.params.iouThrs = np.array(ious, dtype=np.float64)
+    T: COCO's ten thresholds of IoU, then `ious`. Raises ValueError when there is nothing to find.
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    evaluation = COCOeval_faster(COCO(objects), COCO(found), kind)
+    settings = evaluation.params
+    positives = _objects_to_find(objects, settings.areaRng)
+    if not positives.any():
+        raise ValueError("no class has an object to find")
+    thresholds, recalls = settings.iouThrs, settings.recThrs
+    settings.iouThrs = np.array([*thresholds, *ious])
+    settings.recThrs = np.concatenate([recalls, _recalls_of_a_second(positives)])
     evaluation.evaluate()
     evaluation.accumulate()
-    if ious is None:
-        evaluation.summarize()
-    return evaluation.eval["precision"], np.array(evaluation.stats)
+    curves = evaluation.eval
+    precision = _as_pycocotools_rounds(curves["precision"], len(recalls), positives)
+    settings.iouThrs = thresholds
+    curves["precision"] = precision[: len(thresholds)]
+    curves["recall"] = curves["recall"][: len(thresholds)]
+    evaluation.summarize()
+    return precision, np.array(evaluation.stats[: len(STATISTICS)])
 
 
-def _class_row(main: Any, more: Any, place: int, ious: Sequence[float]) -> dict[str, float]:
+def _objects_to_find(objects: Json, area_ranges: Sequence[Sequence[float]]) -> Integers:
+    """(classes, sizes) number of objects that are neither crowd nor of another size."""
+    counts = np.zeros((len(objects["categories"]), len(area_ranges)), dtype=np.int64)
+    for entry in objects["annotations"]:
+        if not entry["iscrowd"]:
+            fits = [low <= entry["area"] <= high for low, high in area_ranges]
+            counts[entry["category_id"] - 1] += fits
+    return counts
+
+
+def _recalls_of_a_second(positives: Integers) -> Floats:
+    """2, 1, 1/2, 1/4, ...: for any number n of objects, one lies above 1/n and not above 2/n.
+
+    It is the one at the position of the bit length of n - 1.
+    """
+    recalls: Floats = np.ldexp(1.0, 1 - np.arange(1 + int(positives.max() - 1).bit_length()))
+    return recalls
+
+
+def _as_pycocotools_rounds(precision: Floats, recalls: int, positives: Integers) -> Floats:
+    """The precision at the first `recalls` recalls; the others are those of a second found object.
+
+    pycocotools adds np.spacing(1) to the number of detections. That alters the quotient of a single
+    detection only, to 1 - 2.2e-16. Where two objects are found before the first wrong detection,
+    their precision of 1 replaces it; otherwise nothing else on the curve reaches 1.
+    """
+    # frexp's exponent of a whole number is its bit length.
+    place = recalls + np.frexp(np.maximum(positives - 1, 0))[1]
+    second = np.take_along_axis(precision, place[None, None, :, :, None], axis=1)
+    curves = precision[:, :recalls]
+    return np.where((curves == 1) & (second < 1), 1 / (1 + float(np.spacing(1))), curves)
+
+
+def _class_row(precision: Floats, place: int, ious: Sequence[float]) -> dict[str, float]:
     """AP, AP50, AP75 of one class, all sizes, 100 detections; empty if it has no object."""
-    precision = main[:, :, place, 0, -1]
-    if precision[0, 0] < 0:
+    curves = precision[:, :, place, 0, -1]
+    if curves[0, 0] < 0:
         return {}
-    # The thresholds are 0.50, 0.55, ... 0.95.
-    row = {"AP": precision.mean(), "AP50": precision[0].mean(), "AP75": precision[5].mean()}
-    for number, iou in enumerate(ious):
-        row.setdefault(threshold_name(iou), more[number, :, place, 0, -1].mean())
+    # The thresholds are 0.50, 0.55, ... 0.95, then `ious`.
+    row = {"AP": curves[:10].mean(), "AP50": curves[0].mean(), "AP75": curves[5].mean()}
+    for curve, iou in zip(curves[10:], ious, strict=True):
+        row.setdefault(threshold_name(iou), curve.mean())
     return {name: 100 * float(value) for name, value in row.items()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import UsageError
 from dupr_cli.models.resnet import ResNetBackbone
+from dupr_cli.models.resnet_shapes import Shape, is_torchvision, resnet_shapes
 from dupr_cli.plugins import BACKBONES, load_plugin, plugin_names
 from dupr_cli.recipe.base import Level
 
@@ -88,19 +89,47 @@ def require_levels(backbone: nn.Module, levels: Collection[Level], purpose: str)
         )
 
 
+def require_levels_of(architecture: str, levels: Collection[Level], purpose: str) -> None:
+    """`require_levels` for a network by its name; torchvision's ResNets, which have all levels, are
+    not built. Raises UsageError also as `make_backbone` does."""
+    if not is_torchvision(architecture):
+        require_levels(make_backbone(architecture), levels, purpose)
+
+
 def load_backbone(module: nn.Module, weights: Weights) -> int:
     """Load weights into a `Backbone`, all tensors or none; returns their number.
 
     Raises UsageError with the names that do not match when the weights are incomplete or belong to
     another architecture.
     """
-    own, given = module.state_dict(), as_backbone(module).own_names(weights.tensors)
+    backbone = as_backbone(module)
+    given = backbone.own_names(weights.tensors)
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    _require_same(own, given, weights, backbone.architecture)
+    module.load_state_dict(given)
+    return len(own)
+
+
+def require_fit(weights: Weights, architecture: str, channels: int) -> int:
+    """Whether `load_backbone` would load the weights into this architecture; returns the number of
+    tensors. torchvision's ResNets are not built. Raises UsageError as both functions do."""
+    if not is_torchvision(architecture):
+        return load_backbone(make_backbone(architecture, channels), weights)
+    own = resnet_shapes(architecture, channels)
+    _require_same(own, weights.tensors, weights, architecture)
+    return len(own)
+
+
+def _require_same(
+    own: Mapping[str, Shape], given: Mapping[str, Tensor], weights: Weights, wanted: str
+) -> None:
+    """own: names and shapes of a network's tensors. given: the weights under its names."""
     missing = sorted(own.keys() - given.keys())
     unknown = sorted(given.keys() - own.keys())
     shapes = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+        f"{name} {tuple(given[name].shape)} instead of {own[name]}"
         for name in own.keys() & given.keys()
-        if own[name].shape != given[name].shape
+        if own[name] != tuple(given[name].shape)
     ]
     if missing or unknown or shapes:
         matched = len(own) - len(missing) - len(shapes)
@@ -113,14 +142,12 @@ def load_backbone(module: nn.Module, weights: Weights) -> int:
             )
             if names
         ]
-        wanted, theirs = as_backbone(module).architecture, weights.metadata.architecture
+        theirs = weights.metadata.architecture
         of = "" if theirs == wanted else f" of a {theirs}"
         raise UsageError(
             f"{weights.address}: the weights{of} do not fit a {wanted}: "
             f"{matched} of {len(own)} tensors match, {', '.join(parts)}. Nothing was loaded."
         )
-    module.load_state_dict(given)
-    return len(own)
 
 
 def fitted(weights: Weights) -> Weights:

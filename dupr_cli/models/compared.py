@@ -18,7 +18,7 @@ from dupr_cli.artifacts.hub_weights import HUB
 from dupr_cli.artifacts.pixel_formats import RGB_INPUT, NetworkInput, described
 from dupr_cli.artifacts.weights import Weights, read_weights
 from dupr_cli.errors import UsageError
-from dupr_cli.models.backbone import load_backbone, make_backbone
+from dupr_cli.models.backbone import require_fit
 from dupr_cli.models.published import is_published, open_weights, timm_architecture
 from dupr_cli.recipe.base import PERMUTED, TIMM
 
@@ -140,9 +140,8 @@ def _open_one(
             f"{address}: the weights are of a {architecture}, but the recipe asks for {fixed}. Set "
             f"detector.backbone to auto or {architecture}. (recipe key: detector.backbone)"
         )
-    # Load it once here, so that a tensor that does not fit is found before training starts.
-    backbone = make_backbone(architecture, weights.metadata.input.channels)
-    count, total = load_backbone(backbone, weights), len(backbone.state_dict())
+    # Checked here, so that a tensor that does not fit is found before training starts.
+    count = require_fit(weights, architecture, weights.metadata.input.channels)
     # Resolving the path gives a name even to a run given as `.`.
     source = address.removeprefix(PERMUTED)
     published = is_published(source) or source.startswith(HUB)
@@ -150,6 +149,6 @@ def _open_one(
     if address != source:
         name = f"permuted-{name}"
     plain = re.sub(r"[^\w.-]+", "-", name)[:40]
-    loaded = f"{count} of {total} tensors of the {architecture} loaded"
+    loaded = f"{count} of {count} tensors of the {architecture} loaded"
     folder = f"{number:02d}-{plain}"
     return ComparedWeights(address, architecture, weights, folder, loaded, weights.metadata.input)

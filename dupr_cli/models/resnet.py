@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import get_args
 
-import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +31,9 @@ class ResNetBackbone(nn.Module):
                 f"{architecture} is not a torchvision ResNet; those are "
                 f"{', '.join(get_args(TorchvisionName))}."
             )
+        # Here, because torchvision also loads torch's compiler, which no dry run needs.
+        import torchvision
+
         self.architecture, self.in_channels = architecture, in_channels
         self.recompute = False
         network = torchvision.models.get_model(architecture, weights=None)

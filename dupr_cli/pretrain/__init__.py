@@ -26,10 +26,10 @@ from dupr_cli.artifacts.run import (
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.artifacts.weights import layout_of
 from dupr_cli.errors import UsageError
-from dupr_cli.models.backbone import load_backbone, make_backbone, require_levels
+from dupr_cli.models.backbone import make_backbone, require_fit, require_levels
 from dupr_cli.models.published import open_weights
 from dupr_cli.pretrain.data import BatchOrder
-from dupr_cli.pretrain.estimate import estimate, estimate_warnings
+from dupr_cli.pretrain.estimate import estimate_run, estimate_warnings
 from dupr_cli.pretrain.method import method_class
 from dupr_cli.pretrain.recipe_checks import science_warnings
 from dupr_cli.pretrain.trainer import count_steps, train
@@ -103,7 +103,7 @@ def plan(
     order = BatchOrder(shards, recipe)
     steps = count_steps(recipe, order.images)
     chosen = choose_device(device)
-    expected = estimate(recipe, steps, chosen, processes)
+    expected = estimate_run(recipe, steps, chosen, processes)
     return PretrainPlan(
         data=data,
         images=order.images,
@@ -219,7 +219,7 @@ def _require_init(recipe: PretrainRecipe) -> None:
                 f"be converted. Start from random weights (model.init: null), or from weights for "
                 f"{counted(channels)}. (recipe key: model.init)"
             )
-        load_backbone(make_backbone(architecture, channels), weights)
+        require_fit(weights, architecture, channels)
 
 
 def _require_channels(recipe: PretrainRecipe, shards: ShardSet) -> None:

@@ -7,13 +7,15 @@ from months; `dupr plan` measures real steps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dupr_cli.models.backbone import as_backbone, make_backbone
-from dupr_cli.recipe.base import LEVELS
+from dupr_cli.models.resnet_shapes import resnet_shapes, stage_channels
+from dupr_cli.recipe.base import LEVELS, Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.runtime.machine import device_memory_bytes, matrix_rate
 
@@ -26,6 +28,18 @@ _PASSES = 4
 _COPIES = 4
 # What a process takes before it holds a network, and a loader process, in bytes.
 _PROCESS, _LOADER = {"cpu": 700 * 2**20, "cuda": 500 * 2**20}, 250 * 2**20
+# Operations of torchvision's ResNets for an image of this side, and bytes of their activations, as
+# `counted` finds them: both grow with the area. Counting needs torchvision, whose import takes
+# longer than all else in a dry run.
+_KNOWN_SIDE = 224
+KNOWN = {
+    "resnet18": (3.6271e9, 22.22e6),
+    "resnet34": (7.3265e9, 32.28e6),
+    "resnet50": (8.1743e9, 86.11e6),
+    "resnet101": (15.5987e9, 127.27e6),
+    "resnext50_32x4d": (8.4569e9, 112.47e6),
+    "wide_resnet50_2": (22.7919e9, 112.47e6),
+}
 _LONG_HOURS = 14 * 24
 _GIB = 2**30
 
@@ -71,8 +85,28 @@ def describe_hours(hours: float) -> str:
 
 
 def network_size(recipe: PretrainRecipe) -> NetworkSize:
-    """Sizes of the backbone at the recipe's views, counted on tensors without values."""
-    # This module takes a second to import, and only an estimate needs it.
+    """Sizes of the backbone at the recipe's views.
+
+    torchvision's ResNets are known; other networks are counted on tensors without values.
+    """
+    method = recipe.method
+    name, in_channels = recipe.model.backbone, method.augmentation.channels
+    if in_channels == 3 and name in KNOWN:
+        area = (method.views.size / _KNOWN_SIDE) ** 2
+        operations, activations = (value * area for value in KNOWN[name])
+        shapes = resnet_shapes(name, in_channels)
+        own = sum(math.prod(v) for k, v in shapes.items() if k.endswith((".weight", ".bias")))
+        channels = dict(zip(LEVELS, stage_channels(name), strict=True))
+    else:
+        operations, activations, own, channels = counted(recipe)
+    kinds = [v for part in (method.image, method.patch) for v in LEVELS if part.weights.get(v)]
+    heads = sum(channels[v] * (channels[v] + method.embedding_dim) for v in kinds)
+    return NetworkSize(operations, activations, own + heads)
+
+
+def counted(recipe: PretrainRecipe) -> tuple[float, float, int, dict[Level, int]]:
+    """Operations and activations of an image, parameters, and channels of each level."""
+    # This module takes a second to import, and only these networks need it.
     from torch.utils.flop_counter import FlopCounterMode
 
     method = recipe.method
@@ -93,11 +127,9 @@ def network_size(recipe: PretrainRecipe) -> NetworkSize:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), counter:
             backbone(view, levels, levels[-1])
     activations = sum(t.numel() * t.element_size() for t in kept.values()) / len(view)
-    channels = as_backbone(backbone).channels
-    kinds = [v for part in (method.image, method.patch) for v in LEVELS if part.weights.get(v)]
-    heads = sum(channels[v] * (channels[v] + method.embedding_dim) for v in kinds)
     own = sum(p.numel() for p in backbone.parameters())
-    return NetworkSize(counter.get_total_flops() / len(view), activations, own + heads)
+    channels = dict(as_backbone(backbone).channels)
+    return counter.get_total_flops() / len(view), activations, own, channels
 
 
 def disk_gib(recipe: PretrainRecipe, size: NetworkSize) -> float:
@@ -117,7 +149,7 @@ def memory_gib(recipe: PretrainRecipe, size: NetworkSize, device: torch.device) 
     return (_PROCESS[device.type] + state + activations + loaders) / _GIB
 
 
-def estimate(
+def estimate_run(
     recipe: PretrainRecipe, steps: int, device: torch.device, processes: int = 1
 ) -> Estimate:
     """The estimate for `steps` steps. processes: equal devices that share the batch."""

@@ -23,7 +23,7 @@ from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
 from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
-from dupr_cli.pretrain.retrieval_check import RETRIEVAL, describe_retrieval
+from dupr_cli.pretrain.retrieval_check import RETRIEVAL, describe_retrieval, short_retrieval
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
@@ -102,11 +102,12 @@ class Monitor:
         self._bad_in_a_row, self._bad = 0, 0
         self._since = time.perf_counter()
         self._warned: set[str] = set()
-        probes = (
+        probes = [
             line for line in self._log.read() if any(n.startswith("retrieval/") for n in line)
-        )
-        self._untrained: dict[str, float] = next(probes, {})
-        self.status = ""
+        ]
+        self._untrained: dict[str, float] = probes[0] if probes else {}
+        self._retrieval = short_retrieval(probes[-1]) if probes else ""
+        self._losses = ""
         self.latest: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -121,6 +122,11 @@ class Monitor:
     ) -> None:
         if self._board is not None:
             self._board.close()
+
+    @property
+    def status(self) -> str:
+        """The last retrieval, the losses, the learning rate and the speed, in this order."""
+        return "  ".join(part for part in (self._retrieval, self._losses) if part)
 
     def is_due(self, step: int) -> bool:
         """Whether a line is written after `step` (counted from 1)."""
@@ -189,8 +195,8 @@ class Monitor:
             for kind, weights in (("image", method.image.weights), ("patch", method.patch.weights))
             if any(weights.values())
         ]
-        self.status = (
-            f"loss {line['loss']:.2f} ({' + '.join(parts)})  lr {line['lr']:.2g}  "
+        self._losses = (
+            f"loss {line['loss']:.2f}  {' + '.join(parts)}  lr {line['lr']:.2g}  "
             f"{line['images_per_second']:.0f} images/s"
         )
         self._look_for_trouble(line)
@@ -218,6 +224,7 @@ class Monitor:
         if not retrieval:
             return
         self._record({"step": step, **retrieval})
+        self._retrieval = short_retrieval(retrieval)
         shares = {name: v for name, v in retrieval.items() if not name.startswith(_POOL)}
         levels = [name.split("/")[1] for name in shares if name.startswith(f"{RETRIEVAL['all']}/")]
         text = ", ".join(describe_retrieval(shares, level) for level in levels)

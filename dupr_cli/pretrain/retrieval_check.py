@@ -53,6 +53,17 @@ def describe_retrieval(shares: Mapping[str, float], level: str) -> str:
     return f"{level} {whole}" + (f" ({cases})" if cases else "")
 
 
+def short_retrieval(shares: Mapping[str, float]) -> str:
+    """The shares of all pairs at all measured levels, for a status: retrieval res4 12% res5 9%."""
+    begin = f"{RETRIEVAL['all']}/"
+    found = [
+        f"{name.removeprefix(begin)} {100 * share:.0f}%"
+        for name, share in shares.items()
+        if name.startswith(begin)
+    ]
+    return " ".join(["retrieval", *found])
+
+
 @torch.no_grad()
 def patch_retrieval(
     backbone: nn.Module,

@@ -16,7 +16,7 @@ from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.run import CheckpointState, MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.pretrain.data import BatchOrder, probe_batches, training_batches
-from dupr_cli.pretrain.estimate import estimate, estimate_warnings
+from dupr_cli.pretrain.estimate import estimate_run, estimate_warnings
 from dupr_cli.pretrain.monitor import Monitor
 from dupr_cli.pretrain.retrieval_check import patch_retrieval
 from dupr_cli.pretrain.step import Training, start_from_weights
@@ -87,7 +87,7 @@ def train(
     if done >= steps:
         reporter.info(f"{out} is already complete: {done} steps")
         return MetricsLog(out).latest()
-    expected = estimate(recipe, steps - done, world.device, world.size)
+    expected = estimate_run(recipe, steps - done, world.device, world.size)
     reporter.info(f"estimate: {expected}")
     for warning in estimate_warnings(expected, world.device):
         reporter.warning(warning)

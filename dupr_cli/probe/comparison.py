@@ -19,7 +19,7 @@ from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
 from dupr_cli.datasets.pixel_statistics import measured_input
 from dupr_cli.errors import UsageError
-from dupr_cli.models.backbone import make_backbone, require_levels
+from dupr_cli.models.backbone import require_levels_of
 from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared, taking
 from dupr_cli.probe.data import (
     LIMIT_TEST,
@@ -142,7 +142,7 @@ def _open_weights(recipe: ProbeRecipe, weights: Sequence[str]) -> list[ComparedW
     only_random = all(address == RANDOM_WEIGHTS for address in weights)
     compared = open_compared(weights, recipe.backbone if only_random else "auto")
     for one in compared:
-        require_levels(make_backbone(one.architecture), recipe.levels, "levels")
+        require_levels_of(one.architecture, recipe.levels, "levels")
         if recipe.backbone not in ("auto", one.architecture):
             raise UsageError(
                 f"{one.address}: the weights are of a {one.architecture}, but the "

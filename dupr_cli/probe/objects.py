@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from dupr_cli.artifacts.pixel_formats import AnyImage, ChannelImage
 from dupr_cli.datasets.labelled import LabelledSet
@@ -81,6 +80,9 @@ def _padded(image: AnyImage, side: int) -> AnyImage:
 
 def object_features(maps: Maps, batch: ObjectBatch, levels: Sequence[Level]) -> dict[Level, Tensor]:
     """(n, C) of every object: the mean over its bins of RoIAlign on the level."""
+    # Here, because torchvision also loads torch's compiler, which no dry run needs.
+    from torchvision.ops import roi_align
+
     features = maps(batch.images, levels)
     return {
         level: roi_align(

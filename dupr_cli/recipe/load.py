@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -68,6 +69,12 @@ class _Document:
     name: str
 
 
+if TYPE_CHECKING:
+    from yaml import SafeLoader as _SafeLoader
+else:  # LibYAML, where PyYAML has it, parses ten times as fast
+    _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's core schema: `1e-4` is a number, `on` and `no` are strings."""
 
@@ -86,9 +93,30 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _FastLoader(_SafeLoader):
+    """Reads the same values."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def _parse(text: str, name: str) -> _Document:
     """Values and key origins of one YAML text. Raises RecipeError if it is not a mapping."""
-    loader = _Loader(text)
+    try:
+        return _document(_FastLoader, text, name)
+    except yaml.YAMLError:
+        pass  # the plain loader's message is better
+    try:
+        return _document(_Loader, text, name)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{name}{line}: not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not valid YAML: {error}.") from error
+
+
+def _document(kind: type[yaml.SafeLoader], text: str, name: str) -> _Document:
+    loader = kind(text)
     try:
         root = loader.get_single_node()
         origins: dict[Path_, Origin] = {}
@@ -97,12 +125,6 @@ def _parse(text: str, name: str) -> _Document:
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"{name}, line 1: a recipe is a mapping of keys to values.")
         values = _construct(loader, root, (), name, origins)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{name}{line}: not valid YAML: {error.problem}.") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not valid YAML: {error}.") from error
     finally:
         loader.dispose()
     assert isinstance(values, dict)
@@ -110,7 +132,7 @@ def _parse(text: str, name: str) -> _Document:
 
 
 def _construct(
-    loader: _Loader, node: yaml.Node, at: Path_, name: str, origins: dict[Path_, Origin]
+    loader: yaml.SafeLoader, node: yaml.Node, at: Path_, name: str, origins: dict[Path_, Origin]
 ) -> object:
     if isinstance(node, yaml.MappingNode):
         result: dict[str, object] = {}
@@ -276,6 +298,15 @@ def _with_defaults_for_maps(model: type[BaseModel], values: dict[str, object], k
             target[part] = dict(field.default)
         target = typing.cast(dict[str, object], target.setdefault(part, {}))
         section = typing.cast(type[BaseModel], inner) if is_section else None
+
+
+def recipe_description(path: Path, stage: str) -> str:
+    """The description of a recipe file, its own or inherited, without checking the other keys.
+
+    Raises RecipeError when the file, or one that it extends, cannot be read.
+    """
+    texts = (document.values.get("description") for document in _read_chain(path, stage))
+    return str(next((text for text in reversed(list(texts)) if text), ""))
 
 
 def load_recipe(

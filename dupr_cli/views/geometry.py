@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from dupr_cli.recipe.pretrain import ViewsSection
 
@@ -133,6 +132,9 @@ def pool_patches(features: Tensor, boxes: Tensor, flips: Tensor, bins: int, grid
     Returns (N, bins * bins, C) float32, row by row.
     Source: docs/method.md, "Patches".
     """
+    # Here, because torchvision also loads torch's compiler, which no dry run needs.
+    from torchvision.ops import roi_align
+
     images = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
     # RoIAlign takes the first cell's centre to be at half a stride.
     moved = boxes + (grid.stride / 2 - grid.first)

@@ -8,24 +8,37 @@ image only, as it usually computes four ranges of sizes.
 What each reads its input into is counted twice: with it, and without (ours from flat arrays, the
 plain form from lists by class, faster-coco-eval from its indexed sets).
 
+COCO's metric, beside faster-coco-eval by itself and pycocotools. All three begin with the parsed
+JSON and end with the twelve figures; `ours_from_arrays` begins with arrays instead.
+
 make bench prints the rates; docs/benchmarks.md says what was seen, on what.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
+from typing import Any
 
+import faster_coco_eval
 import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
 
 from dupr_cli.metrics import Detections, Truth
 from dupr_cli.metrics.arrays import flatten_detections, flatten_truths
-from dupr_cli.metrics.coco import detections_json, truths_json
+from dupr_cli.metrics.coco import (
+    STATISTICS,
+    coco_json_scores,
+    coco_scores,
+    detections_json,
+    truths_json,
+)
 from dupr_cli.metrics.voc import (
     IOU_THRESHOLDS,
     average_precision,
@@ -127,7 +140,6 @@ def seconds(compute: Callable[[], object]) -> float:
 
 
 def test_voc_beside_plain_python_and_faster_coco_eval() -> None:
-    faster = import_module("faster_coco_eval")
     truths, found = detections_of_a_test_set()
     content, results = truths_json(truths, [str(n) for n in range(CLASSES)]), detections_json(found)
     objects, rows, lists = (
@@ -136,7 +148,7 @@ def test_voc_beside_plain_python_and_faster_coco_eval() -> None:
         by_class(truths, found),
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = faster.COCO(content)
+        coco = faster_coco_eval.COCO(content)
         coco_found = coco.loadRes(results)
 
     def ours(thresholds: Sequence[float]) -> None:
@@ -157,7 +169,7 @@ def test_voc_beside_plain_python_and_faster_coco_eval() -> None:
         plain(thresholds, by_class(truths, found))
 
     def theirs(thresholds: Sequence[float]) -> None:
-        evaluation = faster.COCOeval_faster(coco, coco_found, "bbox")
+        evaluation = faster_coco_eval.COCOeval_faster(coco, coco_found, "bbox")
         evaluation.params.iouThrs = np.array(thresholds)
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets = [PER_IMAGE]
@@ -177,3 +189,52 @@ def test_voc_beside_plain_python_and_faster_coco_eval() -> None:
             ratio = statistics.median(row[number] / row[own] for row in times)
             middle = statistics.median(row[number] for row in times)
             print(f"  {form.__name__:20}{middle:8.3f} s  {ratio:6.1f} times ours")
+
+
+def test_coco_beside_faster_coco_eval_and_pycocotools() -> None:
+    truths, found = detections_of_a_test_set()
+    classes = [str(number) for number in range(CLASSES)]
+    content, results = truths_json(truths, classes), detections_json(found)
+
+    def by_library(coco: Any, evaluate: Any) -> list[float]:
+        coco.dataset = own_content
+        coco.createIndex()
+        evaluation = evaluate(coco, coco.loadRes(own_results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        figures: list[float] = (100 * np.array(evaluation.stats)).tolist()
+        return figures
+
+    def ours() -> list[float]:
+        scores = coco_json_scores(content, results, "bbox")
+        return [scores.metrics[name] for name in STATISTICS]
+
+    def ours_from_arrays() -> list[float]:
+        scores = coco_scores(truths, found, classes)
+        return [scores.metrics[name] for name in STATISTICS]
+
+    def faster_by_itself() -> list[float]:
+        return by_library(faster_coco_eval.COCO(), faster_coco_eval.COCOeval_faster)
+
+    def by_pycocotools() -> list[float]:
+        return by_library(pycocotools.coco.COCO(), pycocotools.cocoeval.COCOeval)
+
+    forms = (ours, ours_from_arrays, faster_by_itself, by_pycocotools)
+    times = []
+    for _ in range(3):
+        row, figures = [], []
+        for form in forms:
+            # Both libraries write into what they are given, so each gets a copy, outside the clock.
+            own_content, own_results = copy.deepcopy((content, results))
+            with contextlib.redirect_stdout(io.StringIO()):
+                start = time.perf_counter()
+                figures.append(form())
+                row.append(time.perf_counter() - start)
+        times.append(row)
+        assert figures[0] == figures[1] == figures[3]
+    print("\nCOCO's twelve figures, median of 3")
+    for number, form in enumerate(forms):
+        middle = statistics.median(row[number] for row in times)
+        ratio = statistics.median(row[number] / row[2] for row in times)
+        print(f"  {form.__name__:20}{middle:8.3f} s  {ratio:6.2f} times faster-coco-eval by itself")

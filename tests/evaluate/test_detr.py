@@ -18,13 +18,9 @@ from dupr_cli import evaluate
 from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import StoppedRunError, UsageError
+from dupr_cli.evaluate.architectures import check_architecture
 from dupr_cli.evaluate.detection_data import DetectionBatch, ImageLoading, ImageRequest
-from dupr_cli.evaluate.detectors import (
-    Detector,
-    Target,
-    build_detector,
-    check_architecture,
-)
+from dupr_cli.evaluate.detectors import Detector, Target, build_detector
 from dupr_cli.evaluate.detectors.detr import QueryHead
 from dupr_cli.evaluate.inference import in_source_pixels
 from dupr_cli.evaluate.training import Trial, make_optimizer, train_detector

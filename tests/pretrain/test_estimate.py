@@ -10,7 +10,9 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights, WeightsEnum
 
 from dupr_cli.models.backbone import make_backbone
 from dupr_cli.pretrain.estimate import (
+    KNOWN,
     Estimate,
+    counted,
     describe_hours,
     disk_gib,
     estimate_warnings,
@@ -43,6 +45,17 @@ def test_operations_are_those_that_torchvision_states(
     # Theirs are multiplications with additions, in thousands of millions, classifier included.
     theirs = 2e9 * published.meta["_ops"]
     assert size.operations == pytest.approx(theirs, rel=0.005)
+
+
+@pytest.mark.parametrize("backbone", sorted(KNOWN))
+def test_what_is_known_is_what_would_be_counted(backbone: str) -> None:
+    given = recipe("dupr-r50-in1k-200ep", f"model.backbone={backbone}")
+    known, found = network_size(given), counted(given)
+    assert (known.operations, known.activations) == pytest.approx(found[:2], rel=1e-3)
+    parameters = known.parameters - sum(
+        found[3][v] * (found[3][v] + 128) for v in ("res2", "res3", *2 * ("res4", "res5"))
+    )
+    assert parameters == found[2]
 
 
 def test_parameters_are_those_of_the_model() -> None:

@@ -53,3 +53,14 @@ def test_advice_looks_at_each_case_of_flips(
     assert len(warnings) == bool(words), reporter.said
     assert all(words in said for said in warnings)
     assert any("res4 3.5% (same flip 5.0%, opposite flip 2.0%)" in said for said in reporter.said)
+
+
+def test_status_begins_with_the_last_retrieval_also_after_a_continuation(
+    tiny_recipe: Load, tmp_path: Path
+) -> None:
+    world = World(torch.device("cpu"))
+    with Monitor(tmp_path, tiny_recipe(), 1000, 10, 0, world, Listening()) as monitor:
+        monitor.probe(0, shares(0.05, 0.02))
+        monitor.probe(5, shares(0.40, 0.30))
+    with Monitor(tmp_path, tiny_recipe(), 1000, 10, 5, world, Listening()) as monitor:
+        assert monitor.status == "retrieval res4 35% res5 35%"

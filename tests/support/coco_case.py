@@ -7,11 +7,17 @@ scores below and more detections than COCO keeps.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 _SIDES = (20, 60, 150)  # of small, medium and large objects
 _CLASSES = (3, 7, 18, 44)  # the last has no objects
@@ -76,3 +82,59 @@ def _found(
         "bbox": box.round(2).tolist(),
         "score": score,
     }
+
+
+def add_masks(content: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Masks in all of COCO's forms: objects keep their polygon, or get run lengths, compressed or
+    not. The masks of detections are their boxes.
+    """
+    for number, annotation in enumerate(content["annotations"]):
+        if annotation["iscrowd"] or number % 3 == 0:
+            mask = _filled(annotation["bbox"])
+            annotation["segmentation"] = _run_lengths(mask) if number % 2 else _compressed(mask)
+    for row in results:
+        row["segmentation"] = _compressed(_filled(row["bbox"]))
+
+
+def _filled(box: list[float]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    mask = np.zeros((640, 640), dtype=np.uint8)
+    x, y, width, height = box
+    mask[max(0, int(y)) : int(y + height), max(0, int(x)) : int(x + width)] = 1
+    return mask
+
+
+def _compressed(mask: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
+    coded = coco_mask.encode(np.asfortranarray(mask))
+    return {"size": list(coded["size"]), "counts": coded["counts"].decode()}
+
+
+def _run_lengths(mask: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
+    column_by_column = mask.flatten(order="F")
+    runs = np.diff([0, *np.flatnonzero(np.diff(column_by_column, prepend=0)), mask.size])
+    return {"size": list(mask.shape), "counts": runs.tolist()}
+
+
+def evaluated_by_pycocotools(
+    content: dict[str, Any],
+    results: list[dict[str, Any]],
+    kind: str,
+    ious: tuple[float, ...] | None = None,
+) -> COCOeval:
+    """COCOeval after all its steps. ious: thresholds instead of COCO's, which have no stats."""
+    content, results = copy.deepcopy((content, results))
+    if kind == "segm":
+        # By a box, COCO.loadRes would measure the size of a mask.
+        for row in results:
+            del row["bbox"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = content
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), kind)
+        if ious is not None:
+            evaluation.params.iouThrs = np.array(ious)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        if ious is None:
+            evaluation.summarize()
+    return evaluation

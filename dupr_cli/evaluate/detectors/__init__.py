@@ -8,7 +8,6 @@ two from transformers'.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,24 +16,21 @@ from torchvision.models.detection.image_list import ImageList
 
 from dupr_cli.artifacts.pixel_formats import NetworkInput
 from dupr_cli.artifacts.weights import Weights
-from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.detectors.detr import QueryHead, library
+from dupr_cli.evaluate.detector_data import HeadOutput, ImageMaps, Target
+from dupr_cli.evaluate.detectors.detr import QueryHead
 from dupr_cli.evaluate.detectors.fcos import Fcos
 from dupr_cli.evaluate.detectors.norms import replace_batch_norms
-from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS, DenseHead, OneStage
+from dupr_cli.evaluate.detectors.one_stage import DenseHead, OneStage
 from dupr_cli.evaluate.detectors.retinanet import RetinaNet
-from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.evaluate.detectors.two_stage import TwoStage
 from dupr_cli.models.backbone import (
     Backbone,
     as_backbone,
     load_backbone,
     make_backbone,
-    require_levels,
 )
 from dupr_cli.models.frozen import FrozenBackbone, normalised_batch
-from dupr_cli.models.resnet import ResNetBackbone
-from dupr_cli.recipe.base import LEVELS, Level
+from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import DENSE_MODELS, QUERY_MODELS, EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
@@ -44,18 +40,8 @@ __all__ = [
     "HeadOutput",
     "Target",
     "build_detector",
-    "check_architecture",
     "dense_head",
 ]
-
-
-@dataclass(frozen=True)
-class ImageMaps:
-    """The features of one image. maps[level]: (C, h, w) float16. size: height and width in pixels
-    of the resized image, without the padding that the maps include."""
-
-    maps: dict[Level, Tensor]
-    size: tuple[int, int]
 
 
 class FrozenDetector(nn.Module):
@@ -170,25 +156,6 @@ def dense_head(
     if recipe.detector.model == "fcos-fpn":
         return Fcos(backbone, num_classes, recipe)
     return RetinaNet(backbone, num_classes, recipe, world)
-
-
-def check_architecture(recipe: EvaluateRecipe, architecture: str) -> None:
-    """Raises UsageError when the recipe's detector cannot have this backbone, or a package that it
-    needs is missing."""
-    model = recipe.detector.model
-    if model in QUERY_MODELS:
-        library(model)
-    backbone = make_backbone(architecture)
-    if model.endswith("-c4"):
-        if not isinstance(backbone, ResNetBackbone):
-            raise UsageError(
-                f"detector.model: {model} uses a ResNet's last stage as its head, but the backbone "
-                f"is {architecture}. Give a recipe with an FPN, such as voc-frozen-tiny. "
-                f"(recipe key: detector.model)"
-            )
-        return
-    needed = DENSE_LEVELS if model in DENSE_MODELS else LEVELS
-    require_levels(backbone, needed, f"detector.model: {model} needs {', '.join(needed)}")
 
 
 def build_frozen_detector(

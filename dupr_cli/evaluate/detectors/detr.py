@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, clip_boxes_to_image
 
 from dupr_cli.errors import UsageError
+from dupr_cli.evaluate.detector_data import DENSE_LEVELS, HeadOutput, Target
 from dupr_cli.evaluate.detectors.norms import replace_batch_norms
-from dupr_cli.evaluate.detectors.one_stage import DENSE_LEVELS
-from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.models.backbone import Backbone
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import DetectorSection, EvaluateRecipe

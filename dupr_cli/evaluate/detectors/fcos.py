@@ -15,14 +15,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 
+from dupr_cli.evaluate.detector_data import DENSE_LEVELS, HeadOutput, Target
 from dupr_cli.evaluate.detectors.anchors import Anchors
-from dupr_cli.evaluate.detectors.one_stage import (
-    DENSE_LEVELS,
-    DENSE_STRIDES,
-    dense_centres,
-    dense_pyramid,
-)
-from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
+from dupr_cli.evaluate.detectors.one_stage import DENSE_STRIDES, dense_centres, dense_pyramid
 from dupr_cli.models.backbone import Backbone
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
+from dupr_cli.evaluate.detector_data import DENSE_LEVELS, HeadOutput, Target
 from dupr_cli.evaluate.detectors.norms import make_norm
-from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target
 from dupr_cli.models.backbone import Backbone
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
 from dupr_cli.recipe.evaluate import DetectorSection
 
-DENSE_LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
-"""The levels of the backbone that dense heads use."""
 DENSE_STRIDES = (8, 16, 32, 64, 128)
-"""Strides of the pyramid on them, with its two coarser levels."""
+"""Strides of the pyramid on DENSE_LEVELS, with its two coarser levels."""
 
 
 class DenseHead(Protocol):

@@ -16,14 +16,10 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
+from dupr_cli.evaluate.detector_data import DENSE_LEVELS, HeadOutput, Target
 from dupr_cli.evaluate.detectors.anchors import Anchors
-from dupr_cli.evaluate.detectors.one_stage import (
-    DENSE_LEVELS,
-    DENSE_STRIDES,
-    dense_centres,
-    dense_pyramid,
-)
-from dupr_cli.evaluate.detectors.roi_heads import HeadOutput, Target, select_detections
+from dupr_cli.evaluate.detectors.one_stage import DENSE_STRIDES, dense_centres, dense_pyramid
+from dupr_cli.evaluate.detectors.roi_heads import select_detections
 from dupr_cli.models.backbone import Backbone
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import EvaluateRecipe

@@ -17,30 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
 
+from dupr_cli.evaluate.detector_data import HeadOutput, Target
 from dupr_cli.recipe.evaluate import DetectionTestSection, DetectorSection
-
-
-@dataclass(frozen=True)
-class Target:
-    """Objects of one image. boxes: (n, 4) pixels. labels: (n,). masks: (n, H, W) bool or None."""
-
-    boxes: Tensor
-    labels: Tensor
-    masks: Tensor | None = None
-
-    def to(self, device: torch.device) -> Target:
-        masks = None if self.masks is None else self.masks.to(device)
-        return Target(self.boxes.to(device), self.labels.to(device), masks)
-
-
-@dataclass(frozen=True)
-class HeadOutput:
-    """Detections of one image, highest score first. masks: (d, M, M) probabilities in the boxes."""
-
-    boxes: Tensor
-    labels: Tensor
-    scores: Tensor
-    masks: Tensor | None = None
 
 
 class RegionHead(Protocol):

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from dupr_cli.evaluate.detector_data import HeadOutput, Target
 from dupr_cli.evaluate.detectors.anchors import Anchors
 from dupr_cli.evaluate.detectors.norms import make_norm
 from dupr_cli.evaluate.detectors.proposals import make_proposals
 from dupr_cli.evaluate.detectors.regions import RegionPooling
-from dupr_cli.evaluate.detectors.roi_heads import BoxPredictor, HeadOutput, RoIHeads, Target
+from dupr_cli.evaluate.detectors.roi_heads import BoxPredictor, RoIHeads
 from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.resnet import ResNetBackbone
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS

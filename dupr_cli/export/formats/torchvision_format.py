@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from dupr_cli.artifacts.hub_weights import EXPORTED
 from dupr_cli.artifacts.weights import Weights, read_safetensors, write_weights
@@ -34,6 +32,10 @@ class TorchvisionFormat:
         write_weights(folder / FILE, weights.tensors, weights.metadata)
 
     def load(self, weights: Weights, folder: Path, images: Tensor) -> Loaded:
+        # Here, because torchvision also loads torch's compiler, which no dry run needs.
+        import torchvision
+        from torchvision.models.feature_extraction import create_feature_extractor
+
         model = torchvision.models.get_model(weights.metadata.architecture, weights=None)
         model.fc = nn.Identity()
         channels = weights.metadata.input.channels

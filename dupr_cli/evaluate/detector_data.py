@@ -1,0 +1,48 @@
+"""What passes between the data, the stored features and the detectors.
+
+It needs nothing of torchvision, so that an evaluation can be planned without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dupr_cli.recipe.base import Level
+
+# Levels of the detectors with a pyramid over all but the finest, and of stored features.
+DENSE_LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Objects of one image. boxes: (n, 4) pixels. labels: (n,). masks: (n, H, W) bool or None."""
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+    def to(self, device: torch.device) -> Target:
+        masks = None if self.masks is None else self.masks.to(device)
+        return Target(self.boxes.to(device), self.labels.to(device), masks)
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Detections of one image, highest score first. masks: (d, M, M) probabilities in the boxes."""
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    masks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """The features of one image. maps[level]: (C, h, w) float16. size: height and width in pixels
+    of the resized image, without the padding that the maps include."""
+
+    maps: dict[Level, Tensor]
+    size: tuple[int, int]
