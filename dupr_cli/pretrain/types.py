@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dupr_cli.pretrain.estimate import Estimate
 
 
 @dataclass(frozen=True)
 class PretrainPlan:
-    """What a run will do, before it does it."""
+    """What a run will do, before it does it. estimate: a measurement, which differs every time."""
 
     data: str
     images: int
@@ -19,7 +19,7 @@ class PretrainPlan:
     device: str
     processes: int
     images_per_process: int
-    estimate: Estimate
+    estimate: Estimate = field(compare=False)
     warnings: list[str]
     out: str
 
