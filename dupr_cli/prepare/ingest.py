@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dupr_cli.artifacts.hashes import perceptual_hash
 from dupr_cli.artifacts.pixel_formats import PixelFormat, resized
+from dupr_cli.artifacts.reading import UnfitImageError
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Skipped
 from dupr_cli.datasets.channels import ChannelError, ChannelPicture, open_channels
@@ -104,6 +105,8 @@ def why_unreadable(error: OSError | ValueError | DuprError) -> str:
     """Why an image is left out that raised this while its source read it."""
     if isinstance(error, FileNotFoundError):
         return "the file is missing"
+    if isinstance(error, UnfitImageError):
+        return str(error)
     if isinstance(error, DuprError):  # a missing or damaged annotation or shard, named in full
         return f"cannot be used: {error}"
     # A ValueError means a name that no file can have.

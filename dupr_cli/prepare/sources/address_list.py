@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dupr_cli.artifacts.files import is_image_name
+from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.artifacts.remote import AbsentError, fetch_bytes, is_remote
 from dupr_cli.datasets.text import encoding_of, not_text
 from dupr_cli.errors import RunError, UsageError
@@ -119,8 +120,9 @@ class ListSource(BuiltIn):
         )
 
     def read(self, entry: Entry) -> RawImage:
-        if not is_remote(entry.name):
-            return RawImage((self.path.parent / entry.name).read_bytes())
+        path = entry.name.removeprefix("file://")
+        if not is_remote(path):
+            return RawImage(read_regular(self.path.parent / path))
         try:
             return RawImage(fetch_bytes(entry.name, _ATTEMPTS))
         except AbsentError as error:

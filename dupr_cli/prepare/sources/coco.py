@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dupr_cli.artifacts.labels import Box
+from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.datasets.coco import (
     CocoSet,
     coco_files,
@@ -120,7 +121,7 @@ class CocoSource(BuiltIn):
 
     def read(self, entry: Entry) -> RawImage:
         place = entry.place
-        data, info = (self._root / place["file"]).read_bytes(), {"id": place["id"]}
+        data, info = read_regular(self._root / place["file"]), {"id": place["id"]}
         if place["objects"] is None:
             return RawImage(data, info=info)
         labels = Labels(

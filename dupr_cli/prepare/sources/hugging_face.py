@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key
 
@@ -74,4 +75,4 @@ class HuggingFaceSource(BuiltIn):
         (value,) = self._splits[split][row].values()
         if value["bytes"] is not None:
             return RawImage(value["bytes"])
-        return RawImage(Path(value["path"]).read_bytes())
+        return RawImage(read_regular(Path(value["path"])))

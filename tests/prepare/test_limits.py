@@ -1,0 +1,144 @@
+"""Images that never end, that never arrive, or that are not files: each is left out, and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import encode, noise_image
+from tests.support.processes import forked
+
+FEW_SECONDS = 60  # a command that waits for a file or a server would never end
+
+
+def prepare(source: Path, out: Path, *options: str) -> str:
+    """Run the command to its end in one process; what it wrote on standard error."""
+    command = [sys.executable, "-m", "dupr_cli", "prepare", source, out, "--workers", "1"]
+    done = forked([*command, *options], FEW_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def reasons(out: Path) -> dict[str, str]:
+    lines = (out / "skipped.jsonl").read_text().splitlines()
+    return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+# --- Files that are not regular ---------------------------------------------------------------
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def unix_socket(path: Path) -> None:
+    above = Path.cwd()
+    os.chdir(path.parent)  # the address of a socket has at most 108 characters
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(above)
+
+
+def folder(tmp_path: Path) -> tuple[Path, Path]:
+    """A source with one good image, and the place of another image."""
+    (tmp_path / "source").mkdir()
+    noise_image(1).save(tmp_path / "source/good.jpg")
+    return tmp_path / "source", tmp_path / "source/odd.jpg"
+
+
+def classes(tmp_path: Path) -> tuple[Path, Path]:
+    (tmp_path / "source/train/cat").mkdir(parents=True)
+    noise_image(1).save(tmp_path / "source/train/cat/good.jpg")
+    return tmp_path / "source", tmp_path / "source/train/cat/odd.jpg"
+
+
+def listed(tmp_path: Path) -> tuple[Path, Path]:
+    source, odd = folder(tmp_path)
+    (source / "list.txt").write_text(f"good.jpg\nodd.jpg\nfile://{odd}\n")
+    return source / "list.txt", odd
+
+
+def voc(tmp_path: Path) -> tuple[Path, Path]:
+    for name in ("JPEGImages", "Annotations"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+    for name in ("good", "odd"):
+        (tmp_path / f"source/Annotations/{name}.xml").write_text("<annotation/>")
+    noise_image(1).save(tmp_path / "source/JPEGImages/good.jpg")
+    return tmp_path / "source", tmp_path / "source/JPEGImages/odd.jpg"
+
+
+def coco(tmp_path: Path) -> tuple[Path, Path]:
+    (tmp_path / "source/annotations").mkdir(parents=True)
+    (tmp_path / "source/images").mkdir()
+    images = [{"id": n, "file_name": f"{name}.jpg"} for n, name in enumerate(["good", "odd"])]
+    values = {"images": images, "annotations": [], "categories": []}
+    (tmp_path / "source/annotations/instances_train.json").write_text(json.dumps(values))
+    noise_image(1).save(tmp_path / "source/images/good.jpg")
+    return tmp_path / "source", tmp_path / "source/images/odd.jpg"
+
+
+def yolo(tmp_path: Path) -> tuple[Path, Path]:
+    for name in ("images", "labels"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+    (tmp_path / "source/data.yaml").write_text("names: [cat]\ntrain: images\n")
+    (tmp_path / "source/labels/good.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    noise_image(1).save(tmp_path / "source/images/good.jpg")
+    return tmp_path / "source", tmp_path / "source/images/odd.jpg"
+
+
+@pytest.mark.parametrize("layout", [folder, classes, listed, voc, coco, yolo])
+@pytest.mark.parametrize(
+    ("make", "kind"), [(pipe, "a named pipe"), (unix_socket, "a socket"), (device, "a device")]
+)
+def test_what_is_not_a_file_is_skipped_in_every_layout(
+    tmp_path: Path,
+    layout: Callable[[Path], tuple[Path, Path]],
+    make: Callable[[Path], None],
+    kind: str,
+) -> None:
+    source, odd = layout(tmp_path)
+    make(odd)
+    prepare(source, tmp_path / "out")
+    found = reasons(tmp_path / "out")
+    assert found
+    assert set(found.values()) == {f"not a regular file: {kind}"}
+
+
+def test_a_link_to_a_file_is_an_image(tmp_path: Path) -> None:
+    source, odd = folder(tmp_path)
+    (tmp_path / "elsewhere").write_bytes(encode(noise_image(2)))
+    odd.symlink_to(tmp_path / "elsewhere")
+    prepare(source, tmp_path / "out")
+    assert reasons(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.xml", "good.xml", "x.yaml", "good.txt"])
+def test_a_pipe_that_is_named_like_a_label_file_is_not_opened(tmp_path: Path, name: str) -> None:
+    source, _ = folder(tmp_path)
+    os.mkfifo(source / name)
+    prepare(source, tmp_path / "out")
+    assert reasons(tmp_path / "out") == {}
+
+
+def test_an_annotation_that_is_a_pipe_loses_its_image_only(tmp_path: Path) -> None:
+    source, odd = voc(tmp_path)
+    shutil.copy(source / "JPEGImages/good.jpg", odd)
+    (source / "ImageSets/Main").mkdir(parents=True)
+    (source / "ImageSets/Main/train.txt").write_text("good\nodd\n")
+    (source / "Annotations/odd.xml").unlink()
+    os.mkfifo(source / "Annotations/odd.xml")
+    prepare(source, tmp_path / "out")
+    (reason,) = reasons(tmp_path / "out").values()
+    assert "odd.xml: the annotation is not a regular file: a named pipe" in reason
