@@ -1,16 +1,19 @@
 """Reads the bytes of one image from a place that may hold something else.
 
-A folder may contain a named pipe that is called x.jpg, and a link may lead to an endless device.
-Whatever it finds, each function here returns or raises `UnfitImageError`.
+A folder may contain a named pipe that is called x.jpg, and a server may send a body without end.
+Whatever it finds, each function here returns or raises `UnfitImageError`, and reads no more than
+`max_bytes` and one byte.
 """
 
 from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Protocol
 
 from dupr_cli.errors import DuprError
 
+_CHUNK = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -37,7 +40,38 @@ def require_regular(path: Path) -> int:
     return found.st_size
 
 
-def read_regular(path: Path) -> bytes:
-    """The content of a file. Raises UnfitImageError unless it is regular, and OSError."""
-    require_regular(path)
-    return path.read_bytes()
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes | None: ...
+
+
+def require_size(size: int, max_bytes: int) -> None:
+    """Raises UnfitImageError for an image of more bytes than are allowed."""
+    if size > max_bytes:
+        raise UnfitImageError(f"too many bytes: {size}, more than source.max_bytes = {max_bytes}")
+
+
+def read_whole(file: _Readable, max_bytes: int, size: int | None = None) -> bytes:
+    """All that a file or stream holds, unless that exceeds `max_bytes`.
+
+    size: what it is said to hold, if anything; it may hold more or less.
+    """
+    if size is not None:
+        require_size(size, max_bytes)
+    parts, length = list[bytes](), 0
+    # One byte more shows in a single read that an image of the stated size ends there.
+    wanted = _CHUNK if size is None else size + 1
+    while part := file.read(min(wanted, max_bytes + 1)):
+        parts.append(part)
+        length += len(part)
+        if length > max_bytes:
+            raise UnfitImageError(f"too many bytes: more than source.max_bytes = {max_bytes}")
+        wanted = _CHUNK
+    return b"".join(parts)
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a file. Raises UnfitImageError unless it is regular and fits, and OSError."""
+    size = require_regular(path)
+    require_size(size, max_bytes)
+    with path.open("rb", buffering=0) as file:
+        return read_whole(file, max_bytes, size)

@@ -26,6 +26,7 @@ from typing import BinaryIO, TypeVar, cast
 from filelock import FileLock
 
 from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.reading import read_whole
 from dupr_cli.errors import DuprError, RunError, UsageError
 
 T = TypeVar("T")
@@ -92,9 +93,12 @@ def fetch(address: str, path: Path, size: int | None = None, sha256: str | None 
     once(path, lambda: _repeat(address, lambda: _copy(address, path, size, sha256)), size)
 
 
-def fetch_bytes(address: str, attempts: int = _ATTEMPTS) -> bytes:
-    """The content of a small file, never from the cache. Raises the same errors as `fetch`."""
-    return _repeat(address, lambda: _read(address), attempts)
+def fetch_bytes(address: str, attempts: int = _ATTEMPTS, max_bytes: int = sys.maxsize - 1) -> bytes:
+    """The content of a file, never from the cache.
+
+    Raises the same errors as `fetch`, and UnfitImageError when the file exceeds `max_bytes`.
+    """
+    return _repeat(address, lambda: _read(address, max_bytes), attempts)
 
 
 def _exists(path: Path, size: int | None) -> bool:
@@ -123,9 +127,10 @@ def _copy(address: str, path: Path, size: int | None, sha256: str | None) -> Non
             raise _FailedError("the sha256 of the received file differs from the manifest")
 
 
-def _read(address: str) -> bytes:
+def _read(address: str, max_bytes: int) -> bytes:
     with _requesting(address), _open(address) as source:
-        data, announced = source.read(), _announced_length(source)
+        announced = _announced_length(source)
+        data = read_whole(source, max_bytes, announced)
     _check_length(len(data), announced)
     return data
 

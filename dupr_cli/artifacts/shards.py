@@ -283,6 +283,11 @@ class ShardSet:
         """A sample with its extras. Raises RunError when its shard is damaged."""
         return self._sample(number, extras=True)
 
+    def image_bytes(self, number: int) -> int:
+        """The size of a sample's image, which is not read."""
+        shard, position = self.place(number)
+        return self.index(shard).images[position][1]
+
     def described(self, number: int) -> Sample:
         """A sample with its extras but an empty image: gives labels without reading pixels.
 

@@ -7,7 +7,13 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -53,7 +59,7 @@ def unix_socket(path: Path) -> None:
 
 def folder(tmp_path: Path) -> tuple[Path, Path]:
     """A source with one good image, and the place of another image."""
-    (tmp_path / "source").mkdir()
+    (tmp_path / "source").mkdir(parents=True)
     noise_image(1).save(tmp_path / "source/good.jpg")
     return tmp_path / "source", tmp_path / "source/odd.jpg"
 
@@ -142,3 +148,101 @@ def test_an_annotation_that_is_a_pipe_loses_its_image_only(tmp_path: Path) -> No
     prepare(source, tmp_path / "out")
     (reason,) = reasons(tmp_path / "out").values()
     assert "odd.xml: the annotation is not a regular file: a named pipe" in reason
+
+
+# --- Images of too many bytes -----------------------------------------------------------------
+
+LIMIT = ("--set", "source.max_bytes=100_000")
+HUGE = 1 << 40  # bytes; more than any memory, so that reading it would fail
+
+
+@contextmanager
+def serve_parts(head: bytes, parts: Callable[[], Iterator[bytes]]) -> Iterator[str]:
+    """A server whose every answer is `head` and then `parts`; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            try:
+                self.wfile.write(head)
+                for part in parts():
+                    self.wfile.write(part)
+            except OSError:
+                pass  # the client has had enough
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.socket.close()
+
+
+def sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
+    source, odd = folder(tmp_path)
+    sparse(odd, HUGE)
+    prepare(source, tmp_path / "out", *LIMIT)
+    wanted = f"too many bytes: {HUGE}, more than source.max_bytes = 100000"
+    assert reasons(tmp_path / "out") == {"odd.jpg": wanted}
+
+
+@pytest.mark.parametrize("suffix", ["tar", "zip"])
+def test_a_member_of_too_many_bytes_is_not_read(tmp_path: Path, suffix: str) -> None:
+    source, odd = folder(tmp_path)
+    odd.write_bytes(bytes(200_000))
+    packed = tmp_path / f"a.{suffix}"
+    if suffix == "tar":
+        with tarfile.open(packed, "w") as tar:
+            for path in (source / "good.jpg", odd):
+                tar.add(path, path.name)
+    else:
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as opened:
+            for path in (source / "good.jpg", odd):
+                opened.write(path, path.name)
+    prepare(packed, tmp_path / "out", *LIMIT)
+    wanted = "too many bytes: 200000, more than source.max_bytes = 100000"
+    assert reasons(tmp_path / "out") == {f"a.{suffix}/odd.jpg": wanted}
+
+
+def test_a_sample_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in {"a.jpg": encode(noise_image(1)), "b.jpg": bytes(200_000)}.items():
+            (tmp_path / name).write_bytes(data)
+            tar.add(tmp_path / name, name)
+    prepare(tmp_path / "a.tar", tmp_path / "out", "--set", "source.kind=shards", *LIMIT)
+    wanted = "too many bytes: 200000, more than source.max_bytes = 100000"
+    assert reasons(tmp_path / "out") == {"a.tar/b": wanted}
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        (b"HTTP/1.0 200 OK\r\n\r\n", "too many bytes: more than"),
+        (f"HTTP/1.0 200 OK\r\nContent-Length: {HUGE}\r\n\r\n".encode(), f"too many bytes: {HUGE}"),
+    ],
+    ids=["endless", "announced"],
+)
+def test_a_body_of_too_many_bytes_is_cut_off(tmp_path: Path, head: bytes, found: str) -> None:
+    source, _ = folder(tmp_path)
+    with serve_parts(head, lambda: repeat(bytes(1 << 16))) as url:
+        (source / "list.txt").write_text(f"good.jpg\n{url}/odd.jpg\n")
+        prepare(source / "list.txt", tmp_path / "out", *LIMIT)
+    (reason,) = reasons(tmp_path / "out").values()
+    assert reason.startswith(found)
+    assert reason.endswith("more than source.max_bytes = 100000")
+
+
+def test_the_limit_holds_for_excluded_images(tmp_path: Path) -> None:
+    source, _ = folder(tmp_path)
+    excluded, odd = folder(tmp_path / "excluded")
+    sparse(odd, HUGE)
+    noise_image(2).save(excluded / "good.jpg")
+    said = prepare(source, tmp_path / "out", *LIMIT, "--exclude", str(excluded))
+    assert "too many bytes" in said

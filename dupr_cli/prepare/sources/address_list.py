@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dupr_cli.artifacts.files import is_image_name
-from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.artifacts.remote import AbsentError, fetch_bytes, is_remote
 from dupr_cli.datasets.text import encoding_of, not_text
 from dupr_cli.errors import RunError, UsageError
@@ -122,8 +121,8 @@ class ListSource(BuiltIn):
     def read(self, entry: Entry) -> RawImage:
         path = entry.name.removeprefix("file://")
         if not is_remote(path):
-            return RawImage(read_regular(self.path.parent / path))
+            return RawImage(self.read_file(self.path.parent / path))
         try:
-            return RawImage(fetch_bytes(entry.name, _ATTEMPTS))
+            return RawImage(fetch_bytes(entry.name, _ATTEMPTS, self.options.max_bytes))
         except AbsentError as error:
             raise RunError(str(error)) from error

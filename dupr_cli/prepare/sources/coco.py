@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dupr_cli.artifacts.labels import Box
-from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.datasets.coco import (
     CocoSet,
     coco_files,
@@ -121,7 +120,7 @@ class CocoSource(BuiltIn):
 
     def read(self, entry: Entry) -> RawImage:
         place = entry.place
-        data, info = read_regular(self._root / place["file"]), {"id": place["id"]}
+        data, info = self.read_file(self._root / place["file"]), {"id": place["id"]}
         if place["objects"] is None:
             return RawImage(data, info=info)
         labels = Labels(

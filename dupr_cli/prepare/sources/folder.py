@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from dupr_cli.artifacts.files import is_image_name
-from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.datasets.layout import is_label_name, walk
 from dupr_cli.prepare.sources.archive import archives
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, labels_not_read, stamp_of
@@ -41,7 +40,7 @@ class FolderSource(BuiltIn):
             )
 
     def read(self, entry: Entry) -> RawImage:
-        return RawImage(read_regular(self.path / entry.name))
+        return RawImage(self.read_file(self.path / entry.name))
 
 
 def _add_labels(found: list[str], place: str, names: list[str]) -> None:
@@ -90,4 +89,4 @@ class ClassFolderSource(FolderSource):
             )
 
     def read(self, entry: Entry) -> RawImage:
-        return RawImage(read_regular(self.path / entry.name), label=entry.place)
+        return RawImage(self.read_file(self.path / entry.name), label=entry.place)

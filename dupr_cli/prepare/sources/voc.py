@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.datasets.layout import SPLITS
 from dupr_cli.datasets.voc import VocTree, find_voc_trees, trees_of_split
 from dupr_cli.errors import UsageError
@@ -86,6 +85,6 @@ class VocSource(BuiltIn):
         if not tree.has_lists and not tree.is_annotated(image_id):
             # LabelImg writes no file for an image that nobody has labelled yet.
             remark = "no annotation: the image is taken without labels"
-            return RawImage(read_regular(tree.image_path(image_id)), remarks=(remark,))
+            return RawImage(self.read_file(tree.image_path(image_id)), remarks=(remark,))
         labels = tree.labels(image_id)
-        return RawImage.of(read_regular(tree.image_path(image_id)), labels)
+        return RawImage.of(self.read_file(tree.image_path(image_id)), labels)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.datasets.layout import split_named
 from dupr_cli.datasets.yolo import YoloSet, is_yolo
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, separate_splits, stamp_of
@@ -42,4 +41,4 @@ class YoloSource(BuiltIn):
     def read(self, entry: Entry) -> RawImage:
         """Raises RunError when the label file is not text."""
         image = self._set.path_of(entry.name)
-        return RawImage.of(read_regular(image), self._set.labels(entry.name))
+        return RawImage.of(self.read_file(image), self._set.labels(entry.name))
