@@ -28,7 +28,7 @@ from dupr_cli.recipe.prepare import SourceSection
 from dupr_cli.runtime.stopping import raise_if_stopped
 
 # Keys of the recipe's section `source` that hold for the excluded sets too.
-_LIMITS = ("max_bytes",)
+_LIMITS = ("max_bytes", "max_seconds", "min_rate")
 _WITHOUT_SPLITS = ("folder", "list", "archive")
 
 Sets = Mapping[str, Sequence[str]]  # address and splits; no splits means all

@@ -9,6 +9,7 @@ import socket
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from dupr_cli.artifacts import pace
+from dupr_cli.artifacts.remote import fetch_bytes
+from dupr_cli.errors import RunError
 from tests.support.images import encode, noise_image
 from tests.support.processes import forked
 
@@ -246,3 +250,62 @@ def test_the_limit_holds_for_excluded_images(tmp_path: Path) -> None:
     noise_image(2).save(excluded / "good.jpg")
     said = prepare(source, tmp_path / "out", *LIMIT, "--exclude", str(excluded))
     assert "too many bytes" in said
+
+
+# --- Servers that take their time ---------------------------------------------------------------
+
+HEAD = b"HTTP/1.0 200 OK\r\n"
+LIMITS = ("--set", "source.max_seconds=2")
+
+
+def drip() -> Iterator[bytes]:
+    """One byte ten times a second; to `http.client` it is a line of a header, or a body."""
+    while True:
+        yield b"x"
+        time.sleep(0.1)
+
+
+def silence() -> Iterator[bytes]:
+    while True:
+        time.sleep(0.1)
+        yield b""
+
+
+SLOW = [(b"", drip), (HEAD + b"X: ", drip), (HEAD + b"\r\n", drip), (b"", silence)]
+SLOW_NAMES = ["status", "header", "body", "nothing"]
+
+
+@pytest.mark.parametrize(("head", "parts"), SLOW, ids=SLOW_NAMES)
+def test_an_image_has_a_deadline(
+    tmp_path: Path, head: bytes, parts: Callable[[], Iterator[bytes]]
+) -> None:
+    source, _ = folder(tmp_path)
+    with serve_parts(head, parts) as url:
+        (source / "list.txt").write_text(f"good.jpg\n{url}/odd.jpg\n")
+        prepare(source / "list.txt", tmp_path / "out", *LIMITS)
+    (reason,) = reasons(tmp_path / "out").values()
+    assert "/odd.jpg cannot be fetched within 2 s" in reason
+
+
+@pytest.mark.parametrize(("head", "parts"), SLOW[:3], ids=SLOW_NAMES[:3])
+def test_a_server_has_a_least_rate(
+    head: bytes, parts: Callable[[], Iterator[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "WINDOW_SECONDS", 0.5)
+    with (
+        serve_parts(head, parts) as url,
+        pytest.raises(RunError, match=r"bytes arrived in 0\.5 s, fewer than 1000 per second"),
+    ):
+        fetch_bytes(f"{url}/odd.jpg", attempts=2)
+
+
+def test_a_slow_server_that_keeps_the_rate_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "WINDOW_SECONDS", 0.3)
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(10):
+            yield bytes(200)
+            time.sleep(0.1)
+
+    with serve_parts(HEAD + b"\r\n", parts) as url:
+        assert fetch_bytes(f"{url}/slow.jpg", attempts=1) == bytes(2000)
