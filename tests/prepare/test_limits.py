@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -21,6 +23,7 @@ import pytest
 
 from dupr_cli.artifacts import pace
 from dupr_cli.artifacts.remote import fetch_bytes
+from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.errors import RunError
 from tests.support.images import encode, noise_image
 from tests.support.processes import forked
@@ -309,3 +312,42 @@ def test_a_slow_server_that_keeps_the_rate_is_waited_for(monkeypatch: pytest.Mon
 
     with serve_parts(HEAD + b"\r\n", parts) as url:
         assert fetch_bytes(f"{url}/slow.jpg", attempts=1) == bytes(2000)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("threads", ["one thread", "several threads"])
+def test_a_stop_does_not_wait_for_a_server_and_the_command_continues(
+    tmp_path: Path, workers: int, threads: str, number: signal.Signals
+) -> None:
+    source, _ = folder(tmp_path)
+    picture, hangs = encode(noise_image(2)), [True]
+
+    requested = threading.Event()
+
+    def parts() -> Iterator[bytes]:
+        requested.set()
+        yield from drip() if hangs[0] else [picture]
+
+    with serve_parts(HEAD + b"\r\n", parts) as url:
+        # Images are fetched by several threads if the first one has an address.
+        names = [f"{url}/odd.jpg", "good.jpg"]
+        names = names if threads == "several threads" else names[::-1]
+        (source / "list.txt").write_text("\n".join(names))
+        command = [sys.executable, "-m", "dupr_cli", "prepare", str(source / "list.txt")]
+        command += [str(tmp_path / "out"), "--workers", str(workers)]
+        command += ["--set", "shard.max_samples=1"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        requested.wait(FEW_SECONDS)
+        time.sleep(0.5)
+        process.send_signal(number)
+        began = time.monotonic()
+        _, said = process.communicate(timeout=FEW_SECONDS)
+        assert time.monotonic() - began < 10
+        assert process.returncode == (130 if number == signal.SIGINT else 75), said
+        assert f"stopped by {number.name}. Finished shards are kept" in said
+        hangs[0] = False
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=FEW_SECONDS)
+        assert done.returncode == 0, done.stderr
+    shards = open_shards(str(tmp_path / "out"))
+    assert {shards[0].image, shards[1].image} == {picture, (source / "good.jpg").read_bytes()}
