@@ -344,7 +344,7 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
                 f"{folder}: `dupr prepare` did not finish here. Give the same prepare command "
                 f"again to continue where it stopped."
             )
-        tars = sorted(folder.glob("*.tar"))
+        tars = sorted(tar for tar in folder.glob("*.tar") if tar.is_file())
         if not tars:
             raise UsageError(
                 f"{folder} holds no shards (no {MANIFEST}, no .tar). Make them with "

@@ -42,12 +42,7 @@ class ExcludedSets:
     Raises UsageError when a set does not exist or lists no images.
     """
 
-    def __init__(
-        self,
-        recipe: PrepareRecipe,
-        workers: int,
-        reporter: Reporter,
-    ) -> None:
+    def __init__(self, recipe: PrepareRecipe, workers: int, reporter: Reporter) -> None:
         self.sets, self._recipe, self._reporter = recipe.exclude, recipe, reporter
         self._threads = workers or os.cpu_count() or 1
         self.counts = dict.fromkeys(self.sets, 0)

@@ -145,6 +145,19 @@ def test_a_pipe_that_is_named_like_a_label_file_is_not_opened(tmp_path: Path, na
     assert reasons(tmp_path / "out") == {}
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("x.txt", "neither a file nor a folder"), ("x.tar", "neither a file"), (".", "no shards")],
+)
+def test_a_pipe_is_no_source(tmp_path: Path, source: str, message: str) -> None:
+    for name in ("x.txt", "x.tar"):
+        os.mkfifo(tmp_path / name)
+    command = [sys.executable, "-m", "dupr_cli", "prepare", tmp_path / source, tmp_path / "out"]
+    done = forked(command, FEW_SECONDS)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_an_annotation_that_is_a_pipe_loses_its_image_only(tmp_path: Path) -> None:
     source, odd = voc(tmp_path)
     shutil.copy(source / "JPEGImages/good.jpg", odd)
@@ -159,6 +172,7 @@ def test_an_annotation_that_is_a_pipe_loses_its_image_only(tmp_path: Path) -> No
 
 # --- Images of too many bytes -----------------------------------------------------------------
 
+HEAD = b"HTTP/1.0 200 OK\r\n"
 LIMIT = ("--set", "source.max_bytes=100_000")
 HUGE = 1 << 40  # bytes; more than any memory, so that reading it would fail
 
@@ -231,8 +245,8 @@ def test_a_sample_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "found"),
     [
-        (b"HTTP/1.0 200 OK\r\n\r\n", "too many bytes: more than"),
-        (f"HTTP/1.0 200 OK\r\nContent-Length: {HUGE}\r\n\r\n".encode(), f"too many bytes: {HUGE}"),
+        (HEAD + b"\r\n", "too many bytes: more than"),
+        (HEAD + f"Content-Length: {HUGE}\r\n\r\n".encode(), f"too many bytes: {HUGE}"),
     ],
     ids=["endless", "announced"],
 )
@@ -246,6 +260,16 @@ def test_a_body_of_too_many_bytes_is_cut_off(tmp_path: Path, head: bytes, found:
     assert reason.endswith("more than source.max_bytes = 100000")
 
 
+def test_the_body_of_a_redirection_is_not_read(tmp_path: Path) -> None:
+    source, _ = folder(tmp_path)
+    head = HEAD.replace(b"200 OK", b"302 Found") + b"Location: /other.jpg\r\n\r\n"
+    with serve_parts(head, lambda: repeat(bytes(1 << 16))) as url:
+        (source / "list.txt").write_text(f"good.jpg\n{url}/odd.jpg\n")
+        prepare(source / "list.txt", tmp_path / "out", *LIMIT)
+    (reason,) = reasons(tmp_path / "out").values()
+    assert "infinite loop" in reason
+
+
 def test_the_limit_holds_for_excluded_images(tmp_path: Path) -> None:
     source, _ = folder(tmp_path)
     excluded, odd = folder(tmp_path / "excluded")
@@ -257,8 +281,7 @@ def test_the_limit_holds_for_excluded_images(tmp_path: Path) -> None:
 
 # --- Servers that take their time ---------------------------------------------------------------
 
-HEAD = b"HTTP/1.0 200 OK\r\n"
-LIMITS = ("--set", "source.max_seconds=2")
+DEADLINE = ("--set", "source.max_seconds=2")
 
 
 def drip() -> Iterator[bytes]:
@@ -285,7 +308,7 @@ def test_an_image_has_a_deadline(
     source, _ = folder(tmp_path)
     with serve_parts(head, parts) as url:
         (source / "list.txt").write_text(f"good.jpg\n{url}/odd.jpg\n")
-        prepare(source / "list.txt", tmp_path / "out", *LIMITS)
+        prepare(source / "list.txt", tmp_path / "out", *DEADLINE)
     (reason,) = reasons(tmp_path / "out").values()
     assert "/odd.jpg cannot be fetched within 2 s" in reason
 
