@@ -283,10 +283,13 @@ class ShardSet:
         """A sample with its extras. Raises RunError when its shard is damaged."""
         return self._sample(number, extras=True)
 
-    def image_bytes(self, number: int) -> int:
-        """The size of a sample's image, which is not read."""
+    def bytes_of(self, number: int) -> int:
+        """The size of a sample, with its extras, which is not read."""
         shard, position = self.place(number)
-        return self.index(shard).images[position][1]
+        index = self.index(shard)
+        named = (column[position] for column in (index.images, index.infos, index.boxes))
+        others = index.extras.get(index.keys[position], {}).values()
+        return sum(place[1] for place in (*named, *others) if place is not None)
 
     def described(self, number: int) -> Sample:
         """A sample with its extras but an empty image: gives labels without reading pixels.

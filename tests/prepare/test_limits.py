@@ -232,13 +232,16 @@ def test_a_member_of_too_many_bytes_is_not_read(tmp_path: Path, suffix: str) -> 
     assert reasons(tmp_path / "out") == {f"a.{suffix}/odd.jpg": wanted}
 
 
-def test_a_sample_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", ["b.jpg", "b.bin"])
+def test_a_sample_of_too_many_bytes_is_not_read(tmp_path: Path, large: str) -> None:
+    image = encode(noise_image(1))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, data in {"a.jpg": encode(noise_image(1)), "b.jpg": bytes(200_000)}.items():
+        for name, data in {"a.jpg": image, "b.jpg": image, large: bytes(200_000)}.items():
             (tmp_path / name).write_bytes(data)
             tar.add(tmp_path / name, name)
     prepare(tmp_path / "a.tar", tmp_path / "out", "--set", "source.kind=shards", *LIMIT)
-    wanted = "too many bytes: 200000, more than source.max_bytes = 100000"
+    size = 200_000 if large == "b.jpg" else 200_000 + len(image)
+    wanted = f"too many bytes: {size}, more than source.max_bytes = 100000"
     assert reasons(tmp_path / "out") == {"a.tar/b": wanted}
 
 

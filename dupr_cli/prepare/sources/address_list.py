@@ -120,7 +120,7 @@ class ListSource(BuiltIn):
         )
 
     def read(self, entry: Entry) -> RawImage:
-        path = entry.name.removeprefix("file://")
+        path = entry.name.removeprefix("file://")  # fsspec would open a pipe there
         if not is_remote(path):
             return RawImage(self.read_file(self.path.parent / path))
         pace = Pace(self.options.min_rate, self.options.max_seconds)

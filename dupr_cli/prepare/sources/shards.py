@@ -74,7 +74,7 @@ class ShardSource(BuiltIn):
     def read(self, entry: Entry) -> RawImage:
         split, number = entry.place
         shards = self._open(split)
-        require_size(shards.image_bytes(number), self.options.max_bytes)
+        require_size(shards.bytes_of(number), self.options.max_bytes)
         sample = shards.whole(number)
         return replace(
             RawImage.of(sample.image, labels_of(sample)),
