@@ -17,7 +17,6 @@ import re
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +25,16 @@ from typing import BinaryIO, TypeVar, cast
 from filelock import FileLock
 
 from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.pace import Pace, open_http
+from dupr_cli.artifacts.reading import read_whole
 from dupr_cli.errors import DuprError, RunError, UsageError
 
 T = TypeVar("T")
 
 # 0.5 s, doubled each time, with jitter: a request is given up after about a minute.
 _ATTEMPTS, _FIRST_DELAY = 8, 0.5
-_TIMEOUT_SECONDS = 60
+# Bytes per second of a shard, an index or a manifest, below which a request is repeated.
+_LEAST_RATE = 1000
 _CHUNK = 1 << 20
 # HTTP answers that will be the same next time.
 _FINAL = (400, 401, 403, 404, 405, 410, 414)
@@ -89,21 +91,35 @@ def fetch(address: str, path: Path, size: int | None = None, sha256: str | None 
     size, sha256: of the file, if known. Raises AbsentError when `address` does not exist, RunError
     when all attempts fail or the cache cannot be written.
     """
-    once(path, lambda: _repeat(address, lambda: _copy(address, path, size, sha256)), size)
+    pace = Pace(_LEAST_RATE)
+
+    def make() -> None:
+        _repeat(address, lambda: _copy(address, path, size, sha256, pace), _ATTEMPTS, pace)
+
+    once(path, make, size)
 
 
-def fetch_bytes(address: str, attempts: int = _ATTEMPTS) -> bytes:
-    """The content of a small file, never from the cache. Raises the same errors as `fetch`."""
-    return _repeat(address, lambda: _read(address), attempts)
+def fetch_bytes(
+    address: str,
+    attempts: int = _ATTEMPTS,
+    max_bytes: int = sys.maxsize - 1,
+    pace: Pace | None = None,
+) -> bytes:
+    """The content of a file, never from the cache. pace: limits of http and https requests.
+
+    Raises the same errors as `fetch`, and UnfitImageError when the file exceeds `max_bytes`.
+    """
+    given = pace or Pace(_LEAST_RATE)
+    return _repeat(address, lambda: _read(address, max_bytes, given), attempts, given)
 
 
 def _exists(path: Path, size: int | None) -> bool:
     return path.is_file() and (size is None or path.stat().st_size == size)
 
 
-def _copy(address: str, path: Path, size: int | None, sha256: str | None) -> None:
+def _copy(address: str, path: Path, size: int | None, sha256: str | None, pace: Pace) -> None:
     with _requesting(address):
-        source = _open(address)
+        source = _open(address, pace)
     with source, atomic_file(path) as file:
         announced = _announced_length(source)
         if None not in (size, announced) and size != announced:
@@ -123,9 +139,10 @@ def _copy(address: str, path: Path, size: int | None, sha256: str | None) -> Non
             raise _FailedError("the sha256 of the received file differs from the manifest")
 
 
-def _read(address: str) -> bytes:
-    with _requesting(address), _open(address) as source:
-        data, announced = source.read(), _announced_length(source)
+def _read(address: str, max_bytes: int, pace: Pace) -> bytes:
+    with _requesting(address), _open(address, pace) as source:
+        announced = _announced_length(source)
+        data = read_whole(source, max_bytes, announced)
     _check_length(len(data), announced)
     return data
 
@@ -135,15 +152,20 @@ def _check_length(length: int, expected: int | None) -> None:
         raise _FailedError(f"{length} bytes arrived instead of {expected}")
 
 
-def _repeat(address: str, attempt: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
+def _repeat(address: str, attempt: Callable[[], T], attempts: int, pace: Pace) -> T:
     problem = _FailedError("no attempt was made")
     for number in range(attempts):
         if number:
             time.sleep(_FIRST_DELAY * 2 ** (number - 1) * random.uniform(0.5, 1))
+        pace.begin_attempt()
         try:
             return attempt()
         except _FailedError as error:
             problem = error
+        if pace.is_over:
+            raise RunError(
+                f"{address} cannot be fetched within {pace.max_seconds:g} s: {problem}."
+            ) from problem
     raise RunError(
         f"{address} cannot be fetched: {problem} ({attempts} attempts). Check that the server "
         f"answers and has the whole file, then give the same command again to continue."
@@ -187,9 +209,9 @@ def _announced_length(source: BinaryIO) -> int | None:
     return int(length) if length.isdecimal() else None
 
 
-def _open(address: str) -> BinaryIO:
+def _open(address: str, pace: Pace) -> BinaryIO:
     if address.startswith(("http://", "https://")):
-        return cast(BinaryIO, urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS))
+        return open_http(address, pace)
     import fsspec
 
     try:

@@ -283,6 +283,14 @@ class ShardSet:
         """A sample with its extras. Raises RunError when its shard is damaged."""
         return self._sample(number, extras=True)
 
+    def bytes_of(self, number: int) -> int:
+        """The size of a sample, with its extras, which is not read."""
+        shard, position = self.place(number)
+        index = self.index(shard)
+        named = (column[position] for column in (index.images, index.infos, index.boxes))
+        others = index.extras.get(index.keys[position], {}).values()
+        return sum(place[1] for place in (*named, *others) if place is not None)
+
     def described(self, number: int) -> Sample:
         """A sample with its extras but an empty image: gives labels without reading pixels.
 
@@ -339,7 +347,7 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
                 f"{folder}: `dupr prepare` did not finish here. Give the same prepare command "
                 f"again to continue where it stopped."
             )
-        tars = sorted(folder.glob("*.tar"))
+        tars = sorted(tar for tar in folder.glob("*.tar") if tar.is_file())
         if not tars:
             raise UsageError(
                 f"{folder} holds no shards (no {MANIFEST}, no .tar). Make them with "

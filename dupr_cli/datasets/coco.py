@@ -413,7 +413,8 @@ def _json_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     files = named(folder, lambda name: name.lower().endswith(".json") and name[0] != ".")
-    return [file for file in files if not file.name.startswith(_OTHERS)]
+    # Opening a named pipe would wait for ever.
+    return [file for file in files if not file.name.startswith(_OTHERS) and file.is_file()]
 
 
 def _looks_like_coco(file: Path) -> bool:

@@ -27,6 +27,7 @@ from typing import BinaryIO
 
 from dupr_cli.artifacts.files import is_image_name
 from dupr_cli.artifacts.labels import Box
+from dupr_cli.artifacts.reading import UnfitImageError, require_regular
 from dupr_cli.datasets.layout import split_folders, split_named
 from dupr_cli.datasets.placement import Labels
 from dupr_cli.datasets.text import read_text
@@ -148,8 +149,8 @@ class VocTree:
     def _stated_name(self, image_id: str) -> str:
         """<filename> of an annotation without folders; empty if it is missing or damaged."""
         try:
-            text = ET.parse(self._annotation_path(image_id)).findtext("filename")
-        except (OSError, ET.ParseError, ValueError, LookupError):
+            text = _parsed(self._annotation_path(image_id)).findtext("filename")
+        except (OSError, RunError, ET.ParseError, ValueError, LookupError):
             return ""
         return (text or "").strip().replace("\\", "/").rpartition("/")[2]
 
@@ -178,7 +179,7 @@ class VocTree:
         """
         path = self._annotation_path(image_id)
         try:
-            root = ET.parse(path).getroot()
+            root = _parsed(path)
         except FileNotFoundError:
             raise RunError(f"{path}: the annotation is missing.") from None
         except (ET.ParseError, ValueError, LookupError) as error:
@@ -215,6 +216,15 @@ def _number(text: str | None) -> float:
     except ValueError:
         return math.nan
     return value if math.isfinite(value) else math.nan
+
+
+def _parsed(path: Path) -> ET.Element:
+    """The root of an annotation, which must be a file: a named pipe would wait for ever."""
+    try:
+        require_regular(path)
+    except UnfitImageError as error:
+        raise RunError(f"{path}: the annotation is {error}.") from None
+    return ET.parse(path).getroot()
 
 
 def _parse_object(element: ET.Element) -> Box:
@@ -263,7 +273,8 @@ def _is_annotated(folder: Path) -> bool:
     with os.scandir(folder) as entries:
         names = (e.name for e in entries if e.name.lower().endswith(".xml"))
         probed = list(islice(names, _PROBED_FILES))
-    return any(_ROOT.search(_start(folder / name)) for name in probed)
+    files = (folder / name for name in probed)
+    return any(file.is_file() and _ROOT.search(_start(file)) for file in files)
 
 
 def _start(file: Path) -> bytes:

@@ -333,6 +333,8 @@ def _data_file(folder: Path) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     for file in named(folder, lambda name: name.lower().endswith((".yaml", ".yml"))):
+        if not file.is_file():  # opening a named pipe would wait for ever
+            continue
         text = file.read_bytes()
         if b"names:" in text and b"train:" in text:
             return file

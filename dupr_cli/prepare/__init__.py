@@ -26,7 +26,6 @@ from dupr_cli.prepare.blocks import Work, blocks_folder, read_report
 from dupr_cli.prepare.engines import check_engine, write_blocks
 from dupr_cli.prepare.excluded_sets import ExcludedSets
 from dupr_cli.prepare.exclusion import count_excluded
-from dupr_cli.prepare.ingest import pixel_format
 from dupr_cli.prepare.listing import Listing, read_listing, survey, write_listing
 from dupr_cli.prepare.source_record import SOURCE, KnownSource
 from dupr_cli.prepare.sources import ImageSource, make_source, nothing_found, recognise
@@ -54,7 +53,7 @@ def plan(
     kind = _kind(recipe, source)
     work = Work(kind, source, str(out), recipe, near=False)
     made = make_source(kind, source, recipe.source, out)
-    excluded = ExcludedSets(recipe.exclude, 0, SilentReporter(), pixel_format(recipe.image))
+    excluded = ExcludedSets(recipe, 0, SilentReporter())
     standing = look(work, made, excluded, overwrite=overwrite, append=append)
     entries = standing.to_read
     if entries is None:
@@ -101,7 +100,7 @@ def run(
     work = Work(kind, source, str(out), recipe, recipe.filter.duplicates == "near")
     made = make_source(kind, source, recipe.source, out)
     require_other_folder(work)
-    excluded = ExcludedSets(recipe.exclude, workers, reporter, pixel_format(recipe.image))
+    excluded = ExcludedSets(recipe, workers, reporter)
     with (
         stoppable("Finished shards are kept, and the same command continues from there."),
         writing(out, "dupr prepare", shared=task is not None),

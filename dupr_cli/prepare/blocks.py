@@ -15,10 +15,12 @@ import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import TypeVar
 
 import numpy as np
@@ -36,7 +38,13 @@ from dupr_cli.recipe import PrepareRecipe
 
 _FOLDER = "blocks"
 
+_POLL_SECONDS = 0.2
+
 T = TypeVar("T")
+
+
+def _nothing(_count: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -118,12 +126,16 @@ def _opened(work: Work, _listed: int) -> tuple[ImageSource, Listing, ExcludedIma
 
 
 def write_block(
-    work: Work, block: tuple[str, int], threads: int = 1, advance: Callable[[], None] | None = None
+    work: Work,
+    block: tuple[str, int],
+    threads: int = 1,
+    advance: Callable[[int], None] = _nothing,
 ) -> BlockReport:
     """Ingest the entries of one block into one or several tars.
 
-    threads: number of threads that read and decode. advance: called after each image. Raises
-    OSError when the output cannot be written; the tar being written is then removed.
+    threads: number of threads that read and decode. advance: called with 1 after each image, and
+    with 0 while threads are waited for; it may raise. Raises OSError when the output cannot be
+    written; the tar being written is then removed.
     """
     Image.preinit()
     with warnings.catch_warnings(action="ignore"):  # Pillow warns about odd metadata
@@ -131,7 +143,7 @@ def write_block(
 
 
 def _write_block(
-    work: Work, block: tuple[str, int], threads: int, advance: Callable[[], None] | None
+    work: Work, block: tuple[str, int], threads: int, advance: Callable[[int], None]
 ) -> BlockReport:
     split, number = block
     source, listing, excluded = _opened(work, listing_path(work.folder).stat().st_mtime_ns)
@@ -151,9 +163,8 @@ def _write_block(
         read = partial(
             ingest, read=source.read, recipe=work.recipe, look=work.near, excluded=excluded
         )
-        for found in in_order(read, entries, threads):
-            if advance is not None:
-                advance()
+        for found in in_order(read, entries, threads, advance):
+            advance(1)
             if isinstance(found, Skipped):
                 skipped.append(found)
                 continue
@@ -208,16 +219,53 @@ def _short(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def in_order(read: Callable[[Entry], T], entries: Sequence[Entry], threads: int) -> Iterator[T]:
-    """Yield results in the order of the entries; several threads read a few entries ahead."""
+def in_order(
+    read: Callable[[Entry], T],
+    entries: Sequence[Entry],
+    threads: int,
+    advance: Callable[[int], None] = _nothing,
+) -> Iterator[T]:
+    """Yield results in the order of the entries; several threads read a few entries ahead.
+
+    advance: called with 0 while no result is ready; it may raise. The threads are then left behind,
+    since one of them may be waiting for a server.
+    """
     if threads == 1:
         yield from map(read, entries)
         return
+    jobs: SimpleQueue[tuple[Entry, Future[T]] | None] = SimpleQueue()
+    for _ in range(threads):
+        # Python waits at its exit for the threads of its own pools, but not for daemons.
+        Thread(target=_read_jobs, args=(read, jobs), daemon=True).start()
     waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    try:
         for entry in entries:
-            waiting.append(pool.submit(read, entry))
+            waiting.append(Future())
+            jobs.put((entry, waiting[-1]))
             if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft(), advance)
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft(), advance)
+    finally:
+        for future in waiting:
+            future.cancel()
+        for _ in range(threads):
+            jobs.put(None)
+
+
+def _read_jobs(
+    read: Callable[[Entry], T], jobs: SimpleQueue[tuple[Entry, Future[T]] | None]
+) -> None:
+    while (job := jobs.get()) is not None:
+        entry, future = job
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(read(entry))
+            except BaseException as error:
+                future.set_exception(error)
+
+
+def _result(future: Future[T], advance: Callable[[int], None]) -> T:
+    while not wait([future], _POLL_SECONDS).done:
+        advance(0)
+    return future.result()

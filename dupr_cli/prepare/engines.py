@@ -27,6 +27,8 @@ ENGINES = ("processes", "ray")
 # Images that each process requests from a server at the same time.
 REMOTE_THREADS = 16
 _POLL_SECONDS = 0.2
+# How long workers may take to finish their current images after a signal.
+_GRACE_SECONDS = 2.0
 
 
 def check_engine(engine: str) -> None:
@@ -58,9 +60,9 @@ def write_blocks(
         _in_processes(work, blocks, processes, threads, progress)
         return
 
-    def advance() -> None:
+    def advance(count: int) -> None:
         raise_if_stopped()
-        progress.advance()
+        progress.advance(count)
 
     for block in blocks:
         write_block(work, block, threads, advance)
@@ -96,39 +98,53 @@ def _in_processes(
         except BrokenProcessPool:
             # The pool asks the others to end and waits for them. They may wait for a lock that the
             # killed one held, and they ignore signals.
-            for worker in multiprocessing.active_children():
-                worker.kill()
+            _end_workers(0)
             raise RunError(
                 "a worker process was killed, most likely because memory ran out. Give the same "
                 "command again with fewer --workers to continue."
             ) from None
         except BaseException:
             stop.set()
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            _end_workers(_GRACE_SECONDS)
             raise
+
+
+def _end_workers(grace: float) -> None:
+    """Kill the workers that are still running after so many seconds.
+
+    A worker that reads a file from a server that hangs never sees that it must stop. What it was
+    writing is written again when the command continues.
+    """
+    ends = time.monotonic() + grace
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.join(max(0.0, ends - time.monotonic()))
+    for worker in workers:
+        worker.kill()
 
 
 class _StoppedError(Exception):
     """Raised in a worker that must stop in the middle of a block."""
 
 
-def _nothing() -> None:
+def _nothing(_count: int) -> None:
     pass
 
 
-# Counts an image of this worker; `_start_worker` sets it.
-_advance: Callable[[], None] = _nothing
+# Counts images of this worker; `_start_worker` sets it.
+_advance: Callable[[int], None] = _nothing
 
 
 def _start_worker(main: int, images: Any, stop: Any) -> None:
     ignore_signals()
     Thread(target=_exit_after, args=(main,), daemon=True).start()
 
-    def advance() -> None:
+    def advance(count: int) -> None:
         if stop.is_set():
             raise _StoppedError
         with images.get_lock():
-            images.value += 1
+            images.value += count
 
     global _advance
     _advance = advance

@@ -20,12 +20,15 @@ from dupr_cli.errors import DuprError, StoppedRunError, UsageError
 from dupr_cli.prepare.blocks import in_order
 from dupr_cli.prepare.engines import REMOTE_THREADS
 from dupr_cli.prepare.exclusion import ExcludedImages
-from dupr_cli.prepare.ingest import readable, why_unreadable
+from dupr_cli.prepare.ingest import pixel_format, readable, why_unreadable
 from dupr_cli.prepare.sources import Entry, ImageSource, make_source, nothing_found, recognise
 from dupr_cli.progress import Reporter
+from dupr_cli.recipe import PrepareRecipe
 from dupr_cli.recipe.prepare import SourceSection
 from dupr_cli.runtime.stopping import raise_if_stopped
 
+# Keys of the recipe's section `source` that hold for the excluded sets too.
+_LIMITS = ("max_bytes", "max_seconds", "min_rate")
 _WITHOUT_SPLITS = ("folder", "list", "archive")
 
 Sets = Mapping[str, Sequence[str]]  # address and splits; no splits means all
@@ -34,20 +37,18 @@ Sets = Mapping[str, Sequence[str]]  # address and splits; no splits means all
 class ExcludedSets:
     """The sets to exclude: listed when this is created, hashed when the hashes are needed.
 
-    workers: threads that read and decode, 0 for one per core. pixels: of the images in the shards.
-    counts: number of images by address.
+    recipe: names the sets. workers: threads that read and decode, 0 for one per core. counts:
+    number of images by address.
     Raises UsageError when a set does not exist or lists no images.
     """
 
-    def __init__(
-        self, sets: Sets, workers: int, reporter: Reporter, pixels: PixelFormat | None = None
-    ) -> None:
-        self.sets, self._reporter, self._pixels = sets, reporter, pixels
+    def __init__(self, recipe: PrepareRecipe, workers: int, reporter: Reporter) -> None:
+        self.sets, self._recipe, self._reporter = recipe.exclude, recipe, reporter
         self._threads = workers or os.cpu_count() or 1
-        self.counts = dict.fromkeys(sets, 0)
-        with _opened(sets) as sources:
+        self.counts = dict.fromkeys(self.sets, 0)
+        with _opened(recipe) as sources:
             for address, source in sources.items():
-                self.counts[address] = _count(address, sets[address], source)
+                self.counts[address] = _count(address, self.sets[address], source)
 
     @property
     def digest(self) -> str:
@@ -59,7 +60,7 @@ class ExcludedSets:
         """Reads and hashes the images. Warns of those that cannot be used."""
         names, hashes = list[str](), list[ImageHashes]()
         with (
-            _opened(self.sets) as sources,
+            _opened(self._recipe) as sources,
             warnings.catch_warnings(action="ignore"),  # Pillow warns about odd metadata
             self._reporter.task("hash excluded", sum(self.counts.values()), "images") as progress,
         ):
@@ -67,7 +68,9 @@ class ExcludedSets:
                 problems = list[str]()
                 entries = list(source.entries())
                 threads = REMOTE_THREADS if source.remote else self._threads
-                found = in_order(partial(_hash, source, self._pixels), entries, threads)
+                found = in_order(
+                    partial(_hash, source, pixel_format(self._recipe.image)), entries, threads
+                )
                 for entry, (image, problem) in zip(entries, found, strict=True):
                     raise_if_stopped()
                     progress.advance()
@@ -97,16 +100,16 @@ def describe_sets(sets: Sets) -> str:
 
 
 @contextmanager
-def _opened(sets: Sets) -> Iterator[dict[str, ImageSource]]:
+def _opened(recipe: PrepareRecipe) -> Iterator[dict[str, ImageSource]]:
     # A compressed archive is unpacked while it is read; a dry run must not do that in OUT.
     with TemporaryDirectory(prefix="dupr-") as folder:
         yield {
-            address: _source(address, splits, Path(folder, str(number)))
-            for number, (address, splits) in enumerate(sets.items())
+            address: _source(address, splits, recipe, Path(folder, str(number)))
+            for number, (address, splits) in enumerate(recipe.exclude.items())
         }
 
 
-def _source(address: str, splits: Sequence[str], out: Path) -> ImageSource:
+def _source(address: str, splits: Sequence[str], recipe: PrepareRecipe, out: Path) -> ImageSource:
     try:
         kind = recognise(address, advice="")
     except UsageError as error:
@@ -118,7 +121,9 @@ def _source(address: str, splits: Sequence[str], out: Path) -> ImageSource:
         )
     if kind == "classes" and not splits:
         kind = "folder"  # images outside the class folders count as well
-    return make_source(kind, address, SourceSection(kind=kind, splits=list(splits) or None), out)
+    limits = {key: getattr(recipe.source, key) for key in _LIMITS}
+    options = SourceSection(kind=kind, splits=list(splits) or None, **limits)
+    return make_source(kind, address, options, out)
 
 
 def _count(address: str, splits: Sequence[str], source: ImageSource) -> int:

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dupr_cli.artifacts.hashes import perceptual_hash
 from dupr_cli.artifacts.pixel_formats import PixelFormat, resized
+from dupr_cli.artifacts.reading import UnfitImageError, require_size
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Skipped
 from dupr_cli.datasets.channels import ChannelError, ChannelPicture, open_channels
@@ -104,6 +105,8 @@ def why_unreadable(error: OSError | ValueError | DuprError) -> str:
     """Why an image is left out that raised this while its source read it."""
     if isinstance(error, FileNotFoundError):
         return "the file is missing"
+    if isinstance(error, UnfitImageError):
+        return str(error)
     if isinstance(error, DuprError):  # a missing or damaged annotation or shard, named in full
         return f"cannot be used: {error}"
     # A ValueError means a name that no file can have.
@@ -116,7 +119,7 @@ def readable(name: str) -> str:
 
 
 def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> Ingested:
-    _require_data(raw)
+    _require_data(raw, recipe)
     if raw.pixels is not None:
         raise _UnusableImageError(
             f"other shards keep it with {raw.pixels}; set image.channels and image.range to keep it"
@@ -166,16 +169,17 @@ def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> I
     return Ingested(sample, sha256.digest(), perceptual, found.notes if found else raw.remarks)
 
 
-def _require_data(raw: RawImage) -> None:
+def _require_data(raw: RawImage, recipe: PrepareRecipe) -> None:
     if not raw.data:
         raise _UnusableImageError("the file is empty")
+    require_size(len(raw.data), recipe.source.max_bytes)  # of the sources of other packages
 
 
 def _ingest_channels(
     entry: Entry, raw: RawImage, recipe: PrepareRecipe, pixels: PixelFormat, look: bool
 ) -> Ingested:
     """Like `_ingest`, for an image that keeps its channels and values."""
-    _require_data(raw)
+    _require_data(raw, recipe)
     picture = _open_channels(raw.data)
     _check(picture.stored, recipe)
     if picture.channels != pixels.channels:

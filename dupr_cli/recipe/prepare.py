@@ -41,6 +41,16 @@ class SourceSection(Section):
     modification times of the image and its labels; content compares the sha256 of the image's bytes
     and labels, for files whose times change when they are copied, and reads the whole source at
     every call."""
+    max_bytes: Annotated[int, Field(ge=1)] = 536_870_912
+    """Images of more bytes are skipped: before they are read if their size is known, as of files
+    and members of archives, otherwise as soon as more have arrived. The default is the size of an
+    RGB image of image.max_pixels, uncompressed."""
+    max_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """An image at an address that has not arrived after this time, with all attempts, is
+    skipped. For http and https; other schemes have the timeouts of their own packages."""
+    min_rate: Annotated[float, Field(ge=0)] = 1000.0
+    """Bytes per second: an attempt to fetch an image over http or https ends when fewer arrive
+    within a minute."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -32,6 +32,8 @@ def recognise(address: str, advice: str = " Name the kind with --set source.kind
     path = Path(address)
     if not is_remote(address) and "{" not in address and not path.exists():
         raise UsageError(f"{address}: the file or folder does not exist.")
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise UsageError(f"{address}: neither a file nor a folder, but a pipe, socket or device.")
     if path.is_dir() and _is_empty(path):
         raise UsageError(f"{address}: the folder is empty.")
     for kind in _ORDER:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dupr_cli.artifacts.files import is_image_name
+from dupr_cli.artifacts.pace import Pace
 from dupr_cli.artifacts.remote import AbsentError, fetch_bytes, is_remote
 from dupr_cli.datasets.text import encoding_of, not_text
 from dupr_cli.errors import RunError, UsageError
@@ -119,9 +120,11 @@ class ListSource(BuiltIn):
         )
 
     def read(self, entry: Entry) -> RawImage:
-        if not is_remote(entry.name):
-            return RawImage((self.path.parent / entry.name).read_bytes())
+        path = entry.name.removeprefix("file://")  # fsspec would open a pipe there
+        if not is_remote(path):
+            return RawImage(self.read_file(self.path.parent / path))
+        pace = Pace(self.options.min_rate, self.options.max_seconds)
         try:
-            return RawImage(fetch_bytes(entry.name, _ATTEMPTS))
+            return RawImage(fetch_bytes(path, _ATTEMPTS, self.options.max_bytes, pace))
         except AbsentError as error:
             raise RunError(str(error)) from error

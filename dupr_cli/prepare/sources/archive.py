@@ -22,6 +22,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from dupr_cli.artifacts.files import atomic_file, is_image_name, named
+from dupr_cli.artifacts.reading import read_whole, require_size
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED
 from dupr_cli.datasets.layout import has_images, is_label_name
 from dupr_cli.errors import RunError, UsageError
@@ -95,10 +96,14 @@ class ArchiveSource(BuiltIn):
         path = self.path / archive if self.path.is_dir() else self.path
         if path.suffix.lower() == ".zip":
             try:
-                return RawImage(_open_zip(path, os.getpid()).read(place[0]))
+                opened = _open_zip(path, os.getpid())
+                with opened.open(place[0]) as member:
+                    size = opened.getinfo(place[0]).file_size
+                    return RawImage(read_whole(member, self.options.max_bytes, size))
             except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
                 raise RunError(f"the zip archive cannot be read: {error}") from error
         offset, size = place
+        require_size(size, self.options.max_bytes)
         plain = path if path.name.lower().endswith(".tar") else self._unpacked(path)
         with plain.open("rb") as file:
             file.seek(offset)

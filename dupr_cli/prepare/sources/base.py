@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.pixel_formats import PixelFormat
+from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.datasets.placement import Labels, Size
 from dupr_cli.recipe.prepare import SourceSection
 
@@ -171,6 +172,13 @@ class BuiltIn(ImageSource):
         self.address, self.options, self.out = address, options, out
         self.notes = []
         self.path = Path(address)
+
+    def read_file(self, path: Path) -> bytes:
+        """The content of an image on this machine, within the limits of the recipe.
+
+        Raises OSError, or UnfitImageError if it is not a regular file or too large.
+        """
+        return read_regular(path, self.options.max_bytes)
 
     @classmethod
     def recognises(cls, address: str) -> bool:

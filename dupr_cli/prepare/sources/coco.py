@@ -120,7 +120,7 @@ class CocoSource(BuiltIn):
 
     def read(self, entry: Entry) -> RawImage:
         place = entry.place
-        data, info = (self._root / place["file"]).read_bytes(), {"id": place["id"]}
+        data, info = self.read_file(self._root / place["file"]), {"id": place["id"]}
         if place["objects"] is None:
             return RawImage(data, info=info)
         labels = Labels(

@@ -40,7 +40,7 @@ class FolderSource(BuiltIn):
             )
 
     def read(self, entry: Entry) -> RawImage:
-        return RawImage((self.path / entry.name).read_bytes())
+        return RawImage(self.read_file(self.path / entry.name))
 
 
 def _add_labels(found: list[str], place: str, names: list[str]) -> None:
@@ -89,4 +89,4 @@ class ClassFolderSource(FolderSource):
             )
 
     def read(self, entry: Entry) -> RawImage:
-        return RawImage((self.path / entry.name).read_bytes(), label=entry.place)
+        return RawImage(self.read_file(self.path / entry.name), label=entry.place)

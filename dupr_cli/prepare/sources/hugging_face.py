@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dupr_cli.artifacts.reading import require_size
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key
 
@@ -73,5 +74,6 @@ class HuggingFaceSource(BuiltIn):
         split, row = entry.place
         (value,) = self._splits[split][row].values()
         if value["bytes"] is not None:
+            require_size(len(value["bytes"]), self.options.max_bytes)
             return RawImage(value["bytes"])
-        return RawImage(Path(value["path"]).read_bytes())
+        return RawImage(self.read_file(Path(value["path"])))

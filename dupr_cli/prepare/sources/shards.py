@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from dupr_cli.artifacts.reading import require_size
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.shards import (
     MANIFEST,
@@ -72,7 +73,9 @@ class ShardSource(BuiltIn):
 
     def read(self, entry: Entry) -> RawImage:
         split, number = entry.place
-        sample = self._open(split).whole(number)
+        shards = self._open(split)
+        require_size(shards.bytes_of(number), self.options.max_bytes)
+        sample = shards.whole(number)
         return replace(
             RawImage.of(sample.image, labels_of(sample)),
             label=sample.label,

@@ -85,6 +85,6 @@ class VocSource(BuiltIn):
         if not tree.has_lists and not tree.is_annotated(image_id):
             # LabelImg writes no file for an image that nobody has labelled yet.
             remark = "no annotation: the image is taken without labels"
-            return RawImage(tree.image_path(image_id).read_bytes(), remarks=(remark,))
+            return RawImage(self.read_file(tree.image_path(image_id)), remarks=(remark,))
         labels = tree.labels(image_id)
-        return RawImage.of(tree.image_path(image_id).read_bytes(), labels)
+        return RawImage.of(self.read_file(tree.image_path(image_id)), labels)

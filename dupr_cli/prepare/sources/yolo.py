@@ -41,4 +41,4 @@ class YoloSource(BuiltIn):
     def read(self, entry: Entry) -> RawImage:
         """Raises RunError when the label file is not text."""
         image = self._set.path_of(entry.name)
-        return RawImage.of(image.read_bytes(), self._set.labels(entry.name))
+        return RawImage.of(self.read_file(image), self._set.labels(entry.name))
