@@ -25,7 +25,7 @@ from typing import BinaryIO, TypeVar, cast
 from filelock import FileLock
 
 from dupr_cli.artifacts.files import atomic_file
-from dupr_cli.artifacts.pace import Pace, open_http
+from dupr_cli.artifacts.paced_http import Pace, open_http
 from dupr_cli.artifacts.reading import read_whole
 from dupr_cli.errors import DuprError, RunError, UsageError
 

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pytest
 
-from dupr_cli.artifacts import pace
 from dupr_cli.artifacts.remote import fetch_bytes
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.errors import RunError

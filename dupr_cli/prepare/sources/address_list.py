@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dupr_cli.artifacts.files import is_image_name
-from dupr_cli.artifacts.pace import Pace
+from dupr_cli.artifacts.paced_http import Pace
 from dupr_cli.artifacts.remote import AbsentError, fetch_bytes, is_remote
 from dupr_cli.datasets.text import encoding_of, not_text
 from dupr_cli.errors import RunError, UsageError
