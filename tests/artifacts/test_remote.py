@@ -149,7 +149,7 @@ def test_nobody_there() -> None:
 
 
 def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "WINDOW_SECONDS", 0.05)
+    monkeypatch.setattr(paced_http, "WINDOW_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/shards"
         with pytest.raises(

@@ -319,7 +319,7 @@ def test_an_image_has_a_deadline(
 def test_a_server_has_a_least_rate(
     head: bytes, parts: Callable[[], Iterator[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "WINDOW_SECONDS", 0.5)
+    monkeypatch.setattr(paced_http, "WINDOW_SECONDS", 0.5)
     with (
         serve_parts(head, parts) as url,
         pytest.raises(RunError, match=r"bytes arrived in 0\.5 s, fewer than 1000 per second"),
@@ -328,7 +328,7 @@ def test_a_server_has_a_least_rate(
 
 
 def test_a_slow_server_that_keeps_the_rate_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "WINDOW_SECONDS", 0.3)
+    monkeypatch.setattr(paced_http, "WINDOW_SECONDS", 0.3)
 
     def parts() -> Iterator[bytes]:
         for _ in range(10):
