@@ -19,7 +19,7 @@ from typing import cast
 import fsspec
 import pytest
 
-from dupr_cli.artifacts import remote
+from dupr_cli.artifacts import paced_http, remote
 from dupr_cli.artifacts.shard_files import Sample, index_path
 from dupr_cli.artifacts.shards import MANIFEST, open_shards
 from dupr_cli.errors import RunError, UsageError

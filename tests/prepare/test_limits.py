@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from dupr_cli.artifacts import paced_http
 from dupr_cli.artifacts.remote import fetch_bytes
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.errors import RunError
