@@ -18,6 +18,7 @@ from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.datasets.channels import decode_as
 from dupr_cli.datasets.pixels import IMAGE_ERRORS
+from dupr_cli.datasets.tensors import decode_tensor
 from dupr_cli.errors import RunError
 from dupr_cli.recipe.pretrain import MethodSection, PretrainRecipe
 from dupr_cli.runtime.loader import load
@@ -136,7 +137,7 @@ class ViewPairs:
                 )
             try:
                 with phase("decode"):
-                    image = decode(sample)
+                    pixels = decode_tensor(sample.image, sample.pixels)
                 break
             except IMAGE_ERRORS as error:
                 problems.append(f"{sample.key}: {error}")
@@ -150,7 +151,7 @@ class ViewPairs:
         views, colours = self._method.views, self._method.augmentation
         with phase("crop"):
             return cut_pair(
-                image, views, colours, random, place, len(problems), self._flip_together
+                pixels, views, colours, random, place, len(problems), self._flip_together
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dupr_cli.datasets.tensors import as_tensor
 from dupr_cli.probe.data import ImageSet
 from dupr_cli.recipe.probe import RetrievalSection
 from dupr_cli.views.pairs import ViewPairBatch, cut_pair
@@ -22,7 +23,7 @@ class ViewPairs:
     seed: int
 
     def __call__(self, position: int) -> ViewPairBatch:
-        image = self.images.image(position)
+        pixels = as_tensor(self.images.image(position))
         digest = hashlib.sha256(self.images.ids[position].encode()).digest()
         random = np.random.default_rng([self.seed, int.from_bytes(digest[:8], "big")])
-        return cut_pair(image, self.section.views, self.section, random, position)
+        return cut_pair(pixels, self.section.views, self.section, random, position)

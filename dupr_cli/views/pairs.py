@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 
-from dupr_cli.artifacts.pixel_formats import AnyImage, ChannelImage
 from dupr_cli.recipe.pretrain import ViewsSection
 from dupr_cli.views.augmentation import FLIP, Photometric, draw_parameters
 from dupr_cli.views.geometry import Crop, as_crop, random_crop_pair
@@ -53,16 +52,18 @@ class ViewPairBatch:
         )
 
 
-def crop_and_resize(image: AnyImage, crop: Crop, size: int) -> AnyImage:
-    """Resize one crop to size x size, antialiased, without shifting the source's pixels.
+def crop_and_resize(pixels: Tensor, crop: Crop, size: int) -> Tensor:
+    """Resize one crop to (C, size, size), antialiased, without shifting the source's pixels.
 
-    crop: x0, y0, x1, y1 in pixels of the image.
+    pixels: (C, H, W). crop: x0, y0, x1, y1 in pixels of the image.
     """
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=crop)
+    x0, y0, x1, y1 = crop
+    part = pixels[None, :, y0:y1, x0:x1]
+    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def cut_pair(
-    image: AnyImage,
+    pixels: Tensor,
     views: ViewsSection,
     colours: Photometric,
     random: np.random.Generator,
@@ -72,17 +73,18 @@ def cut_pair(
 ) -> ViewPairBatch:
     """The two views of one image, without the batch axis; `random` supplies all randomness.
 
+    pixels: (3, H, W) uint8 in RGB, or (C, H, W) float32 in 0..1 of an image with own channels.
     flip_together: mirror both views or neither.
     Source: docs/method.md, "Views".
     """
-    crops = random_crop_pair(image.width, image.height, views, random)
-    channels = image.values.shape[2] if isinstance(image, ChannelImage) else None
+    own_channels, height, width = pixels.shape
+    crops = random_crop_pair(width, height, views, random)
+    channels = None if pixels.dtype == torch.uint8 else own_channels
     parameters = np.stack([draw_parameters(colours, random, channels) for _ in range(2)])
     if flip_together:
         parameters[1, FLIP] = parameters[0, FLIP]
-    cut = [np.asarray(crop_and_resize(image, as_crop(crop), views.size)) for crop in crops]
     return ViewPairBatch(
-        torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).contiguous(),
+        torch.stack([crop_and_resize(pixels, as_crop(crop), views.size) for crop in crops]),
         torch.from_numpy(crops),
         torch.from_numpy(parameters),
         torch.tensor(number),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from dupr_cli.views.augmentation import (
     ORDER,
     PARAMETERS,
     SATURATION,
+    Scratch,
     augment,
     draw_parameters,
     gaussian_blur,
@@ -88,8 +91,53 @@ def test_grayscale_flip_and_normalisation() -> None:
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_equals_torchvisions_with_the_same_kernel(sigma: float) -> None:
     views = images(2, 21).float() / 255
-    found = gaussian_blur(views, torch.full((2,), sigma), max_sigma=2.0)
     expected = TF.gaussian_blur(views, [13, 13], [sigma, sigma])
+    gaussian_blur(views, torch.full((2,), sigma), 2.0, Scratch(views.device))
+    assert torch.allclose(views, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(70, 33), (40, 99), (5, 64), (224, 224)])
+def test_blur_of_any_shape_equals_torchvisions(shape: tuple[int, int]) -> None:
+    """Lines are blurred in bands; short ones limit the kernel."""
+    views = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    taps = 2 * min(6, shape[0] - 1) + 1
+    expected = torch.stack(
+        [TF.gaussian_blur(view, [taps, taps], [s, s]) for view, s in zip(views, (0.4, 2.0))]
+    )
+    gaussian_blur(views, torch.tensor([0.4, 2.0]), 2.0, Scratch(views.device))
+    assert torch.allclose(views, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_all_operations_equal_torchvisions(side: int) -> None:
+    """Small views are changed together, large ones one after the other."""
+    views, random = images(40, side), np.random.default_rng(1)
+    rows = torch.from_numpy(np.stack([draw_parameters(PLAIN, random) for _ in range(40)]))
+    found = augment(views, rows, PLAIN)
+    for view, row, image in zip(views, rows, found, strict=True):
+        assert torch.allclose(image, by_torchvision(view, row), atol=2e-5)
+
+
+def by_torchvision(view: Tensor, row: Tensor) -> Tensor:
+    x = view.float() / 255
+    changes = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    if row[ORDER] >= 0:
+        for number in list(permutations(range(4)))[int(row[ORDER])]:
+            x = changes[number](x, float(row[number]))
+    if row[GRAYSCALE]:
+        x = TF.rgb_to_grayscale(x, num_output_channels=3)
+    if row[BLUR]:
+        x = TF.gaussian_blur(x, [13, 13], [float(row[BLUR])] * 2)
+    return TF.horizontal_flip(x) if row[FLIP] else x
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.3, -0.1, 0.0, 0.2, 0.5])
+def test_hue_of_greys_and_of_two_equal_channels(turns: float) -> None:
+    """Every colour of four levels, so that all cases of equal and extreme channels occur."""
+    levels = torch.tensor([0, 1, 128, 255], dtype=torch.uint8)
+    views = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 8, 8)
+    expected = TF.adjust_hue(views.float() / 255, turns)
+    found = augment(views, parameters(HUE=turns, ORDER=0), PLAIN)
     assert torch.allclose(found, expected, atol=1e-5)
 
 

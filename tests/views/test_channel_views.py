@@ -9,6 +9,7 @@ import torchvision.transforms.functional as tf
 from PIL import Image
 
 from dupr_cli.artifacts.pixel_formats import ChannelImage
+from dupr_cli.datasets.tensors import as_tensor
 from dupr_cli.recipe.pretrain import AugmentationSection, ViewsSection
 from dupr_cli.views.augmentation import (
     BLUR,
@@ -47,8 +48,8 @@ def test_views_are_cut_as_those_of_rgb() -> None:
     image = noise_image(0, 96, 80)
     same = ChannelImage((np.asarray(image) / 255).astype(np.float32))
     section = ViewsSection(size=32)
-    one = cut_pair(image, section, RECIPE, np.random.default_rng(3))
-    other = cut_pair(same, section, RECIPE, np.random.default_rng(3))
+    one = cut_pair(as_tensor(image), section, RECIPE, np.random.default_rng(3))
+    other = cut_pair(as_tensor(same), section, RECIPE, np.random.default_rng(3))
     assert torch.equal(one.crops, other.crops)
     assert torch.equal(one.parameters[0], other.parameters[0, :PARAMETERS])
     assert other.views.dtype == torch.float32
@@ -59,8 +60,8 @@ def test_resizing_is_antialiased_in_every_channel() -> None:
     """Single lines of every second pixel become an even grey, as Pillow's do."""
     values = np.zeros((64, 64, CHANNELS), dtype=np.float32)
     values[:, ::2] = 1
-    small = crop_and_resize(ChannelImage(values), (0, 0, 64, 64), 8)
-    assert np.asarray(small)[:, 1:-1] == pytest.approx(0.5, abs=0.02)
+    small = crop_and_resize(as_tensor(ChannelImage(values)), (0, 0, 64, 64), 8)
+    assert small[:, :, 1:-1].numpy() == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("first", ["brightness", "contrast"])

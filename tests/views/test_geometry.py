@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
@@ -29,10 +28,7 @@ from dupr_cli.views.pairs import crop_and_resize
 def coordinate_view(width: int, height: int, crop: Crop, size: int) -> Tensor:
     """A view (2, S, S) of an image whose two channels are x and y of each pixel's centre."""
     x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    channels = [Image.fromarray(c.astype(np.float32), mode="F") for c in (x, y)]
-    return torch.stack(
-        [torch.from_numpy(np.array(crop_and_resize(c, crop, size))) for c in channels]
-    )
+    return crop_and_resize(torch.from_numpy(np.stack([x, y]).astype(np.float32)), crop, size)
 
 
 @st.composite
@@ -178,6 +174,29 @@ def test_the_convention_moves_mirrored_views_of_padded_convolutions_apart() -> N
             moved[first] = float(middle[3, 3, 0].abs())
         assert moved[0.5] < 0.01
         assert moved[stride / 2] == pytest.approx(stride - 1, abs=0.01)
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 97, 80), (13, 7, 60, 71), (30, 20, 45, 29)])
+def test_views_have_the_pixels_of_a_resized_crop(crop: Crop) -> None:
+    """The oracle is Pillow, as torchvision's RandomResizedCrop uses it; both round to 8 bits."""
+    image = noise_image(0, 97, 80)
+    found = crop_and_resize(torch.from_numpy(np.array(image)).permute(2, 0, 1), crop, 32)
+    expected = image.crop(crop).resize((32, 32), Image.Resampling.BILINEAR)
+    difference = found.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 400, 300), (40, 30, 360, 290), (100, 80, 160, 150)])
+def test_pixels_of_a_view_come_from_where_geometry_says(crop: Crop) -> None:
+    """Exactly, except next to the border: no pixels are taken from outside the crop."""
+    x0, _, x1, _ = crop
+    seen = coordinate_view(400, 300, crop, 64)[0]
+    pixel = (x1 - x0) / 64
+    expected = x0 + pixel * (torch.arange(64) + 0.5)
+    off = ((seen - expected) / pixel).abs()  # in pixels of the view
+    border = max(1, round(0.5 / pixel))
+    assert off[:, border:-border].max() < 1e-3
+    assert off.max() <= (0.1 if pixel >= 1 else 0.5)
 
 
 def test_boxes_by_hand() -> None:
