@@ -11,7 +11,6 @@ import io
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from dupr_cli.artifacts.pixel_formats import AnyImage, ChannelImage, PixelFormat
 from dupr_cli.datasets.channels import decode_as
@@ -31,6 +30,9 @@ def decode_tensor(data: bytes, pixels: PixelFormat | None) -> Tensor:
     """
     if pixels is not None:
         return as_tensor(decode_as(io.BytesIO(data), pixels))
+    # Its import takes longer than all else in a dry run, which decodes nothing.
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     picture = open_picture(io.BytesIO(data))
     image = picture.image
     if image.format == "JPEG" and image.mode in ("RGB", "L") and picture.orientation == 1:

@@ -15,6 +15,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,16 +109,10 @@ def test_beside_lightly(photographs: list[Path], shards: ShardSet) -> None:
     count = len(photographs)
     assert len(shards) == count
     rounds = []
-    for number in range(-1, ROUNDS):
-        sides = (
-            lightly,
-            lambda n=number: loaded(shards, n + 1, True),
-            lambda n=number: loaded(shards, n + 1, False),
-        )
-        if number >= 0:  # the first fills caches
-            rounds.append([seconds(side) for side in sides])
-        else:
-            _ = [side() for side in sides]
+    for epoch in range(ROUNDS + 1):
+        on_cpu, on_device = (partial(loaded, shards, epoch, changed) for changed in (True, False))
+        rounds.append([seconds(side) for side in (lightly, on_cpu, on_device)])
+    rounds = rounds[1:]  # the first fills caches
     names = "lightly", "dupr, all on the CPU", "dupr, colours left to the device"
     print(f"\n{count} photographs, {ROUNDS} rounds, one thread, CPU time; medians")
     for side, name in enumerate(names):

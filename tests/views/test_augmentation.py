@@ -102,7 +102,10 @@ def test_blur_of_any_shape_equals_torchvisions(shape: tuple[int, int]) -> None:
     views = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
     taps = 2 * min(6, shape[0] - 1) + 1
     expected = torch.stack(
-        [TF.gaussian_blur(view, [taps, taps], [s, s]) for view, s in zip(views, (0.4, 2.0))]
+        [
+            TF.gaussian_blur(view, [taps, taps], [s, s])
+            for view, s in zip(views, (0.4, 2.0), strict=True)
+        ]
     )
     gaussian_blur(views, torch.tensor([0.4, 2.0]), 2.0, Scratch(views.device))
     assert torch.allclose(views, expected, atol=1e-6)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
@@ -23,6 +24,7 @@ from dupr_cli.views.geometry import (
     shared_region_boxes,
 )
 from dupr_cli.views.pairs import crop_and_resize
+from tests.support.images import noise_image
 
 
 def coordinate_view(width: int, height: int, crop: Crop, size: int) -> Tensor:
@@ -188,14 +190,15 @@ def test_views_have_the_pixels_of_a_resized_crop(crop: Crop) -> None:
 
 @pytest.mark.parametrize("crop", [(0, 0, 400, 300), (40, 30, 360, 290), (100, 80, 160, 150)])
 def test_pixels_of_a_view_come_from_where_geometry_says(crop: Crop) -> None:
-    """Exactly, except next to the border: no pixels are taken from outside the crop."""
+    """Except next to the border, where no pixels are taken from outside the crop. A filter that is
+    sampled at whole pixels moves what it sees by some thousandths of a pixel."""
     x0, _, x1, _ = crop
     seen = coordinate_view(400, 300, crop, 64)[0]
     pixel = (x1 - x0) / 64
     expected = x0 + pixel * (torch.arange(64) + 0.5)
     off = ((seen - expected) / pixel).abs()  # in pixels of the view
     border = max(1, round(0.5 / pixel))
-    assert off[:, border:-border].max() < 1e-3
+    assert off[:, border:-border].max() < 5e-3
     assert off.max() <= (0.1 if pixel >= 1 else 0.5)
 
 
