@@ -58,7 +58,7 @@ def test_a_queue_that_is_too_long_is_cut(shards: Path) -> None:
 
 def test_a_detector_decides_the_backbone(shards: Path) -> None:
     pytest.importorskip("transformers")
-    result = dupr("plan", shards, *QUICK, "--detector", "d-fine-n", "--json")
+    result = dupr("plan", shards, *QUICK, "--detector", "d-fine-n", *TINY_SET, "--json")
     keys = {c["key"]: c["value"] for c in json.loads(result.stdout)["keys"]}
     assert keys["model.backbone"] == "transformers:hgnetv2_b0"
 
