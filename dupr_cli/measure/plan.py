@@ -139,7 +139,9 @@ def propose(
     if write is not None and write.exists():
         raise UsageError(f"--write {write} exists already; give the name of a new file.")
     chosen = choose_device(device)
-    base = str(recipe) if recipe else _base(data, chosen)
+    base = _base(data, chosen) if recipe is None else str(recipe)
+    if Path(base).is_file():
+        base = str(Path(base).resolve())  # the recipe that extends it may lie elsewhere
     draft = _Draft(base, overrides)
     shards = open_shards(as_address(data, "data"), draft.recipe.data.split)
     side = _shorter_side(shards)
@@ -261,7 +263,7 @@ def _shorter_side(shards: ShardSet) -> int:
             image = decode(shards[int(number)])
         except IMAGE_ERRORS:
             continue
-        sides.append(min(image.size))
+        sides.append(min(image.width, image.height))
     if not sides:
         raise UsageError(
             f"{shards.name}: none of the images that were tried can be decoded. `dupr prepare` "

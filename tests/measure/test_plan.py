@@ -49,6 +49,15 @@ def test_the_users_recipe_keeps_its_values(shards: Path) -> None:
     assert found["steps"] == 6
 
 
+def test_a_file_of_ones_own_can_be_extended_from_elsewhere(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    mine, proposed = tmp_path / "a" / "mine.yaml", tmp_path / "proposed.yaml"
+    mine.write_text("stage: pretrain\nextends: dupr-r18-cpu-smoke\nseed: 5\n")
+    dupr("plan", shards, *QUICK, "--recipe", mine, *TINY_SET, "--set", SMALL_NETWORK,
+         "--write", proposed)  # fmt: skip
+    assert load_recipe(PretrainRecipe, str(proposed)).seed == 5
+
+
 def test_a_queue_that_is_too_long_is_cut(shards: Path) -> None:
     result = dupr("plan", shards, *QUICK, "--recipe", "dupr-r18-cpu-smoke",
                   "--set", SMALL_NETWORK)  # fmt: skip
