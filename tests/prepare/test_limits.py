@@ -26,17 +26,20 @@ from dupr_cli.artifacts.remote import fetch_bytes
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.errors import RunError
 from tests.support.images import encode, noise_image
-from tests.support.processes import forked
 
 FEW_SECONDS = 60  # a command that waits for a file or a server would never end
 
 
 def prepare(source: Path, out: Path, *options: str) -> str:
     """Run the command to its end in one process; what it wrote on standard error."""
-    command = [sys.executable, "-m", "dupr_cli", "prepare", source, out, "--workers", "1"]
-    done = forked([*command, *options], FEW_SECONDS)
+    done = started(source, out, "--workers", "1", *options)
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+def started(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dupr_cli", "prepare", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=FEW_SECONDS)
 
 
 def reasons(out: Path) -> dict[str, str]:
@@ -152,8 +155,7 @@ def test_a_pipe_that_is_named_like_a_label_file_is_not_opened(tmp_path: Path, na
 def test_a_pipe_is_no_source(tmp_path: Path, source: str, message: str) -> None:
     for name in ("x.txt", "x.tar"):
         os.mkfifo(tmp_path / name)
-    command = [sys.executable, "-m", "dupr_cli", "prepare", tmp_path / source, tmp_path / "out"]
-    done = forked(command, FEW_SECONDS)
+    done = started(tmp_path / source, tmp_path / "out")
     assert done.returncode == 2
     assert message in done.stderr
 
