@@ -36,7 +36,11 @@ from dupr_cli.pretrain.estimate import (
     memory_gib,
     network_size,
 )
-from dupr_cli.pretrain.recipe_checks import science_warnings
+from dupr_cli.pretrain.recipe_checks import (
+    LARGEST_QUEUE,
+    PUBLISHED_BLUR,
+    science_warnings,
+)
 from dupr_cli.pretrain.trainer import count_steps
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
@@ -46,6 +50,7 @@ from dupr_cli.recipe import (
     load_recipe,
     resolve_recipe,
 )
+from dupr_cli.recipe.base import LEVEL_STRIDES
 from dupr_cli.recipe.given import as_overrides
 from dupr_cli.runtime.devices import choose_device
 from dupr_cli.runtime.machine import device_memory_bytes, device_name
@@ -67,11 +72,8 @@ DETECTORS = {
 # From this many images on, the values of ImageNet suit a GPU; below, those of small sets.
 _MANY_IMAGES = 300_000
 _LOOKED_AT = 64  # images whose size is read
-_STRIDES = {"res4": 16, "res5": 32}
 _LARGEST_VIEW = {"cpu": 64, "cuda": 224}
-_QUEUE_SHARE, _LARGEST_QUEUE = 1 / 4, 65_536
-# MoCo's blur is for views of 224 pixels.
-_BLUR = 2 / 224
+_LONGEST_QUEUE = 65_536
 # The key encoder's momentum by the length of the run, so that it is not left at its start.
 _MOMENTA = ((3_000, 0.99), (50_000, 0.996))
 _LONG_MOMENTUM = 0.999
@@ -288,10 +290,9 @@ def _fit_data(draft: _Draft, shards: ShardSet, side: int, device: torch.device, 
             draft.set("optimizer.lr", lr, "in proportion to the batch")
     batch = draft.recipe.data.batch_size
     directions = 2 if base.method.symmetric else 1
-    most = min(_LARGEST_QUEUE, int(images * _QUEUE_SHARE * directions))
-    queue = max(
-        batch * directions, _power_of_two(most) // (batch * directions) * batch * directions
-    )
+    most = min(_LONGEST_QUEUE, int(images * LARGEST_QUEUE * directions))
+    keys = batch * directions  # that enter in a step
+    queue = max(keys, _power_of_two(most) // keys * keys)
     if queue < base.method.queue_length or (free and queue != base.method.queue_length):
         why = f"at most a quarter of {images:,} images, so that few negatives are the image itself"
         draft.set("method.queue_length", queue, why)
@@ -305,12 +306,11 @@ def _fit_views(draft: _Draft, side: int, device: torch.device) -> None:
         return
     reason = f"the images' shorter side is {side}" if size < largest else "what the device affords"
     draft.set("method.views.size", size, reason)
-    draft.set("method.augmentation.blur.sigma", [0.1, max(0.2, round(_BLUR * size, 1))],
+    draft.set("method.augmentation.blur.sigma", [0.1, max(0.2, round(PUBLISHED_BLUR * size, 1))],
               "MoCo's 2.0 at 224 pixels, in proportion")  # fmt: skip
     for level in base.method.patch.bins:
-        if level in _STRIDES:
-            bins = max(1, size // _STRIDES[level])
-            draft.set(f"method.patch.bins.{level}", bins, "one for each cell across a view")
+        bins = max(1, size // LEVEL_STRIDES[level])
+        draft.set(f"method.patch.bins.{level}", bins, "one for each cell across a view")
 
 
 def _fit_memory(draft: _Draft, device: torch.device) -> None:
@@ -378,4 +378,4 @@ def _fit_time(
 
 def _power_of_two(most: int) -> int:
     """The largest power of two that is at most `most`, at least 1."""
-    return 1 << max(0, most.bit_length() - 1) if most > 0 else 1
+    return 1 << max(1, most).bit_length() - 1

@@ -17,10 +17,10 @@ _RATE_PER_IMAGE, _LOWEST_RATE, _HIGHEST_RATE = 0.03 / 256, 1 / 3, 10
 # A run should be at least this many times 1 / (1 - momentum) steps long; 2.4 is enough in the demo.
 _MEMORIES = 2
 # A queue longer than this share of the images makes an image its own negative too often.
-_LARGEST_QUEUE = 1 / 4
+LARGEST_QUEUE = 1 / 4
 # Largest standard deviation of the blur as a share of the view's side: MoCo v2's 2.0 at 224 pixels,
 # and twice that, beyond which much of the detail is lost.
-_PUBLISHED_BLUR, _LARGEST_BLUR = 2 / 224, 4 / 224
+PUBLISHED_BLUR, _LARGEST_BLUR = 2 / 224, 4 / 224
 # Bins smaller than this share of a feature cell mostly repeat their neighbours.
 _SMALLEST_BIN = 0.5
 
@@ -53,10 +53,10 @@ def _queue(recipe: PretrainRecipe, images: int | None) -> list[str]:
         )
     # Images whose keys the queue still holds, as a share of all images.
     held = method.queue_length / directions / images if images else 0.0
-    if images and held > _LARGEST_QUEUE:
+    if images and held > LARGEST_QUEUE:
         # With an order drawn for every epoch, the image came within this share of an epoch before.
         chance = min(1.0, held * held / 2)
-        most = int(images * _LARGEST_QUEUE * directions)
+        most = int(images * LARGEST_QUEUE * directions)
         found.append(
             f"method.queue_length is {method.queue_length}, and there are {images} images: an "
             f"older key of the image itself is among its negatives with a chance of {chance:.0%}. "
@@ -73,7 +73,7 @@ def _blur(recipe: PretrainRecipe) -> list[str]:
     return [
         f"method.augmentation.blur.sigma goes up to {blur.sigma[1]:g} pixels in views of {size}: "
         f"MoCo's 2.0 is for views of 224 and removes much of the detail of smaller ones. Use "
-        f"[0.1, {max(0.2, round(_PUBLISHED_BLUR * size, 1)):g}]."
+        f"[0.1, {max(0.2, round(PUBLISHED_BLUR * size, 1)):g}]."
     ]
 
 
