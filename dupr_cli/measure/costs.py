@@ -23,7 +23,6 @@ from dupr_cli.pretrain.data import BatchOrder, ViewPairs, training_batches
 from dupr_cli.pretrain.estimate import NetworkSize, estimate_run, memory_gib, network_size
 from dupr_cli.pretrain.step import Training, autocast, memory_format
 from dupr_cli.pretrain.trainer import timed
-from dupr_cli.recipe.base import LEVELS
 from dupr_cli.recipe.pretrain import PretrainRecipe
 from dupr_cli.runtime.machine import device_memory_bytes
 from dupr_cli.runtime.parallel import World
@@ -164,7 +163,7 @@ def measure_step(
 def _bare_steps(recipe: PretrainRecipe, batch: ViewPairBatch, world: World) -> Iterator[float]:
     """Endless seconds of steps of the backbone alone, at the size and precision of the recipe."""
     method, train = recipe.method, recipe.train
-    levels = [v for v in LEVELS if method.image.weights.get(v) or method.patch.weights.get(v)]
+    levels = method.levels
     layout = memory_format(recipe)
     query, key = (
         make_backbone(recipe.model.backbone, method.augmentation.channels)

@@ -44,7 +44,6 @@ from dupr_cli.recipe import (
     recipe_yaml,
     resolve_recipe,
 )
-from dupr_cli.recipe.base import LEVELS
 from dupr_cli.runtime.devices import choose_device
 from dupr_cli.runtime.output import differences, environment, holds, remove, writing
 from dupr_cli.runtime.parallel import join, world_size
@@ -200,8 +199,7 @@ def _require_parts(recipe: PretrainRecipe) -> None:
     method_class(recipe)
     if layout_of(recipe.model.backbone) != "torchvision":
         backbone = make_backbone(recipe.model.backbone, recipe.method.augmentation.channels)
-        image, patch = recipe.method.image.weights, recipe.method.patch.weights
-        used = [v for v in LEVELS if image.get(v) or patch.get(v)]
+        used = recipe.method.levels
         require_levels(backbone, used, f"the losses are at {', '.join(used)} (method.*.weights)")
 
 

@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         self.backbone = make_backbone(recipe.model.backbone, method.augmentation.channels)
         self.image_levels = [v for v in LEVELS if method.image.weights.get(v)]
         self.patch_levels = [v for v in LEVELS if method.patch.weights.get(v)]
-        self.levels = [v for v in LEVELS if v in {*self.image_levels, *self.patch_levels}]
+        self.levels = method.levels
         for module in as_backbone(self.backbone).after(self.levels[-1]):
             module.requires_grad_(False)  # never computed, so it gets no gradient
         self.bins = dict(method.patch.bins)

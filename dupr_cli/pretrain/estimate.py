@@ -122,7 +122,7 @@ def counted(recipe: PretrainRecipe) -> tuple[float, float, int, dict[Level, int]
         backbone.train()
         side = method.views.size
         view = torch.empty(2, method.augmentation.channels, side, side)  # norms may need two
-        levels = [v for v in LEVELS if method.image.weights.get(v) or method.patch.weights.get(v)]
+        levels = method.levels
         counter = FlopCounterMode(display=False)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), counter:
             backbone(view, levels, levels[-1])

@@ -15,6 +15,7 @@ from dupr_cli.recipe.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LEVEL_STRIDES,
+    LEVELS,
     BackboneName,
     Fraction,
     Level,
@@ -184,6 +185,11 @@ class MethodSection(Section):
             hint = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(names)}"
             reject("name", f"{self.name}, which is not a method. {hint}")
         return self
+
+    @property
+    def levels(self) -> list[Level]:
+        """Levels at which there is a loss, the finest first."""
+        return [v for v in LEVELS if self.image.weights.get(v) or self.patch.weights.get(v)]
 
     @property
     def title(self) -> str:
