@@ -5,6 +5,8 @@ Each file is written under a temporary name in the same folder, flushed to disk 
 
 from __future__ import annotations
 
+import functools
+import glob
 import hashlib
 import json
 import os
@@ -45,16 +47,45 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _temporary(path: Path) -> Path:
+@functools.cache
+def _host() -> int:
+    """The machine, and the container on it, within which a process number means one process."""
+    containers = Path("/proc/self/ns/pid")
+    inside = containers.stat().st_ino if containers.exists() else ""
+    return zlib.crc32(f"{socket.gethostname()}{inside}".encode())
+
+
+def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process uses, on any machine that sees the folder."""
-    host = zlib.crc32(socket.gethostname().encode())
-    return path.with_name(f".{path.name}.{host}{os.getpid():07d}.tmp")
+    return path.with_name(f".{path.name}.{_host()}{os.getpid():07d}.tmp")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete temporary files and folders for `path` whose processes, on this machine, have ended.
+
+    For outputs in folders that are not dupr's alone, where another process may be at work.
+    """
+    start = f".{path.name}.{_host()}"
+    for place in path.parent.glob(f"{glob.escape(start)}*.tmp"):
+        number = place.name.removeprefix(start).removesuffix(".tmp")
+        if number.isdecimal() and not _runs(int(number)):
+            _delete(place)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; not a process number
+        return True
+    return True
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears at `path` only if the block ends without an error."""
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with naming(path), temporary.open("wb") as file:
             yield file
@@ -95,7 +126,7 @@ def write_json(path: Path, value: object) -> None:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` with its files only if the block ends without an error."""
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -149,7 +180,11 @@ def is_temporary(name: str) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files and folders that a killed process left in `folder`."""
     for path in named(folder, is_temporary):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -10,14 +10,13 @@ public_checkpoints.py does the reverse: `dupr import`.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from dupr_cli.artifacts.files import sha256_file
+from dupr_cli.artifacts.files import remove_abandoned, sha256_file, temporary_name
 from dupr_cli.artifacts.weights import Weights, read_weights
 from dupr_cli.export.arrival import Checked, load_into
 from dupr_cli.export.formats import ExportFormat, folders_of, make_format
@@ -122,8 +121,10 @@ def run(
     read = _rounded(fitted(read), recipe.dtype)
     places = folders_of(formats)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    remove_abandoned(target)
+    staged = temporary_name(target)
     try:
+        staged.mkdir()
         with stoppable("Nothing was written."):
             exported = []
             for chosen in formats:

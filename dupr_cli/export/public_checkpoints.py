@@ -28,7 +28,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dupr_cli.artifacts.files import sha256_file
+from dupr_cli.artifacts.files import remove_abandoned, sha256_file
 from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.weights import (
     IMPORTED,
@@ -46,6 +46,7 @@ from dupr_cli.models.naming import (
 )
 from dupr_cli.models.resnet_shapes import Shape, resnet_shapes
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from dupr_cli.runtime.stopping import stoppable
 
 _COUNTER = "num_batches_tracked"
 # If a file holds several networks, the first match wins; methods transfer these networks.
@@ -109,6 +110,7 @@ _NAMINGS = tuple(
 )
 
 
+@stoppable("Nothing was written.")
 def import_weights(
     address: str,
     out: Path,
@@ -152,6 +154,7 @@ def import_weights(
         encoder=IMPORTED,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out)
     write_weights(out, tensors, metadata)
     used = found.keys() & {chosen + naming.translate(name) for name in tensors}
     return Imported(
