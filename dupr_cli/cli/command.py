@@ -135,6 +135,9 @@ class Globals:
     json: bool = False
 
 
+# What torch says when memory runs out on a GPU and on a CPU; it raises a RuntimeError for both.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
 # Set by the root command's options, before a command runs.
 root_globals = Globals()
 
@@ -205,6 +208,10 @@ def command(
                 sys.exit(1)
             except (DuprError, OSError, MemoryError, KeyboardInterrupt) as error:
                 _fail(error, options.traceback)
+            except RuntimeError as error:
+                if not any(said in str(error) for said in _OUT_OF_MEMORY):
+                    raise
+                _fail(MemoryError(), options.traceback)
 
         wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *added]}

@@ -239,9 +239,9 @@ def open_features(
     )
     if wanted > free:
         raise RunError(
-            f"{folder}: the features of {compared.address} take {wanted / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free. Give --out on a larger disk, or fewer or smaller "
-            f"images."
+            f"{folder}: No space left on device for the features of {compared.address}: they take "
+            f"{wanted / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free. Free some space, or "
+            f"give --out on a larger disk, or fewer or smaller images."
         )
     if missing:
         count = measured_batches(recipe, labelled)

@@ -23,7 +23,7 @@ from dupr_cli.datasets.placement import summarise_notes
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.assembly import assemble, is_planned
 from dupr_cli.prepare.blocks import Work, blocks_folder, read_report
-from dupr_cli.prepare.engines import check_engine, write_blocks
+from dupr_cli.prepare.engines import WORKER_BYTES, check_engine, write_blocks
 from dupr_cli.prepare.excluded_sets import ExcludedSets
 from dupr_cli.prepare.exclusion import count_excluded
 from dupr_cli.prepare.listing import Listing, read_listing, survey, write_listing
@@ -34,6 +34,7 @@ from dupr_cli.prepare.types import PreparePlan, PrepareResult
 from dupr_cli.prepare.unfinished import State, clear
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import Overrides, PrepareRecipe, as_address, as_path, resolve_recipe
+from dupr_cli.runtime.machine import require_room
 from dupr_cli.runtime.output import writing
 from dupr_cli.runtime.stopping import stoppable
 
@@ -86,13 +87,14 @@ def run(
     core. append: if the source has grown, add shards of the new images to the set in `out`, whose
     existing shards do not change. engine: processes or ray. task: (i, n) writes only every n-th
     block, starting with the i-th (i counts from 1); `merge` then turns the blocks into a set.
-    Raises UsageError when the source or an excluded set has no images, `out` holds something else
-    or the engine is not installed, RunError when no image could be used, OSError when the output
-    cannot be written, StoppedRunError after a signal.
+    Raises UsageError when the source or an excluded set has no images, `out` holds something else,
+    the engine is not installed or there is no memory for so many workers; RunError when no image
+    could be used, OSError when the output cannot be written, StoppedRunError after a signal.
     """
     recipe = resolve_recipe(PrepareRecipe, recipe, overrides)
     source, out = as_address(source, "source"), as_path(out, "out")
     check_engine(engine)
+    require_room(workers, WORKER_BYTES, "--workers")
     if append and (overwrite or task is not None):
         raise UsageError("--append works without --overwrite and without --task.")
     reporter = reporter or SilentReporter()

@@ -27,6 +27,7 @@ ENGINES = ("processes", "ray")
 # Images that each process requests from a server at the same time.
 REMOTE_THREADS = 16
 _POLL_SECONDS = 0.2
+WORKER_BYTES = 120 * 2**20  # that a worker takes, seen with photographs
 # How long workers may take to finish their current images after a signal.
 _GRACE_SECONDS = 2.0
 

@@ -29,7 +29,9 @@ from dupr_cli.artifacts.shards import (
 )
 from dupr_cli.datasets.channels import decode_as
 from dupr_cli.errors import DuprError
+from dupr_cli.prepare.engines import WORKER_BYTES
 from dupr_cli.progress import Reporter
+from dupr_cli.runtime.machine import require_room
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Verified:
 def verify_shards(address: str, reporter: Reporter, workers: int = 0) -> Verified:
     """Read and check a whole set. workers: processes, 0 for one per core.
 
-    Raises UsageError when `address` holds no shards.
+    Raises UsageError when `address` holds no shards, or there is no memory for so many workers.
     """
+    require_room(workers, WORKER_BYTES, "--workers")
     folder = Path(address)
     entries: list[ShardEntry | None]
     if (folder / MANIFEST).is_file():

@@ -29,7 +29,7 @@ from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import make_backbone, require_fit, require_levels
 from dupr_cli.models.published import open_weights
 from dupr_cli.pretrain.data import BatchOrder
-from dupr_cli.pretrain.estimate import estimate_run, estimate_warnings
+from dupr_cli.pretrain.estimate import estimate_run, estimate_warnings, require_memory
 from dupr_cli.pretrain.method import method_class
 from dupr_cli.pretrain.recipe_checks import science_warnings
 from dupr_cli.pretrain.trainer import count_steps, train
@@ -141,8 +141,9 @@ def run(
     recipe, overrides: see `dupr_cli.recipe.given`. data: shards, see `open_shards`. device: auto,
     cpu, cuda or cuda:N. allow_changed: recipe keys that may differ from those of the run in `out`.
     max_hours, stop_after: save and stop when this call has run that long or made that many steps.
-    Raises UsageError when `out` holds something else or a run of another recipe or other data,
-    RunError and StoppedRunError as `trainer.train`.
+    Raises UsageError when the run needs several times the memory that is there, or when `out` holds
+    something else or a run of another recipe or other data; RunError and StoppedRunError as
+    `trainer.train`.
     """
 
     recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
@@ -155,6 +156,7 @@ def run(
         reporter = reporter if reporter and world.is_main else SilentReporter()
         shards = open_shards(data, recipe.data.split)
         _require_channels(recipe, shards)
+        require_memory(recipe, world.device, world.size)
         with writing(out, "dupr pretrain") if world.is_main else nullcontext():
             if world.is_main:
                 _claim(recipe, shards, out, overwrite, allow_changed, reporter)

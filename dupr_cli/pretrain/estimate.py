@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.models.resnet_shapes import resnet_shapes, stage_channels
 from dupr_cli.recipe.base import LEVELS, Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
+from dupr_cli.runtime.loader import LOADER_BYTES
 from dupr_cli.runtime.machine import device_memory_bytes, matrix_rate
 
 # Share of the rate of large matrix products that a whole step reaches. CPU: measured, see
@@ -26,8 +28,8 @@ _UTILISATION = {"cpu": 0.45, "cuda": 0.25}
 _PASSES = 4
 # Key and query parameters, gradients and momentum.
 _COPIES = 4
-# What a process takes before it holds a network, and a loader process, in bytes.
-_PROCESS, _LOADER = {"cpu": 700 * 2**20, "cuda": 500 * 2**20}, 250 * 2**20
+# What a process takes before it holds a network, in bytes.
+_PROCESS = {"cpu": 700 * 2**20, "cuda": 500 * 2**20}
 # Operations of torchvision's ResNets for an image of this side, and bytes of their activations, as
 # `counted` finds them: both grow with the area. Counting needs torchvision, whose import takes
 # longer than all else in a dry run.
@@ -40,6 +42,8 @@ KNOWN = {
     "resnext50_32x4d": (8.4569e9, 112.47e6),
     "wide_resnet50_2": (22.7919e9, 112.47e6),
 }
+# The estimate of memory is rough, so that only a run of this many times what is there is refused.
+_CERTAINLY = 2
 _LONG_HOURS = 14 * 24
 _GIB = 2**30
 
@@ -145,7 +149,7 @@ def memory_gib(recipe: PretrainRecipe, size: NetworkSize, device: torch.device) 
     if recipe.train.activation_checkpointing:
         activations /= 4
     state = (_COPIES * size.parameters + _queued(recipe)) * 4
-    loaders = recipe.data.workers * _LOADER if device.type == "cpu" else 0
+    loaders = recipe.data.workers * LOADER_BYTES if device.type == "cpu" else 0
     return (_PROCESS[device.type] + state + activations + loaders) / _GIB
 
 
@@ -159,15 +163,14 @@ def estimate_run(
     rate = matrix_rate(device, getattr(torch, recipe.train.precision))
     images_per_second = processes * rate * _UTILISATION[device.type] / operations
     hours = steps * recipe.data.batch_size / images_per_second / 3600
-    share = recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(
-                update={"batch_size": recipe.data.batch_size // processes}
-            )
-        }
-    )
-    memory = memory_gib(share, size, device)
+    memory = memory_gib(_share(recipe, processes), size, device)
     return Estimate(images_per_second, hours, memory, disk_gib(recipe, size))
+
+
+def _share(recipe: PretrainRecipe, processes: int) -> PretrainRecipe:
+    """The recipe with one process's share of the batch."""
+    share = {"batch_size": recipe.data.batch_size // processes}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=share)})
 
 
 def estimate_warnings(found: Estimate, device: torch.device) -> list[str]:
@@ -179,14 +182,24 @@ def estimate_warnings(found: Estimate, device: torch.device) -> list[str]:
             f"({found.images_per_second:.3g} images/s). `dupr plan SHARDS --hours 12` proposes a "
             f"recipe that fits the time and the machine."
         )
-    there = device_memory_bytes(device) / _GIB
-    if found.memory_gib > there:
-        warnings.append(
-            f"this run would need about {found.memory_gib:.0f} GiB of memory, and there are "
-            f"{there:.0f}. Use a smaller data.batch_size or method.views.size, or "
-            f"train.accumulate."
-        )
+    if found.memory_gib > device_memory_bytes(device) / _GIB:
+        warnings.append(_too_large(found.memory_gib, device))
     return warnings
+
+
+def require_memory(recipe: PretrainRecipe, device: torch.device, processes: int) -> None:
+    """Raises UsageError for a run that cannot fit, before it makes the machine unusable."""
+    needed = memory_gib(_share(recipe, processes), network_size(recipe), device)
+    if needed > _CERTAINLY * device_memory_bytes(device) / _GIB:
+        raise UsageError(_too_large(needed, device))
+
+
+def _too_large(needed: float, device: torch.device) -> str:
+    return (
+        f"this run would need about {needed:.0f} GiB of memory, and there are "
+        f"{device_memory_bytes(device) / _GIB:.0f}. Use a smaller data.batch_size, "
+        f"method.queue_length or method.views.size, fewer data.workers, or train.accumulate."
+    )
 
 
 def _queued(recipe: PretrainRecipe) -> int:

@@ -16,11 +16,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dupr_cli.errors import DuprError, RunError
+from dupr_cli.runtime.machine import require_room
 from dupr_cli.runtime.stopping import deferred
 
 Request = TypeVar("Request")
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
+
+LOADER_BYTES = 250 * 2**20  # that a worker takes, seen with ResNet-18's recipe
 
 # Longer than a step and a checkpoint take; a worker then ends by SIGALRM.
 _GRACE_SECONDS = 60
@@ -77,8 +80,10 @@ def load(
     requests per batch; may be infinite. workers: number of processes, 0 for none. device: of the
     batches; for a GPU their memory is pinned. prefetch: number of batches that each worker keeps
     ready.
-    Raises the DuprError of the first item that could not be read, RunError when a worker dies.
+    Raises the DuprError of the first item that could not be read, RunError when a worker dies, and
+    UsageError when there is no memory for so many workers.
     """
+    require_room(workers, LOADER_BYTES, "--workers")
     loader: DataLoader[Batch | DuprError] = DataLoader(
         cast(Dataset[Batch | DuprError], _Reading(read)),
         batch_sampler=cast(Sampler[list[int]], requests),  # passed on by the loader unchanged

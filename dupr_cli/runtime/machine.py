@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from dupr_cli.errors import UsageError
+
+if TYPE_CHECKING:  # dupr prepare asks for cores and memory, and needs no torch
+    import torch
 
 # Long enough to leave the noise of a single product, short enough for a dry run.
 _SECONDS = 0.1
@@ -32,15 +36,33 @@ def memory_bytes() -> int:
     return min(whole, int(limit)) if limit.isdigit() else whole
 
 
+def require_room(processes: int, each: int, what: str) -> None:
+    """Raises UsageError when worker processes need more memory than there is.
+
+    each: bytes that one takes. what: the option or recipe key that asks for so many.
+    """
+    wanted, there = processes * each / 2**30, memory_bytes() / 2**30
+    if wanted > there:
+        raise UsageError(
+            f"{what}: {processes} worker processes would need about {wanted:.0f} GiB of memory, "
+            f"and there are {there:.0f}. Use fewer; more than one per core ({cores()} here) seldom "
+            f"helps."
+        )
+
+
 def device_memory_bytes(device: torch.device) -> int:
     """Memory of a device; of the CPU, the main memory."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(device).total_memory)
     return memory_bytes()
 
 
 def device_name(device: torch.device) -> str:
     """The device in words, for a table."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -49,6 +71,8 @@ def device_name(device: torch.device) -> str:
 
 def matrix_rate(device: torch.device, precision: torch.dtype) -> float:
     """Operations per second of large square matrix products, measured in a tenth of a second."""
+    import torch
+
     side = _SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
 

@@ -15,6 +15,7 @@ import pytest
 from dupr_cli.__main__ import main
 from dupr_cli.artifacts.run import list_checkpoints
 from dupr_cli.cli.console import ConsoleReporter, print_error
+from dupr_cli.pretrain import estimate
 from tests.support.command_line import TINY_SET, dupr, pretrain
 from tests.support.images import noise_image
 from tests.support.processes import forked
@@ -195,6 +196,15 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
             (*tiny_run, "--device", "x"),
             "use auto, cpu, cuda",
         ),
+        (
+            (*tiny_run, "--set", f"method.queue_length={10**12}"),
+            "GiB of memory, and there are",
+        ),
+        (
+            ("prepare", tiny_shards, out, "--workers", 10**5),
+            "100000 worker processes would need",
+        ),
+        (("prepare", "verify", tiny_shards, "--workers", 10**5), "Use fewer; more than one"),
         (("export", tmp_path / "empty", "--out", out), "not a run directory with checkpoints"),
         (("export", tmp_path / "cut.safetensors", "--out", out), "not a whole safetensors file"),
         (("export", tmp_path / "pickle.pth", "--out", out), "can run code when they are loaded"),
@@ -210,6 +220,18 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
         assert message in done.stderr, (arguments, done.stderr)
         assert done.stderr.count("error:") == 1
         assert not out.exists()
+
+
+def test_an_allocation_that_fails_is_one_message(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises a plain RuntimeError for it. The check is told of more memory."""
+    monkeypatch.setattr(estimate, "device_memory_bytes", lambda _: 2**62)
+    done = dupr("pretrain", "dupr-r18-cpu-smoke", "--data", tiny_shards, "--out", tmp_path / "out",
+                "--set", f"method.queue_length={10**12}", code=1)  # fmt: skip
+    assert done.stderr.endswith(
+        "error: out of memory. Use smaller batches or images, or fewer workers.\n"
+    )
 
 
 def test_traceback_only_on_request(tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def test_an_error_of_reading_comes_out_in_its_own_words(workers: int) -> None:
         list(load(Squares(missing=3), list, in_batches(10, 3), workers))
 
 
+def test_more_workers_than_memory_are_refused_before_they_start() -> None:
+    message = (
+        r"--workers: 100000 worker processes would need about \d+ GiB of memory"
+    )
+    with pytest.raises(UsageError, match=message):
+        next(load(Squares(), list, in_batches(10, 3), 100_000))
+
+
 def test_a_worker_that_is_killed_is_told_of() -> None:
     with pytest.raises(RunError, match="killed, most likely because memory ran out"):
         list(load(Squares(deadly=5), list, in_batches(10, 3), 2))
