@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast lint docs bench clean
+.PHONY: setup demo test test-fast lint docs bench reliability clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ docs: setup
 
 bench: setup
 	$(BIN)/pytest tests/benchmarks -s --override-ini addopts= --override-ini norecursedirs=.git
+
+# Every stage ended in every way and continued, and long runs watched; ROUNDS=3 tries each 3 times.
+reliability: setup
+	$(BIN)/pytest tests/reliability -s -ra --rounds $(or $(ROUNDS),1) --override-ini addopts= --override-ini norecursedirs=.git
 
 clean:
 	rm -rf $(VENV) dupr-demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -14,10 +14,12 @@ from pathlib import Path
 from dupr_cli.errors import RunError, UsageError
 
 HUB = "hf://"
+# Of an owner, a repository or a revision: it starts no path of its own, such as `..`.
+HUB_NAME = r"\w[\w.-]*"
 # The name that `dupr export` gives the file for dupr and torchvision, among those of other layouts.
 EXPORTED = "backbone.safetensors"
 _ADDRESS = re.compile(
-    r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?"
+    rf"hf://(?P<repository>{HUB_NAME}/{HUB_NAME})(@(?P<revision>{HUB_NAME}))?(/(?P<file>.+))?"
 )
 
 
@@ -65,7 +67,7 @@ def fetch_weights(address: str) -> Path:
     cannot be reached.
     """
     parts = _ADDRESS.fullmatch(address)
-    if parts is None:
+    if parts is None or ".." in (parts["file"] or "").split("/"):
         raise UsageError(
             f"{address}: write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION/FILE."
         )

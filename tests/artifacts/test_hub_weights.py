@@ -72,8 +72,9 @@ def test_what_the_hub_does_not_have_is_said(
         pytest.raises(UsageError, match=r"no \.safetensors file"),
     ):
         read_weights("hf://me/model")
-    with pytest.raises(UsageError, match="write it as hf://OWNER/NAME"):
-        read_weights("hf://model")
+    for address in ("hf://model", "hf://..", "hf://../a/b", "hf://me/model/../../etc/passwd"):
+        with pytest.raises(UsageError, match="write it as hf://OWNER/NAME"):
+            read_weights(address)
 
 
 def test_refusal_of_the_hub_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -541,6 +541,15 @@ def test_data_sets_of_hugging_face(image_folder: Path, tmp_path: Path) -> None:
         prepared(f"hf://{tmp_path / 'hub'}", tmp_path / "o2", "source.splits=[val]")
 
 
+@pytest.mark.parametrize("name", ["..", "../photos", "photos/../..", "a/b/c"])
+def test_what_is_no_name_on_the_hub_is_not_looked_for_on_the_disk(
+    name: str, tmp_path: Path
+) -> None:
+    """The library would read a folder of that name."""
+    with pytest.raises(UsageError, match=r"write it as hf://OWNER/NAME.*hf:///FOLDER"):
+        prepared(f"hf://{name}", tmp_path / "out")
+
+
 def test_shards_over_http_are_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUPR_CACHE", str(tmp_path / "cache"))
     near = write_shards(tmp_path / "near", 30)

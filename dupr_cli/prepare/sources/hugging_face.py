@@ -5,16 +5,18 @@ hf://owner/name    hf://owner/name:config    hf:///folder
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dupr_cli.artifacts.hub_weights import HUB, HUB_NAME
 from dupr_cli.artifacts.reading import require_size
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key
 
-_PREFIX = "hf://"
+_ADDRESS = re.compile(rf"{HUB}(/.*|{HUB_NAME}(/{HUB_NAME})?)(:.+)?")
 
 
 class HuggingFaceSource(BuiltIn):
@@ -22,20 +24,23 @@ class HuggingFaceSource(BuiltIn):
 
     @classmethod
     def recognises(cls, address: str) -> bool:
-        return address.startswith(_PREFIX)
+        return address.startswith(HUB)
 
     @cached_property
     def _splits(self) -> dict[str, Any]:
+        if not _ADDRESS.fullmatch(self.address):
+            raise UsageError(
+                f"{self.address}: write it as hf://OWNER/NAME, hf://OWNER/NAME:CONFIG, or "
+                f"hf:///FOLDER for a folder on this machine, from its root."
+            )
         try:
             import datasets
         except ImportError:
             raise UsageError(
                 f"{self.address}: this needs the datasets library: pip install 'dupr-cli[hf]'."
             ) from None
-        name, _, config = self.address.removeprefix(_PREFIX).partition(":")
+        name, _, config = self.address.removeprefix(HUB).partition(":")
         datasets.disable_progress_bars()
-        # The library would look a relative folder up on the Hub.
-        name = str(Path(name).resolve()) if Path(name).is_dir() else name
         try:
             loaded = datasets.load_dataset(name, config or None)
         except Exception as error:  # builders and the Hub's client raise errors of any kind
