@@ -6,7 +6,6 @@ Each file is written under a temporary name in the same folder, flushed to disk 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from dupr_cli.outside_text import json_text
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _KNOWN = """
@@ -89,7 +90,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")
 
 
 @contextmanager

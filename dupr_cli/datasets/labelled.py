@@ -89,7 +89,8 @@ class LabelledSet:
         """sha256 over image ids, file sizes, boxes and classes, which decide training and AP."""
         digest = hashlib.sha256()
         for annotation, size in zip(self.annotations, self.sizes, strict=True):
-            digest.update(f"{annotation.image_id} {size} {annotation.names}\n".encode())
+            line = f"{annotation.image_id} {size} {annotation.names}\n"
+            digest.update(line.encode("utf-8", "surrogatepass"))
             digest.update(annotation.boxes.tobytes() + annotation.difficult.tobytes())
         return digest.hexdigest()
 

@@ -32,6 +32,7 @@ from dupr_cli.artifacts.shards import (
     Skipped,
 )
 from dupr_cli.errors import DuprError, RunError, UsageError
+from dupr_cli.outside_text import json_text
 from dupr_cli.prepare.blocks import (
     BlockReport,
     Work,
@@ -248,7 +249,7 @@ def _write_lines(path: Path, entries: list[Skipped], base: Path | None) -> None:
     lines = [earlier.read_text(encoding="utf-8")] if earlier and earlier.exists() else []
     for entry in entries:
         values = {"path": entry.path, "reason": entry.reason}
-        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+        lines.append(json_text(values) + "\n")
     write_text(path, "".join(lines))
 
 

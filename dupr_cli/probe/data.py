@@ -77,7 +77,7 @@ class ImageSet:
             label = self.labels[position] if self.labels else ""
             verdict = sorted(self.verdicts[position].items()) if self.verdicts else ""
             size = self.reader.size(self.numbers[position])
-            digest.update(f"{image_id} {size} {label} {verdict}\n".encode())
+            digest.update(f"{image_id} {size} {label} {verdict}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def image(self, position: int) -> AnyImage:
@@ -335,7 +335,8 @@ def check_classes(train: ImageSet, test: ImageSet, reporter: Reporter) -> list[s
 
 def _hashed(text: str) -> float:
     """A number in [0, 1) that depends only on the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _whole(images: LabelledSet) -> ImageSet:

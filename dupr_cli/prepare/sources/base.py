@@ -20,6 +20,7 @@ from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.datasets.placement import Labels, Size
+from dupr_cli.outside_text import tar_key
 from dupr_cli.recipe.prepare import SourceSection
 
 
@@ -63,7 +64,7 @@ def key_of(name: str) -> str:
 
 def plain_key(name: str) -> str:
     """A key that is the name itself, for sources that guarantee unique names."""
-    return name.replace("/", "_").replace(".", "_")
+    return tar_key(name.replace("/", "_").replace(".", "_"))
 
 
 def separate_splits(entries: Iterable[Entry], notes: list[str]) -> Iterator[Entry]:
