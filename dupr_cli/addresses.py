@@ -64,7 +64,7 @@ def _replaced(found: re.Match[str]) -> str:
 def split_user(address: str) -> tuple[str, str]:
     """An address without user and password, and these as `user:password`, empty if it has none."""
     parts = _PARTS.fullmatch(address)
-    if parts is None:
+    if parts is None or _CHAINED.search(address):
         return address, ""
     scheme, user, place, query = parts.groups()
     return f"{scheme}{place}{query}", (user or "").removesuffix("@")

@@ -193,7 +193,7 @@ def print_text(text: str) -> None:
 
 def print_traceback(error: BaseException) -> None:
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write(several_lines(without_secrets(text)))
+    sys.stderr.write(message_text(without_secrets(text)))
 
 
 def print_facts(facts: Sequence[tuple[str, str]], title: str = "") -> None:

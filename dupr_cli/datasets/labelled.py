@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.pixel_formats import AnyImage, PixelFormat
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
 from dupr_cli.datasets.channels import ChannelPicture, open_as
@@ -97,7 +98,7 @@ class LabelledSet:
     @property
     def identity(self) -> DatasetIdentity:
         return DatasetIdentity(
-            address=self.address,
+            address=public_address(self.address),
             split=self.split,
             images=len(self),
             objects=sum(len(annotation.names) for annotation in self.annotations),

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dupr_cli import __version__
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.files import atomic_file, write_json, write_text
 from dupr_cli.artifacts.shard_files import ShardIndex, ShardWriter, index_path, shard_name
 from dupr_cli.artifacts.shards import (
@@ -172,7 +173,7 @@ def _plan(
         first = skipped[0]
         clear(folder)
         raise RunError(
-            f"{work.address}: none of {listing.total} images could be used. The first is "
+            f"{work.source}: none of {listing.total} images could be used. The first is "
             f"{first.path}: {first.reason}."
         )
     records = _Records(folder, out / RECORDS, existing, list(reports))
@@ -212,7 +213,7 @@ def _plan(
         "classes": sorted(classes),
         "skipped": len(skipped) + (base.skipped if base else 0),
         "skip_reasons": dict(reasons.most_common()),
-        "source": work.address,
+        "source": work.source,
         "recipe": work.recipe.model_dump(mode="json"),
         "fingerprint": _fingerprint(work, listing, state.excluded),
         "dupr_version": __version__,
@@ -412,7 +413,7 @@ class _Names:
         return self._samples.index(shard).keys[place]
 
     def source(self, position: int) -> str:
-        return self._samples[position].source
+        return public_address(self._samples[position].source)
 
     def sha256(self, position: int) -> str:
         return hashlib.sha256(self._samples[position].image).hexdigest()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.pixel_formats import AnyImage, PixelFormat
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
@@ -62,7 +63,7 @@ class ImageSet:
     @property
     def identity(self) -> DatasetIdentity:
         return DatasetIdentity(
-            address=self.address,
+            address=public_address(self.address),
             split=self.split,
             images=len(self),
             objects=sum(len(a.names) for a in self.boxed.annotations) if self.boxed else 0,
