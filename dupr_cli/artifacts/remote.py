@@ -184,7 +184,8 @@ def _requesting(address: str) -> Iterator[None]:
     except DuprError:
         raise
     except urllib.error.HTTPError as error:
-        answer = without_secrets(f"{error.code} {error.reason}")
+        # Not the server's own words, which may repeat the address.
+        answer = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
         error.close()
         if error.code in _FINAL:
             raise AbsentError(f"{public}: {answer}") from error

@@ -195,12 +195,13 @@ def _fetch(address: str, part: Path, archive: Archive, advance: Callable[[int], 
                         failures = 0
             reason = f"the answer ended after {part.stat().st_size} of {archive.bytes} bytes"
         except urllib.error.HTTPError as error:
+            answer = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
             if error.code in (401, 403, 404, 410):
                 raise RunError(
-                    f"{public} cannot be fetched: {error.code} {error.reason}. Give another "
+                    f"{public} cannot be fetched: {answer}. Give another "
                     f"address for the archives with --mirror URL."
                 ) from error
-            reason = f"{error.code} {error.reason}"
+            reason = answer
         except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
         except urllib.error.URLError as error:

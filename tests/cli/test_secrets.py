@@ -48,7 +48,7 @@ def addresses(server: Guarded) -> list[str]:
         server.url("failing/g.png?m4rked=1", USER),
         server.url("refused/g.png?m4rked=1", USER),
         f"http://me:m4rked/and@127.0.0.1:{server.port}/basic/g.png",
-        f"http://me@127.0.0.1:m4rked/g.png?{SIGNATURE}",
+        f"http://me@127.0.0.1:no-port/g.png?{SIGNATURE}",
     ]
 
 
