@@ -186,6 +186,9 @@ def _requesting(address: str) -> Iterator[None]:
     except urllib.error.HTTPError as error:
         # Not the server's own words, which may repeat the address.
         answer = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
+        if 300 <= error.code < 400:
+            endless = "infinite loop" in str(error.reason)
+            answer += ", in an infinite loop" if endless else ", which cannot be followed"
         error.close()
         if error.code in _FINAL:
             raise AbsentError(f"{public}: {answer}") from error
