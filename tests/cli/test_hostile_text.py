@@ -139,8 +139,8 @@ def test_values_of_a_recipe(tmp_path: Path) -> None:
 
 
 def test_an_error_with_its_traceback(tmp_path: Path) -> None:
-    source = tmp_path / f"{HOSTILE}{BREAKS}".replace("/", "")
-    command = [sys.executable, "-m", "dupr_cli", "prepare", source, tmp_path, "--traceback"]
+    source = str(tmp_path / f"{HOSTILE}{BREAKS}".replace("/", ""))
+    command = [sys.executable, "-m", "dupr_cli", "prepare", source, str(tmp_path), "--traceback"]
     done = subprocess.run(command, capture_output=True)
     assert b"Traceback" in done.stderr
     require_harmless(done.stderr.decode())
