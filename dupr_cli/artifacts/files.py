@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from dupr_cli.outside_text import json_text
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _KNOWN = """
@@ -120,7 +121,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dupr_cli.addresses import without_secrets
 from dupr_cli.errors import RunError, UsageError
 
 HUB = "hf://"
@@ -49,12 +50,12 @@ def asking_the_hub() -> Iterator[None]:
     try:
         yield
     except LocalEntryNotFoundError as error:  # its class is an HTTP error, but no server answered
-        raise HubError(str(error), None) from error
+        raise HubError(without_secrets(str(error)), None) from error
     except HfHubHTTPError as error:
-        raise HubError(str(error), error.response.status_code) from error
+        raise HubError(without_secrets(str(error)), error.response.status_code) from error
     # The client raises errors of its HTTP library, which differs between its versions.
     except Exception as error:
-        raise HubError(str(error), None) from error
+        raise HubError(without_secrets(str(error)), None) from error
 
 
 def fetch_weights(address: str) -> Path:

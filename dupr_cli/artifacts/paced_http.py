@@ -3,20 +3,33 @@
 The timeout of a socket only limits the wait for the next byte, so a server that sends one byte a
 second holds a request for ever, in the headers as well as in the body. Here every receipt of bytes
 is counted, by a layer between the socket and `http.client`.
+
+User and password are those of the address (https://user:password@host/...) or those that ~/.netrc,
+or the file that $NETRC names, has for the host. They are not sent to another host to which the
+server redirects.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
+import netrc
+import os
 import socket
 import time
 import urllib.request
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote, urlsplit
+
+from dupr_cli.addresses import split_user
 
 # The rate is measured over as long as a server may stay silent.
 WINDOW_SECONDS = 60.0
+_AUTHORIZATION = "Authorization"
 
 
 class TooSlowError(Exception):
@@ -72,15 +85,53 @@ def open_http(address: str, pace: Pace) -> BinaryIO:
         _PacedHttps(pace),
         urllib.request.UnknownHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
-        _Redirection(),
+        Redirection(),
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
-    return cast(BinaryIO, opener.open(address, timeout=pace.patience))
+    return cast(BinaryIO, opener.open(request_of(address), timeout=pace.patience))
 
 
-class _Redirection(urllib.request.HTTPRedirectHandler):
+def request_of(address: str, headers: Mapping[str, str] | None = None) -> urllib.request.Request:
+    """A request with the user and password for its host, if there are any."""
+    plain, user = split_user(address)
+    request = urllib.request.Request(plain, headers=dict(headers or {}))
+    name, _, password = user.partition(":")
+    credentials = f"{unquote(name)}:{unquote(password)}" if user else _from_netrc(plain)
+    if credentials:
+        encoded = base64.b64encode(credentials.encode()).decode()
+        # Such a header is not copied when a redirection is followed.
+        request.add_unredirected_header(_AUTHORIZATION, f"Basic {encoded}")
+    return request
+
+
+def _from_netrc(address: str) -> str:
+    """`user:password` of a host; empty if there is no entry of its own, or no readable file."""
+    path = os.environ.get("NETRC") or Path.home() / ".netrc"
+    try:
+        found = netrc.netrc(path).hosts.get(urlsplit(address).hostname or "")
+    except (OSError, ValueError, netrc.NetrcParseError):  # as curl does
+        return ""
+    return f"{found[0]}:{found[2]}" if found else ""
+
+
+def _origin(address: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+class Redirection(urllib.request.HTTPRedirectHandler):
     """Follows redirections without their bodies, which urllib would first read whole."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        plain, user = split_user(newurl)
+        following = super().redirect_request(req, fp, code, msg, headers, plain)
+        own = req.unredirected_hdrs.get(_AUTHORIZATION)
+        if following is not None and own and not user and _origin(req.full_url) == _origin(plain):
+            following.add_unredirected_header(_AUTHORIZATION, own)
+        return following
 
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         fp.close()

@@ -3,7 +3,8 @@
 A file is copied whole under a temporary name; it gets its final name when its length and, if
 known, its sha256 are right. Failed requests are repeated. Processes that want the same file wait
 for the one that fetches it. http and https need only Python; other schemes need fsspec and the
-package that it asks for (s3fs, gcsfs, ...).
+package that it asks for (s3fs, gcsfs, ...). Messages and the names in the cache have the public
+form of addresses (`dupr_cli.addresses`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import BinaryIO, TypeVar, cast
 
 from filelock import FileLock
 
+from dupr_cli.addresses import public_address, without_secrets
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.paced_http import Pace, open_http
 from dupr_cli.artifacts.reading import read_whole
@@ -55,9 +57,10 @@ def is_remote(address: str) -> bool:
 def cache_folder(address: str) -> Path:
     """The folder for copies of files under `address`, in $DUPR_CACHE or ~/.cache/dupr/shards."""
     root = Path(os.environ.get("DUPR_CACHE") or Path.home() / ".cache" / "dupr" / "shards")
-    place = re.sub(r"^[^/]*@", "", address.split("://", 1)[1])  # no user:password in a file name
+    public = public_address(address)
+    place = public.split("://", 1)[1]
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", place).strip("-")[-60:]
-    return root / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    return root / f"{readable}-{hashlib.sha256(public.encode()).hexdigest()[:12]}"
 
 
 def once(path: Path, make: Callable[[], None], size: int | None = None) -> None:
@@ -153,7 +156,7 @@ def _check_length(length: int, expected: int | None) -> None:
 
 
 def _repeat(address: str, attempt: Callable[[], T], attempts: int, pace: Pace) -> T:
-    problem = _FailedError("no attempt was made")
+    problem, public = _FailedError("no attempt was made"), public_address(address)
     for number in range(attempts):
         if number:
             time.sleep(_FIRST_DELAY * 2 ** (number - 1) * random.uniform(0.5, 1))
@@ -164,10 +167,10 @@ def _repeat(address: str, attempt: Callable[[], T], attempts: int, pace: Pace) -
             problem = error
         if pace.is_over:
             raise RunError(
-                f"{address} cannot be fetched within {pace.max_seconds:g} s: {problem}."
+                f"{public} cannot be fetched within {pace.max_seconds:g} s: {problem}."
             ) from problem
     raise RunError(
-        f"{address} cannot be fetched: {problem} ({attempts} attempts). Check that the server "
+        f"{public} cannot be fetched: {problem} ({attempts} attempts). Check that the server "
         f"answers and has the whole file, then give the same command again to continue."
     ) from problem
 
@@ -175,20 +178,29 @@ def _repeat(address: str, attempt: Callable[[], T], attempts: int, pace: Pace) -
 @contextmanager
 def _requesting(address: str) -> Iterator[None]:
     """Turn errors of a request into AbsentError (final) or _FailedError (worth another attempt)."""
+    public = public_address(address)
     try:
         yield
     except DuprError:
         raise
     except urllib.error.HTTPError as error:
-        answer = f"{error.code} {error.reason}"
+        # Not the server's own words, which may repeat the address.
+        answer = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
+        if 300 <= error.code < 400:
+            endless = "infinite loop" in str(error.reason)
+            answer += ", in an infinite loop" if endless else ", which cannot be followed"
         error.close()
         if error.code in _FINAL:
-            raise AbsentError(f"{address}: {answer}") from error
+            raise AbsentError(f"{public}: {answer}") from error
         raise _FailedError(answer) from error
     except http.client.InvalidURL as error:
-        raise UsageError(f"{address} is not an address: {error}.") from error
+        # The error would quote a part of the address, such as a password in place of the port.
+        raise UsageError(
+            f"{public} is not an address of http: its port is no number, or it has a space or a "
+            f"control character."
+        ) from error
     except (FileNotFoundError, PermissionError) as error:
-        raise AbsentError(f"{address}: {error}") from error
+        raise AbsentError(f"{public}: {without_secrets(str(error))}") from error
     except urllib.error.URLError as error:
         raise _FailedError(_words(error.reason)) from error
     except Exception as error:  # packages behind fsspec raise errors of their own
@@ -197,8 +209,8 @@ def _requesting(address: str) -> Iterator[None]:
 
 def _words(error: BaseException | str) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+        return without_secrets(error.strerror)
+    return without_secrets(str(error)) or type(error).__name__
 
 
 def _announced_length(source: BinaryIO) -> int | None:
@@ -218,7 +230,7 @@ def _open(address: str, pace: Pace) -> BinaryIO:
         # Skip fsspec's cache of connections: a forked process must not use those of its parent.
         system, place = fsspec.url_to_fs(address, skip_instance_cache=True)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"{address}: {error}") from error
+        raise UsageError(f"{public_address(address)}: {without_secrets(str(error))}") from error
     return cast(BinaryIO, system.open(place, "rb"))
 
 

@@ -23,7 +23,7 @@ _EXPECTED = (
 
 def image_ids_digest(image_ids: Iterable[str]) -> str:
     """sha256 over the image ids in order: results with the same digest used the same images."""
-    return hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
+    return hashlib.sha256("\n".join(image_ids).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

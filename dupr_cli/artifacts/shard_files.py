@@ -31,6 +31,7 @@ from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError
+from dupr_cli.outside_text import json_text
 
 FORMAT_VERSION = 1  # of the index
 # Fields that dupr writes into <key>.json; all other fields of a source's own <key>.json are kept.
@@ -297,7 +298,7 @@ def write_shard(path: Path, samples: Sequence[Sample]) -> ShardIndex:
 
 
 def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return json_text(value, separators=(",", ":")).encode()
 
 
 def scan_tar(path: Path, address: str | None = None) -> ShardIndex:

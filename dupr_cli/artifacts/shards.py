@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.files import write_bytes, write_json
 from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.remote import (
@@ -159,7 +160,7 @@ class RemoteShard:
             index = self._remote_index()
             if index is None:
                 self.fetch(tar)
-                index = scan_tar(tar, self.address)
+                index = scan_tar(tar, public_address(self.address))
             index.write(index_path(tar))
 
         once(index_path(tar), make)
@@ -172,7 +173,7 @@ class RemoteShard:
         except AbsentError:
             return None
         try:
-            index = ShardIndex.parse(data, address)
+            index = ShardIndex.parse(data, public_address(address))
         except (ValueError, TypeError, KeyError):  # some servers answer 200 with an HTML page
             return None
         return index if (index.bytes, index.sha256) == (self.bytes, self.sha256) else None
@@ -399,7 +400,7 @@ def _open_remote(address: str, split: str | None) -> ShardSet:
         tars.append(tar)
         counts.append(len(index))
         remote.append(RemoteShard(url, index.bytes))
-    return _with_images(ShardSet(tars, counts, address, remote))
+    return _with_images(ShardSet(tars, counts, public_address(address), remote))
 
 
 def _index_of_copy(address: str, tar: Path) -> ShardIndex:
@@ -409,7 +410,7 @@ def _index_of_copy(address: str, tar: Path) -> ShardIndex:
     def make() -> None:
         fetch(address, tar)
         try:
-            scan_tar(tar, address).write(beside)
+            scan_tar(tar, public_address(address)).write(beside)
         except RunError:
             tar.unlink()  # this copy would otherwise be used even after the shard is repaired
             raise
@@ -422,22 +423,23 @@ def _index_of_copy(address: str, tar: Path) -> ShardIndex:
 
 
 def _open_remote_folder(address: str, split: str | None) -> ShardSet:
+    public = public_address(address)
     try:
         data = fetch_bytes(f"{address}/{MANIFEST}")
     except AbsentError as error:
         raise UsageError(
             f"{error}. An address of shards must have a {MANIFEST}, which `dupr prepare` writes. "
             f"For shards without one, give a pattern such as "
-            f"{address}/train-{{000000..000009}}.tar."
+            f"{public}/train-{{000000..000009}}.tar."
         ) from error
-    manifest = Manifest.parse(data, f"{address}/{MANIFEST}")
-    entries = _entries(manifest, split, address)
+    manifest = Manifest.parse(data, f"{public}/{MANIFEST}")
+    entries = _entries(manifest, split, public)
     for entry in entries:
         # These names come from a remote file, and local files will get them.
         name = PurePosixPath(entry.file)
         if not name.name or name.is_absolute() or ".." in name.parts:
             raise UsageError(
-                f"{address}/{MANIFEST}: the shard {entry.file!r} would lie outside the folder of "
+                f"{public}/{MANIFEST}: the shard {entry.file!r} would lie outside the folder of "
                 f"the manifest. No shard was fetched."
             )
     # Another manifest at the same address is another set.
@@ -446,7 +448,7 @@ def _open_remote_folder(address: str, split: str | None) -> ShardSet:
     opened = ShardSet(
         [cache / entry.file for entry in entries],
         [entry.samples for entry in entries],
-        f"{address}:{split}" if split else address,
+        f"{public}:{split}" if split else public,
         [RemoteShard(f"{address}/{e.file}", e.bytes, e.sha256) for e in entries],
     )
     opened.pixels = manifest.pixels

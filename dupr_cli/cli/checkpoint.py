@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dupr_cli.cli.command import command
+from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def show_list(listed: CheckpointList) -> None:
     if rows:
         _print_table(("step", "size (MB)", "written", "state", ""), rows, numbers=2)
     for note in _notes(listed):
-        print_text(note)
+        print_text(one_line(note))
 
 
 def show_verified(found: Verified) -> None:
@@ -126,7 +127,7 @@ def show_verified(found: Verified) -> None:
         lines = [
             f"{facts.path}  {'; '.join(facts.problems) or 'ok'}" for facts in listed.checkpoints
         ]
-        print_text("\n".join([*lines, *_notes(listed)]))
+        print_text("\n".join(map(one_line, [*lines, *_notes(listed)])))
 
 
 def _notes(listed: CheckpointList) -> list[str]:
@@ -188,12 +189,13 @@ def _mismatch(difference: TensorDifference) -> str:
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> None:
     """Print a table. numbers: this many columns from the left are right-aligned."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+
+    from dupr_cli.cli.console import cell
 
     table = Table(box=None, header_style="dim")
     for place, header in enumerate(headers):
         table.add_column(header, justify="right" if place < numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(cell, row))
     Console(emoji=False).print(table)

@@ -272,9 +272,9 @@ def _fail(error: BaseException, traceback: bool) -> NoReturn:
     from dupr_cli.cli.launch import report_error
 
     if traceback:
-        import traceback as module
+        from dupr_cli.cli.console import print_traceback
 
-        module.print_exception(error)
+        print_traceback(error)
     if isinstance(error, KeyboardInterrupt):
         report_error("interrupted; the same command continues from the finished work.")
         sys.exit(128 + signal.SIGINT)

@@ -1,14 +1,15 @@
 """Prints messages, progress and tables for people, or one JSON value for programs.
 
 Progress is a live bar on a terminal and an occasional plain line in a log. Results go to standard
-output and everything else to standard error, so that a result can be piped.
+output and everything else to standard error, so that a result can be piped. All of it passes
+through `outside_text`, since names in it come from outside, and through `without_secrets`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,12 +18,27 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dupr_cli.addresses import without_secrets
 from dupr_cli.cli.pace import Pace, duration, fitted
+from dupr_cli.outside_text import json_text, message_text, one_line, several_lines
 
 Clock = Callable[[], float]
 
 _LOG_EVERY_SECONDS = 15.0
 _BAR_WIDTH = 20
+
+
+def _line(text: str) -> str:
+    return one_line(without_secrets(text))
+
+
+def _message(text: str) -> str:
+    return escape(message_text(without_secrets(text)))
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a table."""
+    return escape(_line(text))
 
 
 class _Progress:
@@ -32,13 +48,13 @@ class _Progress:
     """
 
     def __init__(self, description: str, total: int, unit: str, done: int, clock: Clock):
-        self.description, self.total, self.unit, self.done = description, total, unit, done
+        self.description, self.total, self.unit, self.done = _line(description), total, unit, done
         self._pace, self._status = Pace(clock), ""
 
     def advance(self, count: int, status: str) -> None:
         self.done += count
         self._pace.advance(count)
-        self._status = status or self._status
+        self._status = _line(status) or self._status
 
     @property
     def counted(self) -> str:
@@ -129,15 +145,15 @@ class ConsoleReporter:
 
     def info(self, message: str) -> None:
         if self.verbosity >= 0:
-            self.console.print(escape(message), highlight=False, soft_wrap=True)
+            self.console.print(_message(message), highlight=False, soft_wrap=True)
 
     def detail(self, message: str) -> None:
         if self.verbosity >= 1:
-            self.console.print(f"[dim]{escape(message)}[/]", highlight=False, soft_wrap=True)
+            self.console.print(f"[dim]{_message(message)}[/]", highlight=False, soft_wrap=True)
 
     def warning(self, message: str) -> None:
         self.console.print(
-            f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True
+            f"[yellow]warning:[/] {_message(message)}", highlight=False, soft_wrap=True
         )
 
     @contextmanager
@@ -162,15 +178,22 @@ class _QuietTask:
 
 def print_error(message: str) -> None:
     console = Console(stderr=True, emoji=False)
-    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {_message(message)}", highlight=False, soft_wrap=True)
 
 
 def print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(without_secrets(json_text(value, indent=1)) + "\n")
 
 
 def print_text(text: str) -> None:
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    """Print lines of a result, in which names from outside are `one_line` already."""
+    shown = several_lines(without_secrets(text))
+    sys.stdout.write(shown if shown.endswith("\n") else shown + "\n")
+
+
+def print_traceback(error: BaseException) -> None:
+    text = "".join(traceback.format_exception(error))
+    sys.stderr.write(message_text(without_secrets(text)))
 
 
 def print_facts(facts: Sequence[tuple[str, str]], title: str = "") -> None:
@@ -179,5 +202,5 @@ def print_facts(facts: Sequence[tuple[str, str]], title: str = "") -> None:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(escape(name), escape(value))
+        table.add_row(cell(name), cell(value))
     Console(emoji=False).print(table)

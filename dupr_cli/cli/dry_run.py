@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Any
 
 from dupr_cli.cli.console import print_text
+from dupr_cli.outside_text import json_text, one_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -27,5 +27,5 @@ def show_plan(recipe: Section, plan: DataclassInstance) -> None:
 def _shown(value: object) -> str:
     """Text as it is, a part of a plan as it describes itself, and anything else as JSON."""
     if isinstance(value, str) or dataclasses.is_dataclass(value):
-        return str(value)
-    return json.dumps(value)
+        return one_line(str(value))
+    return json_text(value)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dupr_cli.cli.command import Device, Recipe, Set, command
+from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -92,9 +93,9 @@ def show(proposal: Proposal) -> None:
         ]
     )
     for warning in proposal.warnings:
-        print_text(f"warning: {warning}")
+        print_text(f"warning: {one_line(warning)}")
     name = proposal.written
     if name:
-        print_text(f"\nNext: dupr pretrain {name} --data {proposal.data} --out RUN")
+        print_text(f"\nNext: dupr pretrain {name} --data {one_line(proposal.data)} --out RUN")
     else:
         print_text("\n--write FILE writes it as a recipe.")

@@ -21,6 +21,7 @@ from dupr_cli.cli.command import (
     parse_task,
 )
 from dupr_cli.errors import UsageError
+from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def show_verified(found: Verified) -> None:
     from dupr_cli.cli.console import print_facts, print_text
 
     for problem in found.problems:
-        print_text(problem)
+        print_text(one_line(problem))
     verdict = "whole" if found.whole else f"{len(found.problems)} problems"
     print_facts(
         [("shards", str(found.shards)), ("samples", str(found.samples)), ("state", verdict)]

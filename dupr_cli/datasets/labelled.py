@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.pixel_formats import AnyImage, PixelFormat
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
 from dupr_cli.datasets.channels import ChannelPicture, open_as
@@ -89,14 +90,15 @@ class LabelledSet:
         """sha256 over image ids, file sizes, boxes and classes, which decide training and AP."""
         digest = hashlib.sha256()
         for annotation, size in zip(self.annotations, self.sizes, strict=True):
-            digest.update(f"{annotation.image_id} {size} {annotation.names}\n".encode())
+            line = f"{annotation.image_id} {size} {annotation.names}\n"
+            digest.update(line.encode("utf-8", "surrogatepass"))
             digest.update(annotation.boxes.tobytes() + annotation.difficult.tobytes())
         return digest.hexdigest()
 
     @property
     def identity(self) -> DatasetIdentity:
         return DatasetIdentity(
-            address=self.address,
+            address=public_address(self.address),
             split=self.split,
             images=len(self),
             objects=sum(len(annotation.names) for annotation in self.annotations),

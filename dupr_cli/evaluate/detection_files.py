@@ -47,6 +47,7 @@ from dupr_cli.metrics import METRIC_NAMES, Detections, Metric, Points, Scores, T
 from dupr_cli.metrics.analysis import analyse
 from dupr_cli.metrics.coco import coco_json_scores, with_masks
 from dupr_cli.metrics.drawing import write_analysis
+from dupr_cli.outside_text import one_line
 from dupr_cli.progress import SilentReporter
 from dupr_cli.runtime.output import require_own, writing
 
@@ -210,16 +211,16 @@ def scored_table(scored: Scored) -> str:
     """Plain text of at most 80 columns."""
     lines = [
         scored.metric_name,
-        f"{scored.data}, split {scored.split}: {scored.images} images, {scored.objects} objects, "
-        f"{scored.detections} detections",
-        *(f"Note: {note}" for note in scored.notes),
+        f"{one_line(scored.data)}, split {one_line(scored.split)}: {scored.images} images, "
+        f"{scored.objects} objects, {scored.detections} detections",
+        *(one_line(f"Note: {note}") for note in scored.notes),
         "",
     ]
     columns = list(next(iter(scored.per_class.values())))
     shown = columns[:5]
     lines.append(f"{'':<28}" + "".join(f"{name:>9}" for name in shown))
     for name, row in scored.per_class.items():
-        lines.append(f"{name[:27]:<28}" + "".join(f"{row[c]:9.2f}" for c in shown))
+        lines.append(f"{one_line(name)[:27]:<28}" + "".join(f"{row[c]:9.2f}" for c in shown))
     lines.append(f"{'mean':<28}" + "".join(f"{scored.metrics[c]:9.2f}" for c in shown))
     rest = [name for name in scored.metrics if name not in shown]
     if rest:

@@ -32,6 +32,7 @@ from dupr_cli.evaluate.features import FEATURES_FOLDER, feature_files
 from dupr_cli.evaluate.results_table import shortened
 from dupr_cli.evaluate.statistics import CONFIDENCE
 from dupr_cli.models.compared import RANDOM_WEIGHTS
+from dupr_cli.outside_text import csv_cell, latex_text, one_line, plot_label
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.evaluate import label_count
 from dupr_cli.runtime.output import Claim, read_claim, remove
@@ -269,10 +270,10 @@ def _write(out: Path, curves: LabelCurves) -> None:
 
 def text(curves: LabelCurves) -> str:
     """Plain text of at most 80 columns: a table for each metric, then the labels needed."""
-    lines = textwrap.wrap(f"{curves.protocol}: {curves.metric}", _WIDTH)
+    lines = textwrap.wrap(one_line(f"{curves.protocol}: {curves.metric}"), _WIDTH)
     lines.append(f"{len(curves.seeds)} seeds, {curves.test_images} images tested")
     for note in dict.fromkeys(curves.notes):
-        lines += textwrap.wrap(f"Note: {note}", _WIDTH, subsequent_indent="  ")
+        lines += textwrap.wrap(one_line(f"Note: {note}"), _WIDTH, subsequent_indent="  ")
     for metric, of_weights in curves.curves.items():
         for first in range(0, len(of_weights[curves.baseline]), _COLUMNS):
             some = slice(first, first + _COLUMNS)
@@ -286,7 +287,9 @@ def text(curves: LabelCurves) -> str:
         ["", f"± and brackets: {percent} % intervals over seeds"] if len(curves.seeds) > 1 else []
     )
     for metric, rows in curves.saved.items():
-        lines += ["", f"Labels needed for the {metric} of {curves.baseline}"] if rows else []
+        lines += (
+            ["", one_line(f"Labels needed for the {metric} of {curves.baseline}")] if rows else []
+        )
         for row in rows:
             name = shortened(row.weights, 24)
             lines.append(
@@ -295,7 +298,7 @@ def text(curves: LabelCurves) -> str:
             )
     lines.append("")
     for name, address in curves.weights.items():
-        lines += textwrap.wrap(f"{name}: {address}", _WIDTH, subsequent_indent="  ")
+        lines += textwrap.wrap(one_line(f"{name}: {address}"), _WIDTH, subsequent_indent="  ")
     return "\n".join(lines) + "\n"
 
 
@@ -322,7 +325,9 @@ def table_csv(curves: LabelCurves) -> str:
                     cells = ["" if v is None else f"{v:.1f}" for v in of_row]
                     cells[0] = cells[0] or row.beyond
                 figures = [f"{v:.3f}" for v in (point.mean, point.low, point.high)]
-                rows.writerow([metric, name, point.labels, *figures, len(point.values), *cells])
+                rows.writerow(
+                    [metric, csv_cell(name), point.labels, *figures, len(point.values), *cells]
+                )
     return file.getvalue()
 
 
@@ -330,7 +335,7 @@ def table_tex(curves: LabelCurves) -> str:
     """A LaTeX table (booktabs) of each metric by number of labels."""
     counts = [point.labels for point in curves.curves["AP"][curves.baseline]]
     lines = [
-        f"% {curves.protocol}: {curves.metric}; {len(curves.seeds)} seeds",
+        f"% {one_line(curves.protocol)}: {one_line(curves.metric)}; {len(curves.seeds)} seeds",
         f"\\begin{{tabular}}{{ll{'r' * len(counts)}}}",
         "\\toprule",
         f"Metric & Weights & {' & '.join(map(str, counts))} \\\\",
@@ -340,8 +345,7 @@ def table_tex(curves: LabelCurves) -> str:
         for name, points in of_weights.items():
             figures = (figure_of(point).replace("±", "\\pm ") for point in points)
             cells = " & ".join(f"${figure}$" for figure in figures)
-            escaped = name.replace("_", "\\_")
-            lines.append(f"{metric} & {escaped} & {cells} \\\\")
+            lines.append(f"{metric} & {latex_text(name)} & {cells} \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
@@ -356,7 +360,7 @@ def draw(path: Path, curves: LabelCurves) -> None:
         for number, (name, points) in enumerate(of_weights.items()):
             colour = f"C{number}"
             means = [point.mean for point in points]
-            axis.plot(counts, means, "o-", color=colour, label=name, linewidth=2)
+            axis.plot(counts, means, "o-", color=colour, label=plot_label(name), linewidth=2)
             axis.fill_between(
                 counts, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15
             )
@@ -383,8 +387,8 @@ def draw(path: Path, curves: LabelCurves) -> None:
     axes[0].legend(fontsize=8)
     percent = round(100 * curves.confidence)
     figure.suptitle(
-        f"{curves.protocol}, {len(curves.seeds)} seeds; bands: {percent} % intervals; arrows: "
-        f"labels that reach the same figure",
+        f"{plot_label(curves.protocol)}, {len(curves.seeds)} seeds; bands: {percent} % intervals; "
+        f"arrows: labels that reach the same figure",
         fontsize=10,
     )
     with atomic_file(path) as file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import asdict, dataclass
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.datasets.copies import HashedImages, ImageHashes, hash_image
 from dupr_cli.datasets.labelled import LabelledSet
@@ -88,4 +89,4 @@ def find_leaks(test: LabelledSet, address: str, workers: int, reporter: Reporter
     wanted = {copy.number for _, copy in copies}
     names = {i: key for i, key in enumerate(shards.keys()) if i in wanted}
     leaks = [Leak(test.ids[i], names[c.number], c.same_bytes, c.bits) for i, c in copies]
-    return Leaks(address, len(shards), len(leaks), len(test), leaks)
+    return Leaks(public_address(address), len(shards), len(leaks), len(test), leaks)

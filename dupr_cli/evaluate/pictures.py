@@ -16,6 +16,7 @@ from dupr_cli.artifacts.pixel_formats import as_picture
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.metrics.arrays import pair_iou
 from dupr_cli.metrics.types import Detections, Truth
+from dupr_cli.outside_text import one_line, plot_label
 
 if TYPE_CHECKING:
     from dupr_cli.evaluate.trials import Outcome
@@ -54,7 +55,7 @@ def draw_detections(
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         place = (_GAP + column * (_LONG_SIDE + _GAP), _HEADER // 2)
-        draw.text(place, title, _INK, _font(_FONT_SIZE + 2), anchor="lm")
+        draw.text(place, one_line(title), _INK, _font(_FONT_SIZE + 2), anchor="lm")
     top = _HEADER
     for row in rows:
         sheet.paste(row, (_GAP, top))
@@ -124,7 +125,7 @@ def _row(
     for column, (panel, caption) in enumerate(panels):
         left = column * (_LONG_SIDE + _GAP)
         row.paste(panel, (left, 0))
-        draw.text((left, height + _CAPTION // 2), caption, _INK, _font(12), anchor="lm")
+        draw.text((left, height + _CAPTION // 2), one_line(caption), _INK, _font(12), anchor="lm")
     return row
 
 
@@ -150,7 +151,8 @@ def _with_boxes(
     for box, colour, _ in reversed(labels):
         x0, y0, x1, y1 = (float(edge) * scale for edge in box)
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=3)
-    for box, colour, text in reversed(labels):
+    for box, colour, label in reversed(labels):
+        text = one_line(label)
         x0, y0 = float(box[0]) * scale, float(box[1]) * scale
         _, _, right, bottom = draw.textbbox((0, 0), text, font)
         x = min(max(0.0, x0), max(0.0, panel.width - right - 6))
@@ -193,12 +195,14 @@ def draw_curves(path: Path, outcomes: Mapping[str, Outcome]) -> None:
         records = outcome.losses
         iterations = [record.iteration for record in records]
         marker = "o" if len(records) < 3 else ""  # one or two points make no visible line
-        total.plot(iterations, [r.total for r in records], marker=marker, label=name)
+        total.plot(iterations, [r.total for r in records], marker=marker, label=plot_label(name))
         for part, axis in small.items():
             axis.plot(iterations, [r.losses[part] for r in records], marker=marker)
         curve = [(line["step"], line["AP"]) for line in outcome.result.curve]
         curve.append((iterations[-1], outcome.result.metrics["AP"]))
-        score.plot([step for step, _ in curve], [ap for _, ap in curve], marker="o", label=name)
+        score.plot(
+            [step for step, _ in curve], [ap for _, ap in curve], marker="o", label=plot_label(name)
+        )
     titles = {"training loss": total, "AP": score, **small}
     for title, axis in titles.items():
         axis.set_title(title.replace("_", " "), fontsize=10)

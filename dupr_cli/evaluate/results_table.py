@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
@@ -12,6 +11,7 @@ import numpy as np
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.evaluate.statistics import compared_metrics
 from dupr_cli.metrics.types import Detections, Rle
+from dupr_cli.outside_text import json_text, one_line
 
 _WIDTH = 80
 _NAME_WIDTH = 24
@@ -47,7 +47,7 @@ def detection_rows(
             }
             if found.masks is not None:
                 row["mask"] = found.masks[i]
-            lines.append(json.dumps(row, ensure_ascii=False))
+            lines.append(json_text(row))
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
@@ -72,9 +72,9 @@ def detections_from_rows(
 def table(results: Results) -> str:
     """Plain text of at most 80 columns."""
     names = [str(entry.extra["folder"]) for entry in results.results]
-    lines = textwrap.wrap(f"{results.protocol}: {results.metric}", _WIDTH)
+    lines = textwrap.wrap(one_line(f"{results.protocol}: {results.metric}"), _WIDTH)
     for verb, used in (("Trained", results.train), ("Tested", results.test)):
-        lines += textwrap.wrap(f"{verb} on {_describe(used)}", _WIDTH, subsequent_indent="  ")
+        lines += _wrapped(f"{verb} on {_describe(used)}")
     for key, (shipped, now) in results.changes.items():
         lines += _wrapped(f"Changed: {key} is {now}; {results.protocol} has {shipped}")
     for note in results.notes:
@@ -87,7 +87,7 @@ def table(results: Results) -> str:
     for name, entry in zip(names, results.results, strict=True):
         figures = "".join(_figure(entry, metric, count) for metric in compared)
         lines.append(
-            f"{shortened(name):<{_NAME_WIDTH}} {entry.architecture:<11}{figures}"
+            f"{shortened(name):<{_NAME_WIDTH}} {one_line(entry.architecture):<11}{figures}"
             f"{entry.seconds['train']:9.0f}"
         )
     lines += _difference_lines(results, count)
@@ -99,12 +99,12 @@ def table(results: Results) -> str:
         lines += ["", *_class_table(results, names, columns)]
     lines.append("")
     for name, entry in zip(names, results.results, strict=True):
-        lines += textwrap.wrap(f"{name}: {entry.weights}", _WIDTH, subsequent_indent="  ")
+        lines += _wrapped(f"{name}: {entry.weights}")
     return "\n".join(lines) + "\n"
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
+    return textwrap.wrap(one_line(text), _WIDTH, subsequent_indent="  ")
 
 
 def _trials_line(count: int) -> str:
@@ -178,5 +178,6 @@ def _class_table(results: Results, names: Sequence[str], columns: range) -> list
 
 
 def shortened(name: str, width: int = _NAME_WIDTH) -> str:
-    """A name of at most `width` characters."""
+    """A name of at most `width` characters, on one line."""
+    name = one_line(name)
     return name if len(name) <= width else name[: width - 3] + "..."

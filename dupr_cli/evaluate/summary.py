@@ -10,6 +10,7 @@ from pathlib import Path
 from dupr_cli.artifacts.files import atomic_file, write_json, write_text
 from dupr_cli.artifacts.label_curves import LABELS_SAVED, LabelCurves
 from dupr_cli.artifacts.results import Results
+from dupr_cli.outside_text import one_line, plot_label
 from dupr_cli.progress import Reporter
 from dupr_cli.runtime.output import require_own, writing
 
@@ -86,7 +87,7 @@ def summary_table(summary: Summary) -> str:
     """Plain text of at most 80 columns, one block for each group."""
     lines: list[str] = []
     for rows, metric in zip(summary.groups, summary.metrics, strict=True):
-        lines += textwrap.wrap(metric, _WIDTH)
+        lines += textwrap.wrap(one_line(metric), _WIDTH)
         names = _names(rows)
         lines.append(f"{'':<3}{'labels':>7}{'seeds':>6}{names[0]:>12}" + "".join(
             f"{name:>12}" for name in names[1:]
@@ -97,7 +98,7 @@ def summary_table(summary: Summary) -> str:
         lines.append("")
         for number, row in enumerate(rows, 1):
             text = f"{number}: {row.weights} ({row.architecture}), {row.protocol}, {row.results}"
-            lines += textwrap.wrap(text, _WIDTH, subsequent_indent="   ")
+            lines += textwrap.wrap(one_line(text), _WIDTH, subsequent_indent="   ")
         lines.append("")
     return "\n".join(lines)
 
@@ -125,7 +126,8 @@ def _plot(path: Path, summary: Summary) -> None:
     for axis, rows, metric in zip(axes[:, 0], summary.groups, summary.metrics, strict=True):
         name = _names(rows)[0]
         labels = [
-            f"{i}: {Path(row.weights).name}, {row.labels} labels" for i, row in enumerate(rows, 1)
+            plot_label(f"{i}: {Path(row.weights).name}, {row.labels} labels")
+            for i, row in enumerate(rows, 1)
         ]
         axis.barh(
             labels,
@@ -134,7 +136,7 @@ def _plot(path: Path, summary: Summary) -> None:
             capsize=3,
         )
         axis.invert_yaxis()
-        axis.set_xlabel(f"{name}: {textwrap.shorten(metric, 90)}", fontsize=8)
+        axis.set_xlabel(plot_label(f"{name}: {textwrap.shorten(metric, 90)}"), fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=100)

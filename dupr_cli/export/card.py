@@ -1,4 +1,7 @@
-"""The files that go to the Hub beside the weights: model card, the run's recipe, evaluations."""
+"""The files that go to the Hub beside the weights: model card, the run's recipe, evaluations.
+
+Weights and evaluations may be of others, so what they say is shown as text and never as Markdown.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dupr_cli import __version__
+from dupr_cli.addresses import without_secrets
 from dupr_cli.artifacts.files import write_text
 from dupr_cli.artifacts.hub_weights import repository_of
 from dupr_cli.artifacts.pixel_formats import counted
@@ -18,6 +22,7 @@ from dupr_cli.artifacts.weights import Weights, WeightsMetadata
 from dupr_cli.errors import UsageError
 from dupr_cli.export.run_facts import RunFacts, describe, facts_of
 from dupr_cli.export.types import ExportedFormat, ExportResult
+from dupr_cli.outside_text import markdown_text, one_line, several_lines, tar_key
 from dupr_cli.recipe import ExportRecipe
 from dupr_cli.recipe.pretrain import DUPR
 
@@ -41,7 +46,7 @@ def write_companions(
     for number, (_, found) in enumerate(evaluations):
         (folder / "results").mkdir(exist_ok=True)
         found.write(folder / "results")
-        name = f"{number + 1:02d}-{found.protocol}.json"
+        name = f"{number + 1:02d}-{tar_key(found.protocol).replace('/', '_')}.json"
         (folder / "results" / RESULTS).replace(folder / "results" / name)
     run = facts_of(weights)
     if run is not None:
@@ -95,7 +100,7 @@ def model_card(
         datasets=recipe.card.datasets or None,
         base_model=recipe.card.base_model or _base_model(weights, run),
         tags=["dupr", *([] if metadata.imported else ["self-supervised"]), "object-detection",
-              "backbone", metadata.architecture, *recipe.card.tags],
+              "backbone", one_line(metadata.architecture), *map(one_line, recipe.card.tags)],
         model_name=name,
         eval_results=[
             e for pair in evaluations if not _is_trial(pair[1]) for e in _eval_results(*pair)
@@ -103,9 +108,9 @@ def model_card(
     )  # fmt: skip
     parts = [
         f"---\n{front.to_yaml()}\n---",
-        f"# {name}",
-        f"Backbone weights of a {metadata.architecture}, {_origin(metadata)}. They are meant to be "
-        f"fine-tuned as the backbone of an object detector.",
+        f"# {markdown_text(name)}",
+        f"Backbone weights of a {markdown_text(metadata.architecture)}, {_origin(metadata)}. They "
+        f"are meant to be fine-tuned as the backbone of an object detector.",
         recipe.card.about,
         *_training(weights, run),
         "## How to load it",
@@ -121,7 +126,8 @@ def model_card(
         "## Citation",
         _citation(metadata),
     ]  # fmt: skip
-    return ModelCard("\n\n".join(part.strip() for part in parts if part.strip()) + "\n")
+    text = "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    return ModelCard(without_secrets(several_lines(text)))
 
 
 def _library(formats: Sequence[str]) -> str:
@@ -139,8 +145,8 @@ def _eval_results(own: WeightsResult, results: Results) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="object-detection",
-            dataset_type=results.protocol,
-            dataset_name=f"{results.protocol}, {results.test.split}",
+            dataset_type=one_line(results.protocol),
+            dataset_name=one_line(f"{results.protocol}, {results.test.split}"),
             metric_type=metric,
             metric_name=metric,
             metric_value=round(value, 3),
@@ -152,11 +158,11 @@ def _eval_results(own: WeightsResult, results: Results) -> list[EvalResult]:
 
 def _origin(metadata: WeightsMetadata) -> str:
     if metadata.imported:
-        return f"trained by others, imported with dupr {metadata.dupr_version}"
+        return f"trained by others, imported with dupr {markdown_text(metadata.dupr_version)}"
     method = {"": "", DUPR: " by Deeply Unsupervised Patch Re-Identification (DUPR)"}.get(
         metadata.method, f" by {metadata.method}"
     )
-    return (
+    return markdown_text(
         f"pre-trained without labels{method} with dupr {metadata.dupr_version}: {metadata.origin}"
     )
 
@@ -175,7 +181,7 @@ def _training(weights: Weights, run: RunFacts | None) -> list[str]:
     lines = describe(run, weights) if run is not None else []
     # For weights without their run, only the header is available.
     lines = lines or [f"Views of {metadata.input_size} x {metadata.input_size} pixels"]
-    parts.append("\n".join(f"- {line}" for line in lines))
+    parts.append("\n".join(f"- {markdown_text(line)}" for line in lines))
     if run is not None:
         parts.append(
             "All settings are in `recipe.yaml`: `dupr pretrain recipe.yaml --data SHARDS` repeats "
@@ -193,7 +199,7 @@ def _citation(metadata: WeightsMetadata) -> str:
     )
     if metadata.method in (DUPR, ""):
         return paper
-    return f"The authors of {metadata.method}, and for the software: {paper}"
+    return f"The authors of {markdown_text(metadata.method)}, and for the software: {paper}"
 
 
 def _section(exported: ExportedFormat) -> str:
@@ -231,17 +237,18 @@ def _tables(evaluations: Sequence[tuple[WeightsResult, Results]]) -> list[str]:
         names = [m for m in ("AP", "AP50", "AP75", "segm_AP") if m in own.metrics]
         rows = [f"| weights | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
         for entry in results.results:
-            title = "**this**" if entry is own else Path(entry.weights).name
+            title = "**this**" if entry is own else markdown_text(Path(entry.weights).name)
             figures = [_figure(entry, name) for name in names]
             rows.append(f"| {title} | {' | '.join(figures)} |")
         parts.append(
-            f"{results.protocol}: {results.metric}. Fine-tuned on {results.train.images} images, "
-            f"tested on {results.test.images}, {_seeds(len(results.seeds))}.\n\n" + "\n".join(rows)
+            f"{markdown_text(f'{results.protocol}: {results.metric}')}. Fine-tuned on "
+            f"{results.train.images} images, tested on {results.test.images}, "
+            f"{_seeds(len(results.seeds))}.\n\n" + "\n".join(rows)
         )
         changes = (f"{key} is {now}, not {was}" for key, (was, now) in results.changes.items())
         notes = [*results.notes, *changes]
         if notes:
-            parts.append("\n".join(f"- {note}" for note in notes))
+            parts.append("\n".join(f"- {markdown_text(note)}" for note in notes))
     parts.append(f"Measured with dupr {__version__}.")
     return parts
 

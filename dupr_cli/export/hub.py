@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.hub_weights import HubError, asking_the_hub
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
@@ -66,5 +67,6 @@ def push_files(
         raise RunError(
             f"the Hub refused the push to {repository} (HTTP {error.status}).{hint} {again}"
         ) from error
-    reporter.info(f"pushed to {commit.commit_url}")
-    return str(commit.commit_url)
+    url = public_address(str(commit.commit_url))
+    reporter.info(f"pushed to {url}")
+    return url

@@ -17,6 +17,7 @@ import numpy as np
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.errors import UsageError
+from dupr_cli.outside_text import plot_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +95,7 @@ def curves_figure(runs: Sequence[Path]) -> Figure:
         _finish(axes, last=max(run.lines[-1]["step"] for run in read))
     figure.legend(
         panels["speed"].get_lines(),
-        [run.name for run in read],
+        [plot_label(run.name) for run in read],
         loc="outside upper center",
         ncols=in_a_row,
         frameon=False,

@@ -21,6 +21,7 @@ from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.pixel_formats import ChannelImage, as_picture, how_shown
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.errors import UsageError
+from dupr_cli.outside_text import one_line
 from dupr_cli.pretrain.data import ViewPairs, decode, held_out
 from dupr_cli.pretrain.retrieval_check import retrieval_levels
 from dupr_cli.recipe import PretrainRecipe
@@ -131,7 +132,7 @@ def _sheet(
     height = _HEADER + len(rows) * (_SIDE + _CAPTION)
     sheet = Image.new("RGB", (len(heads) * step + _MARGIN, height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, 18), title, _INK, ImageFont.load_default(16), anchor="lm")
+    draw.text((_MARGIN, 18), one_line(title), _INK, ImageFont.load_default(16), anchor="lm")
     for column, head in enumerate(heads):
         place = (_MARGIN + column * step, 44)
         draw.text(place, head, _INK, ImageFont.load_default(14), anchor="lm")
@@ -142,7 +143,7 @@ def _sheet(
             left = _MARGIN + column * step
             sheet.paste(panel, (left, top))
             place = (left, top + _SIDE + _CAPTION // 2 - 1)
-            draw.text(place, _shortened(caption, font), _INK, font, anchor="lm")
+            draw.text(place, _shortened(one_line(caption), font), _INK, font, anchor="lm")
     return sheet
 
 

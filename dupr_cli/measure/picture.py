@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.outside_text import plot_label
 
 if TYPE_CHECKING:
     from dupr_cli.measure.bench import BenchResult
@@ -41,6 +42,6 @@ def draw_bench(result: BenchResult, path: Path) -> None:
     rates.margins(x=0.25)
     for axes in (parts, rates):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{result.recipe} on {result.device}", fontsize=11)
+    figure.suptitle(plot_label(f"{result.recipe} on {result.device}"), fontsize=11)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dupr_cli.artifacts.files import atomic_file, write_json
 from dupr_cli.metrics.analysis import Analysis
+from dupr_cli.outside_text import plot_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def _curves(analysis: Analysis) -> Figure:
     axis = figure.add_subplot()
     named = len(analysis.curves) <= _NAMED_CURVES
     for name, curve in analysis.curves.items():
-        label = f"{name} {100 * curve.average_precision:.1f}" if named else None
+        label = f"{plot_label(name)} {100 * curve.average_precision:.1f}" if named else None
         axis.plot([0, *curve.recall], [1, *curve.precision], label=label)
     axis.set(
         xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision",
@@ -59,7 +60,7 @@ def _confusion(analysis: Analysis) -> Figure:
 
     counts = np.array(analysis.confusion)
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    names = [*analysis.classes, "background"]
+    names = [*map(plot_label, analysis.classes), "background"]
     side = 3 + 0.4 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.add_subplot()

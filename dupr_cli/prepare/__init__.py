@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.shards import MANIFEST, NOTES, SKIPPED, UNFINISHED, Manifest
 from dupr_cli.datasets.placement import summarise_notes
 from dupr_cli.errors import UsageError
@@ -52,7 +53,7 @@ def plan(
     recipe = resolve_recipe(PrepareRecipe, recipe, overrides)
     source, out = as_address(source, "source"), as_path(out, "out")
     kind = _kind(recipe, source)
-    work = Work(kind, source, str(out), recipe, near=False)
+    work = Work(kind, source, str(out), _recorded(recipe), near=False)
     made = make_source(kind, source, recipe.source, out)
     excluded = ExcludedSets(recipe, 0, SilentReporter())
     standing = look(work, made, excluded, overwrite=overwrite, append=append)
@@ -64,7 +65,7 @@ def plan(
     size = recipe.shard.max_samples
     shards = sum(-(-count // size) for count in entries.values())
     return PreparePlan(
-        source, kind, standing.action, entries, shards, str(out), _notes(made), excluded.counts
+        work.source, kind, standing.action, entries, shards, str(out), _notes(made), excluded.counts
     )
 
 
@@ -99,7 +100,7 @@ def run(
         raise UsageError("--append works without --overwrite and without --task.")
     reporter = reporter or SilentReporter()
     kind = _kind(recipe, source)
-    work = Work(kind, source, str(out), recipe, recipe.filter.duplicates == "near")
+    work = Work(kind, source, str(out), _recorded(recipe), recipe.filter.duplicates == "near")
     made = make_source(kind, source, recipe.source, out)
     require_other_folder(work)
     excluded = ExcludedSets(recipe, workers, reporter)
@@ -157,6 +158,12 @@ def merge(out: Path, *, reporter: Reporter | None = None) -> PrepareResult:
         return _assemble(work, listing, reporter or SilentReporter())
 
 
+def _recorded(recipe: PrepareRecipe) -> PrepareRecipe:
+    """The recipe with the public form of all addresses in it."""
+    public = {public_address(address): splits for address, splits in recipe.exclude.items()}
+    return recipe.model_copy(update={"exclude": public})
+
+
 def _kind(recipe: PrepareRecipe, source: str) -> str:
     return recognise(source) if recipe.source.kind == "auto" else recipe.source.kind
 
@@ -200,7 +207,7 @@ def _listing(
     with FileLock(folder / "listing.lock"):  # tasks start at the same time
         listing = read_listing(folder)
         if listing is None or State.read(folder) is None:
-            reporter.detail(f"listing {work.address}")
+            reporter.detail(f"listing {work.source}")
             known = KnownSource(Path(work.out) / SOURCE) if appends else None
             listing = write_listing(source, work.recipe, folder, known)
             if not listing.total:
@@ -209,7 +216,7 @@ def _listing(
             if excluded.sets:
                 excluded.images.write(folder)
             State(
-                work.recipe.model_dump(mode="json"), work.kind, work.address, listing.digest,
+                work.recipe.model_dump(mode="json"), work.kind, work.source, listing.digest,
                 source.labelled, appends, excluded.digest,
             ).write(folder)  # fmt: skip
     return listing

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dupr_cli import __version__
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.files import atomic_file, write_json, write_text
 from dupr_cli.artifacts.shard_files import ShardIndex, ShardWriter, index_path, shard_name
 from dupr_cli.artifacts.shards import (
@@ -32,6 +33,7 @@ from dupr_cli.artifacts.shards import (
     Skipped,
 )
 from dupr_cli.errors import DuprError, RunError, UsageError
+from dupr_cli.outside_text import json_text
 from dupr_cli.prepare.blocks import (
     BlockReport,
     Work,
@@ -171,7 +173,7 @@ def _plan(
         first = skipped[0]
         clear(folder)
         raise RunError(
-            f"{work.address}: none of {listing.total} images could be used. The first is "
+            f"{work.source}: none of {listing.total} images could be used. The first is "
             f"{first.path}: {first.reason}."
         )
     records = _Records(folder, out / RECORDS, existing, list(reports))
@@ -211,7 +213,7 @@ def _plan(
         "classes": sorted(classes),
         "skipped": len(skipped) + (base.skipped if base else 0),
         "skip_reasons": dict(reasons.most_common()),
-        "source": work.address,
+        "source": work.source,
         "recipe": work.recipe.model_dump(mode="json"),
         "fingerprint": _fingerprint(work, listing, state.excluded),
         "dupr_version": __version__,
@@ -248,7 +250,7 @@ def _write_lines(path: Path, entries: list[Skipped], base: Path | None) -> None:
     lines = [earlier.read_text(encoding="utf-8")] if earlier and earlier.exists() else []
     for entry in entries:
         values = {"path": entry.path, "reason": entry.reason}
-        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+        lines.append(json_text(values) + "\n")
     write_text(path, "".join(lines))
 
 
@@ -411,7 +413,7 @@ class _Names:
         return self._samples.index(shard).keys[place]
 
     def source(self, position: int) -> str:
-        return self._samples[position].source
+        return public_address(self._samples[position].source)
 
     def sha256(self, position: int) -> str:
         return hashlib.sha256(self._samples[position].image).hexdigest()

@@ -26,6 +26,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.files import write_bytes, write_json
 from dupr_cli.artifacts.shard_files import ShardWriter
 from dupr_cli.artifacts.shards import UNFINISHED, ShardEntry, Skipped
@@ -51,7 +52,8 @@ def _nothing(_count: int) -> None:
 class Work:
     """What all blocks have in common; it is sent to the workers.
 
-    kind, address: of the source. near: whether to compute perceptual hashes.
+    kind, address: of the source. recipe: as it is recorded, so addresses of excluded sets are in
+    their public form. near: whether to compute perceptual hashes.
     """
 
     kind: str
@@ -59,6 +61,11 @@ class Work:
     out: str
     recipe: PrepareRecipe
     near: bool
+
+    @property
+    def source(self) -> str:
+        """The address as it may be recorded and shown."""
+        return public_address(self.address)
 
     @property
     def folder(self) -> Path:

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from dupr_cli.addresses import public_address, without_secrets
 from dupr_cli.artifacts.files import naming, write_json
+from dupr_cli.artifacts.paced_http import Redirection, request_of
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.progress import Reporter
 
@@ -174,14 +176,15 @@ def _report_cost(
 
 def _fetch(address: str, part: Path, archive: Archive, advance: Callable[[int], None]) -> None:
     """Download into `part` until it is complete. Raises RunError."""
-    failures = 0
+    failures, public = 0, public_address(address)
+    opener = urllib.request.build_opener(Redirection())
     while True:
         have = part.stat().st_size if part.exists() else 0
         if have >= archive.bytes:
             return
-        request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
+        request = request_of(address, {"Range": f"bytes={have}-"})
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
+            with opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
                 if answer.status != 206 and have:  # the server cannot resume
                     advance(-have)
                     part.unlink()
@@ -192,12 +195,13 @@ def _fetch(address: str, part: Path, archive: Archive, advance: Callable[[int], 
                         failures = 0
             reason = f"the answer ended after {part.stat().st_size} of {archive.bytes} bytes"
         except urllib.error.HTTPError as error:
+            answer = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
             if error.code in (401, 403, 404, 410):
                 raise RunError(
-                    f"{address} cannot be fetched: {error.code} {error.reason}. Give another "
+                    f"{public} cannot be fetched: {answer}. Give another "
                     f"address for the archives with --mirror URL."
                 ) from error
-            reason = f"{error.code} {error.reason}"
+            reason = answer
         except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
         except urllib.error.URLError as error:
@@ -207,8 +211,8 @@ def _fetch(address: str, part: Path, archive: Archive, advance: Callable[[int], 
         failures += 1
         if failures >= _ATTEMPTS:
             raise RunError(
-                f"{address} cannot be fetched: {reason}, {failures} times. Give the same command "
-                f"again later; it continues after {_size(part):,} bytes."
+                f"{public} cannot be fetched: {without_secrets(reason)}, {failures} times. "
+                f"Give the same command again later; it continues after {_size(part):,} bytes."
             )
         time.sleep(_DELAY_SECONDS * 2 ** (failures - 1))
 
@@ -223,8 +227,8 @@ def _check(part: Path, archive: Archive, address: str) -> None:
     if found != archive.md5:
         part.unlink()
         raise RunError(
-            f"{address}: its MD5 is {found}, the publisher's is {archive.md5}. The file was "
-            f"deleted; give the same command again, or another --mirror."
+            f"{public_address(address)}: its MD5 is {found}, the publisher's is {archive.md5}. The "
+            f"file was deleted; give the same command again, or another --mirror."
         )
 
 

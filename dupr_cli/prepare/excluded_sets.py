@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.datasets.copies import ImageHashes, hash_image
 from dupr_cli.errors import DuprError, StoppedRunError, UsageError
@@ -45,10 +46,10 @@ class ExcludedSets:
     def __init__(self, recipe: PrepareRecipe, workers: int, reporter: Reporter) -> None:
         self.sets, self._recipe, self._reporter = recipe.exclude, recipe, reporter
         self._threads = workers or os.cpu_count() or 1
-        self.counts = dict.fromkeys(self.sets, 0)
+        self.counts = dict.fromkeys(map(public_address, self.sets), 0)
         with _opened(recipe) as sources:
             for address, source in sources.items():
-                self.counts[address] = _count(address, self.sets[address], source)
+                self.counts[public_address(address)] = _count(address, self.sets[address], source)
 
     @property
     def digest(self) -> str:
@@ -65,7 +66,7 @@ class ExcludedSets:
             self._reporter.task("hash excluded", sum(self.counts.values()), "images") as progress,
         ):
             for address, source in sources.items():
-                problems = list[str]()
+                problems, public = list[str](), public_address(address)
                 entries = list(source.entries())
                 threads = REMOTE_THREADS if source.remote else self._threads
                 found = in_order(
@@ -75,18 +76,18 @@ class ExcludedSets:
                     raise_if_stopped()
                     progress.advance()
                     if problem:
-                        problems.append(f"{readable(entry.name)}: {problem}")
+                        problems.append(f"{_shown(entry)}: {problem}")
                     if image is not None:
-                        names.append(f"{readable(entry.name)} of {address}")
+                        names.append(f"{_shown(entry)} of {public}")
                         hashes.append(image)
                 if len(problems) == len(entries):
                     raise UsageError(
-                        f"exclude: {address}: none of its {len(entries)} images can be used. The "
+                        f"exclude: {public}: none of its {len(entries)} images can be used. The "
                         f"first is {problems[0]}."
                     )
                 if problems:
                     self._reporter.warning(
-                        f"exclude: {len(problems)} of the {len(entries)} images of {address} "
+                        f"exclude: {len(problems)} of the {len(entries)} images of {public} "
                         f"cannot be used, so copies of them may stay in the shards; the first is "
                         f"{problems[0]}"
                     )
@@ -95,8 +96,13 @@ class ExcludedSets:
 
 def describe_sets(sets: Sets) -> str:
     """`data/VOC2012 (val), photos`."""
-    named = [f"{a} ({', '.join(splits)})" if splits else a for a, splits in sets.items()]
+    public = [(public_address(address), splits) for address, splits in sets.items()]
+    named = [f"{a} ({', '.join(splits)})" if splits else a for a, splits in public]
     return ", ".join(named) or "nothing"
+
+
+def _shown(entry: Entry) -> str:
+    return public_address(readable(entry.name))
 
 
 @contextmanager
@@ -116,8 +122,8 @@ def _source(address: str, splits: Sequence[str], recipe: PrepareRecipe, out: Pat
         raise UsageError(f"exclude: {error}") from error
     if splits and kind in _WITHOUT_SPLITS:
         raise UsageError(
-            f"exclude: {address} has no splits, but {', '.join(splits)} is asked for. Give the "
-            f"folder or list of the images to exclude, without splits."
+            f"exclude: {public_address(address)} has no splits, but {', '.join(splits)} is asked "
+            f"for. Give the folder or list of the images to exclude, without splits."
         )
     if kind == "classes" and not splits:
         kind = "folder"  # images outside the class folders count as well
@@ -132,7 +138,8 @@ def _count(address: str, splits: Sequence[str], source: ImageSource) -> int:
     except UsageError as error:
         raise UsageError(f"exclude: {error}") from error
     if not counts and splits:
-        raise UsageError(f"exclude: {address} has no images in the splits {', '.join(splits)}.")
+        named = ", ".join(splits)
+        raise UsageError(f"exclude: {public_address(address)} has no images in the splits {named}.")
     if not counts:
         raise UsageError(f"exclude: {nothing_found(address)}")
     return counts.total()

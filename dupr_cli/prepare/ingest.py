@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from dupr_cli.addresses import public_address, without_secrets
 from dupr_cli.artifacts.hashes import perceptual_hash
 from dupr_cli.artifacts.pixel_formats import PixelFormat, resized
 from dupr_cli.artifacts.reading import UnfitImageError, require_size
@@ -75,7 +76,7 @@ def ingest(
 
     look: compute the perceptual hash. excluded: leave out copies of these images.
     """
-    name = readable(entry.name)
+    name = public_address(readable(entry.name))
     try:
         pixels = pixel_format(recipe.image)
         raw = read(entry)
@@ -108,9 +109,9 @@ def why_unreadable(error: OSError | ValueError | DuprError) -> str:
     if isinstance(error, UnfitImageError):
         return str(error)
     if isinstance(error, DuprError):  # a missing or damaged annotation or shard, named in full
-        return f"cannot be used: {error}"
+        return without_secrets(f"cannot be used: {error}")
     # A ValueError means a name that no file can have.
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return without_secrets(f"cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def readable(name: str) -> str:
@@ -157,7 +158,7 @@ def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> I
         entry.sample_key,
         extension or "",
         data,
-        raw.source or readable(entry.name),
+        public_address(raw.source or readable(entry.name)),
         *size,
         found.boxes if found else None,
         raw.label,
@@ -214,7 +215,7 @@ def _ingest_channels(
         entry.sample_key,
         extension,
         data,
-        raw.source or readable(entry.name),
+        public_address(raw.source or readable(entry.name)),
         *size,
         found.boxes if found else None,
         raw.label,

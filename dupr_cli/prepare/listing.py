@@ -5,6 +5,9 @@
     OUT/.prepare/listing.json             number of entries, and the digest of the source
     OUT/.prepare/source.jsonl.gz          the record that is kept with the set (`source_record`)
 
+A listing holds whole addresses, because workers, tasks and later calls fetch from them. Only its
+owner can read one that holds secrets, and it is removed with the rest when the set is finished.
+
 A block has `shard.max_samples` entries. Writing a listing takes as much memory as the names in one
 folder, or, if shuffled, as a 64th of the entries.
 """
@@ -20,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.prepare.source_record import (
     SOURCE,
@@ -29,6 +33,7 @@ from dupr_cli.prepare.source_record import (
     stamp_of_content,
 )
 from dupr_cli.prepare.sources import Entry, ImageSource
+from dupr_cli.prepare.sources.base import name_bytes
 from dupr_cli.prepare.unfinished import clear
 from dupr_cli.recipe import PrepareRecipe
 
@@ -88,7 +93,7 @@ def split_entries(source: ImageSource, recipe: PrepareRecipe) -> Iterator[Entry]
     """The entries of a source with their stamps; held-out ones get a split of their own."""
     share, name = recipe.split.held_out, recipe.split.name
     for entry in source.entries():
-        if share and entry.split == "train" and _fraction(entry.sample_key) < share:
+        if share and entry.split == "train" and _fraction(entry.split_key) < share:
             entry = replace(entry, split=name)
         if recipe.source.identity == "content":
             entry = replace(entry, stamp=stamp_of_content(source, entry))
@@ -162,18 +167,22 @@ class _SplitFile:
         self._block, self._seed = recipe.shard.max_samples, recipe.seed
         self._file: BinaryIO = place.with_suffix(".jsonl").open("wb", buffering=1 << 20)
         self._starts = place.with_suffix(".starts").open("wb", buffering=1 << 16)
-        self._position, self._count = 0, 0
+        self._position, self._count, self._is_private = 0, 0, False
         self._buckets = [
             place.with_suffix(f".bucket-{number:02d}").open("w+b", buffering=1 << 16)
             for number in range(_BUCKETS if recipe.shard.shuffle else 0)
         ]
 
     def add(self, entry: Entry) -> None:
+        if not self._is_private and public_address(entry.name) != entry.name:
+            self._is_private = True
+            for file in (self._file, *self._buckets):
+                os.fchmod(file.fileno(), 0o600)
         line = _line(entry)
         if not self._buckets:
             self._append(line)
             return
-        salt = b"%d %s %s" % (self._seed, os.fsencode(entry.split), os.fsencode(entry.name))
+        salt = b"%d %s %s" % (self._seed, name_bytes(entry.split), name_bytes(entry.name))
         order = hashlib.blake2b(salt, digest_size=8).digest()
         self._buckets[order[0] * _BUCKETS // 256].write(order.hex().encode() + line)
 

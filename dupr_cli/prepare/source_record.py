@@ -2,6 +2,7 @@
 
     [split, name, stamp]
 
+An address is recorded, and compared, in its public form.
 The stamp decides whether an image is unchanged. It is the size and modification time, or, with
 `source.identity: content`, the sha256 of the bytes and labels. The record distinguishes a source
 that has grown from one that has changed, so that only new images are added.
@@ -21,8 +22,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from dupr_cli.addresses import public_address
 from dupr_cli.errors import DuprError, UsageError
 from dupr_cli.prepare.sources import Entry, ImageSource
+from dupr_cli.prepare.sources.base import name_bytes
 
 SOURCE = "source.jsonl.gz"
 _KINDS = ("new", "changed", "missing")
@@ -32,22 +35,29 @@ _NAMED = 3  # number of names that a message gives as examples
 class SourceDigest:
     """Identity of a source: a digest of its names, splits and stamps, in order.
 
-    entries: number of images by split. names_alone: the digest that dupr 0.1 recorded.
+    entries: number of images by split. names_alone: the digest that dupr 0.1 recorded. whole: that
+    of whole addresses, which was recorded before they got a public form.
     """
 
     def __init__(self) -> None:
-        self._hash, self._names = hashlib.sha256(), hashlib.sha256()
+        self._hash, self._whole, self._names = (hashlib.sha256() for _ in range(3))
         self.entries = dict[str, int]()
 
     def add(self, entry: Entry) -> None:
-        name = os.fsencode(f"{entry.split}\0{entry.name}\n")
-        self._names.update(name)
-        self._hash.update(name + entry.stamp.encode() + b"\n")
+        name, stamp = _name(entry.split, entry.name), entry.stamp.encode()
+        public = _name(entry.split, public_address(entry.name))
+        self._names.update(name + b"\n")
+        self._whole.update(name + b"\n" + stamp + b"\n")
+        self._hash.update(public + b"\n" + stamp + b"\n")
         self.entries[entry.split] = self.entries.get(entry.split, 0) + 1
 
     @property
     def names_alone(self) -> str:
         return self._names.hexdigest()
+
+    @property
+    def whole(self) -> str:
+        return self._whole.hexdigest()
 
     def __str__(self) -> str:
         return self._hash.hexdigest()
@@ -77,7 +87,8 @@ class SourceRecordWriter:
 
     def add(self, entry: Entry) -> None:
         # File names are bytes; those that are not UTF-8 are kept as escapes.
-        line = json.dumps([entry.split, entry.name, entry.stamp], separators=(",", ":"))
+        values = [entry.split, public_address(entry.name), entry.stamp]
+        line = json.dumps(values, separators=(",", ":"))
         self._packed.write(line.encode() + b"\n")
 
     def close(self) -> None:
@@ -114,7 +125,7 @@ class SourceChanges:
         self.counts[kind] += 1
         names: list[str] = getattr(self, kind)
         if len(names) < _NAMED:
-            names.append(name)
+            names.append(public_address(name))
 
     def describe(self, *kinds: str) -> str:
         """`3 are new (a.jpg, b.jpg, c.jpg), 1 has changed (d.jpg)`."""
@@ -168,9 +179,13 @@ class KnownSource:
 
 def _hashed(split: str, name: str, stamp: str) -> tuple[int, int]:
     return (
-        _short(os.fsencode(f"{split}\0{name}")),
+        _short(_name(split, public_address(name))),
         _short(stamp.encode()),
     )
+
+
+def _name(split: str, name: str) -> bytes:
+    return name_bytes(f"{split}\0{name}")
 
 
 def _short(data: bytes) -> int:

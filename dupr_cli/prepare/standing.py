@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, Manifest
 from dupr_cli.errors import UsageError
@@ -81,7 +82,8 @@ def look(
     other = _other_recipe(manifest.recipe, manifest.source, work)
     other = other or _other_images(known_excluded, excluded)
     old = not (out / SOURCE).is_file()  # written by a dupr that recorded only names
-    same_source = known_digest == (digest.names_alone if old else str(digest))
+    recorded = (digest.names_alone,) if old else (str(digest), digest.whole)
+    same_source = known_digest in recorded
     if not other and same_source:
         rest = state is not None and not _other_recipe(state.recipe, state.source, work)
         return _for_same_set(work, manifest, rest, overwrite)
@@ -109,7 +111,7 @@ def _for_unfinished(
 ) -> Standing:
     other = _other_recipe(state.recipe, state.source, work)
     other = other or _other_images(state.excluded, excluded)
-    if not other and state.digest in (str(digest), digest.names_alone):
+    if not other and state.digest in (str(digest), digest.whole, digest.names_alone):
         return Standing("continue")
     if overwrite:
         return Standing("replace", clears=True)
@@ -159,7 +161,7 @@ def _for_changed_source(work: Work, source: ImageSource, append: bool) -> Standi
     warning = ""
     if changes.counts["missing"]:
         gone = changes.describe("missing")
-        warning = f"{work.address}: {gone} since the shards were made; they stay in the shards"
+        warning = f"{work.source}: {gone} since the shards were made; they stay in the shards"
     return Standing("append" if count else "nothing", False, new, changes, warning)
 
 
@@ -175,8 +177,9 @@ def _other_recipe(recipe: dict[str, Any], source: str, work: Work) -> dict[str, 
         recipe_keys({k: v for k, v in r.items() if k not in ("description", "exclude")})
         for r in (before, now)
     ]
-    found = differences({**keys[0], "SOURCE": source}, {**keys[1], "SOURCE": work.address})
-    excluded = before.get("exclude", {})
+    sources = ({"SOURCE": public_address(source)}, {"SOURCE": work.source})
+    found = differences({**keys[0], **sources[0]}, {**keys[1], **sources[1]})
+    excluded = {public_address(a): splits for a, splits in before.get("exclude", {}).items()}
     if excluded != now["exclude"]:
         sets = describe_sets(excluded), describe_sets(now["exclude"])
         found["exclude"] = f"exclude: {sets[0]} there, {sets[1]} now"

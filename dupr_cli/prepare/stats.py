@@ -18,6 +18,7 @@ from dupr_cli.datasets.channels import ChannelPicture, open_as
 from dupr_cli.datasets.pixel_statistics import LEAST_STD, PixelSums
 from dupr_cli.datasets.pixels import Picture
 from dupr_cli.errors import UsageError
+from dupr_cli.outside_text import plot_label
 from dupr_cli.progress import Reporter
 
 _COLOURS_OF = 1000  # number of images whose pixels are averaged, spread over the set
@@ -238,7 +239,8 @@ def draw_stats(stats: Stats, path: Path) -> None:
     if labelled:
         panels.append((axes[1, 0], stats.object_side, "side of an object (pixels)"))
         names = list(stats.objects)[:20][::-1]
-        axes[1, 1].barh(names, [stats.objects[name] for name in names], color="#1f77b4")
+        counts = [stats.objects[name] for name in names]
+        axes[1, 1].barh([*map(plot_label, names)], counts, color="#1f77b4")
         axes[1, 1].set_xlabel("objects")
     for axis, histogram, title in panels:
         if histogram.counts:

@@ -18,6 +18,7 @@ from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import open_shards
 from dupr_cli.datasets.channels import decode_as
 from dupr_cli.datasets.pixels import open_picture
+from dupr_cli.outside_text import one_line
 
 _CELL, _CAPTION, _GAP = 200, 18, 6
 _GROUND, _INK = "#eeeeee", "#222222"
@@ -51,7 +52,7 @@ def draw_sheet(address: str, split: str | None, path: Path, count: int, seed: in
         )
         cell = _cell(sample)
         sheet.paste(cell, (left + (_CELL - cell.width) // 2, top + (_CELL - cell.height) // 2))
-        draw.text((left, top + _CELL + 2), _short(sample.key), _INK, font)
+        draw.text((left, top + _CELL + 2), _short(one_line(sample.key)), _INK, font)
     with atomic_file(path) as file:
         sheet.save(file, "PNG")
     return View(str(path), [sample.key for sample in samples], shards.pixels)
@@ -74,7 +75,7 @@ def _cell(sample: Sample) -> Image.Image:
         corners = [value * scale for value in box.corners]
         if corners[0] < corners[2] and corners[1] < corners[3]:
             draw.rectangle(corners, outline=_colour(box.name), width=1 if box.difficult else 2)
-            draw.text((corners[0] + 3, corners[1] + 1), box.name, _colour(box.name))
+            draw.text((corners[0] + 3, corners[1] + 1), one_line(box.name), _colour(box.name))
     return cell
 
 
@@ -97,6 +98,6 @@ def _small(sample: Sample) -> tuple[Image.Image, float]:
 
 def _colour(name: str) -> str:
     """A colour that depends only on the class."""
-    hue = zlib.crc32(name.encode()) / 2**32
+    hue = zlib.crc32(name.encode("utf-8", "surrogatepass")) / 2**32
     red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.9, 1.0))
     return f"#{red:02x}{green:02x}{blue:02x}"

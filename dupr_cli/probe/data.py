@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.pixel_formats import AnyImage, PixelFormat
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
@@ -62,7 +63,7 @@ class ImageSet:
     @property
     def identity(self) -> DatasetIdentity:
         return DatasetIdentity(
-            address=self.address,
+            address=public_address(self.address),
             split=self.split,
             images=len(self),
             objects=sum(len(a.names) for a in self.boxed.annotations) if self.boxed else 0,
@@ -77,7 +78,7 @@ class ImageSet:
             label = self.labels[position] if self.labels else ""
             verdict = sorted(self.verdicts[position].items()) if self.verdicts else ""
             size = self.reader.size(self.numbers[position])
-            digest.update(f"{image_id} {size} {label} {verdict}\n".encode())
+            digest.update(f"{image_id} {size} {label} {verdict}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def image(self, position: int) -> AnyImage:
@@ -335,7 +336,8 @@ def check_classes(train: ImageSet, test: ImageSet, reporter: Reporter) -> list[s
 
 def _hashed(text: str) -> float:
     """A number in [0, 1) that depends only on the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _whole(images: LabelledSet) -> ImageSet:

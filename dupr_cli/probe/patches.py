@@ -24,6 +24,6 @@ class ViewPairs:
 
     def __call__(self, position: int) -> ViewPairBatch:
         pixels = as_tensor(self.images.image(position))
-        digest = hashlib.sha256(self.images.ids[position].encode()).digest()
+        digest = hashlib.sha256(self.images.ids[position].encode("utf-8", "surrogatepass")).digest()
         random = np.random.default_rng([self.seed, int.from_bytes(digest[:8], "big")])
         return cut_pair(pixels, self.section.views, self.section, random, position)

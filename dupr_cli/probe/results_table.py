@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from dupr_cli.artifacts.results import DatasetIdentity, Results
+from dupr_cli.outside_text import one_line
 
 _WIDTH = 80
 _NAME_WIDTH = 18
@@ -14,7 +15,7 @@ _NAME_WIDTH = 18
 
 def table(results: Results) -> str:
     """Plain text: for each of the weights one row per level, and the chance level."""
-    lines = textwrap.wrap(results.metric, _WIDTH)
+    lines = textwrap.wrap(one_line(results.metric), _WIDTH)
     if results.train != results.test:
         lines += _described("Trained", results.train)
     lines += _described("Tested", results.test)
@@ -38,11 +39,12 @@ def table(results: Results) -> str:
         text = f"{entry.extra['folder']}: {entry.weights} ({entry.architecture})"
         if entry.weights_sha256 is None:
             text += f"; batch-norm statistics {entry.extra['batch_norm']}"
-        lines += textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
+        lines += textwrap.wrap(one_line(text), _WIDTH, subsequent_indent="  ")
     return "\n".join(lines) + "\n"
 
 
 def _row(name: str, level: str, cells: Sequence[str], width: int) -> str:
+    name = one_line(name)
     short = name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 3] + "..."
     return f"{short:<{_NAME_WIDTH}} {level:<5}" + "".join(f"{c:>{width}}" for c in cells)
 
@@ -53,4 +55,4 @@ def _chance(value: float) -> str:
 
 def _described(verb: str, used: DatasetIdentity) -> list[str]:
     text = f"{verb} on {used.images} images: {used.address}, split {used.split}"
-    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
+    return textwrap.wrap(one_line(text), _WIDTH, subsequent_indent="  ")

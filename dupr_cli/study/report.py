@@ -22,6 +22,7 @@ from dupr_cli.artifacts.results import PairedDifference, Results, TrialResult, W
 from dupr_cli.artifacts.run import MetricsLog
 from dupr_cli.evaluate import label_curves
 from dupr_cli.evaluate.statistics import holm, p_value, paired_difference, summed_up
+from dupr_cli.outside_text import csv_cell, markdown_text, several_lines
 from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.study import StudyRecipe
 from dupr_cli.study.cells import EVALUATE, PRETRAIN, Start, all_cells, evaluate_recipe, starts
@@ -183,8 +184,9 @@ def _corrected(protocols: Sequence[ProtocolReport]) -> list[ProtocolReport]:
 
 def markdown(report: StudyReport) -> str:
     """The report for people."""
-    lines = [f"# {report.name or 'Study'}", ""]
-    lines += [report.description, ""] if report.description else []
+    lines = [f"# {markdown_text(report.name) or 'Study'}", ""]
+    # The description is Markdown of the recipe's author.
+    lines += [several_lines(report.description), ""] if report.description else []
     for protocol in report.protocols:
         lines += _protocol_lines(protocol, report.baseline)
     if report.retrieval:
@@ -205,12 +207,12 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
     counts = [point.labels for point in next(iter(curves.curves["AP"].values()))]
     percent = round(100 * curves.confidence)
     lines = [
-        f"## {protocol.name}",
+        f"## {markdown_text(protocol.name)}",
         "",
-        f"{curves.protocol}: {curves.metric}. {len(curves.seeds)} seeds, {curves.test_images} "
-        f"images tested. Means and {percent} % intervals over seeds of the evaluation, in which "
-        f"neither the chance of pre-training nor that of the random backbone is. "
-        f"{protocol.decides} decides.",
+        f"{markdown_text(f'{curves.protocol}: {curves.metric}')}. {len(curves.seeds)} seeds, "
+        f"{curves.test_images} images tested. Means and {percent} % intervals over seeds of the "
+        f"evaluation, in which neither the chance of pre-training nor that of the random backbone "
+        f"is. {protocol.decides} decides.",
         "",
     ]
     for metric, of_kinds in curves.curves.items():
@@ -226,8 +228,8 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
     ]  # fmt: skip
     if rows:
         lines += [
-            f"Differences from {baseline}, paired by seed; verdicts are corrected for all "
-            f"comparisons of the study (Holm):",
+            f"Differences from {markdown_text(baseline)}, paired by seed; verdicts are corrected "
+            f"for all comparisons of the study (Holm):",
             "",
         ]
         lines += _table(["difference", "labels", "metric", "mean", "interval", "verdict"], rows)
@@ -237,7 +239,7 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
         for metric, of in curves.saved.items() for row in of
     ]  # fmt: skip
     if saved and len(counts) > 1:
-        lines += [f"Labels needed for what {baseline} reaches:", ""]
+        lines += [f"Labels needed for what {markdown_text(baseline)} reaches:", ""]
         lines += _table(
             ["start", "metric", f"labels of {baseline}", "its figure", "labels needed"], saved
         )
@@ -250,7 +252,7 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
     if spread:
         lines += [f"Each pre-training run by itself, {protocol.decides}:", ""]
         lines += _table(["start", "labels", "runs", "standard deviation"], spread)
-    return [*lines, f"![{protocol.name}]({protocol.figure})", ""]
+    return [*lines, f"![{markdown_text(protocol.name)}]({protocol.figure})", ""]
 
 
 def _verdict(found: PairedDifference) -> str:
@@ -260,8 +262,12 @@ def _verdict(found: PairedDifference) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines = [_row(head), f"|{'---|' * len(head)}"]
+    return [*lines, *map(_row, rows), ""]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(markdown_text, cells))} |"
 
 
 def table_csv(report: StudyReport) -> str:
@@ -272,5 +278,5 @@ def table_csv(report: StudyReport) -> str:
         of_protocol = list(csv.reader(io.StringIO(label_curves.table_csv(protocol.curves))))
         if number == 0:
             rows.writerow(["protocol", *of_protocol[0]])
-        rows.writerows([protocol.name, *row] for row in of_protocol[1:])
+        rows.writerows([csv_cell(protocol.name), *row] for row in of_protocol[1:])
     return file.getvalue()

@@ -27,6 +27,7 @@ from dupr_cli.errors import RunError, UsageError
 from dupr_cli.export.hub import check_options
 from dupr_cli.export.types import ExportResult, PushOptions
 from dupr_cli.recipe import ExportRecipe, load_recipe
+from tests.support.command_line import dupr
 from tests.support.hub_client import wait_briefly
 from tests.support.processes import as_main, forked
 from tests.support.weights import make_run
@@ -34,6 +35,7 @@ from tests.support.weights import make_run
 pytestmark = pytest.mark.slow
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SIGNED = "X-Amz-Signature=m4rked"
 
 
 @dataclass
@@ -141,7 +143,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     {"transfer": "basic", "objects": [
                         {"oid": o["oid"], "size": o["size"],
                          **({} if o["oid"] in hub.large else {"actions": {"upload": {
-                             "href": f"{hub.url}/lfs/{o['oid']}", "header": {}}}})}
+                             "href": f"{hub.url}/lfs/{o['oid']}?{SIGNED}", "header": {}}}})}
                         for o in objects
                     ]}
                 )  # fmt: skip
@@ -250,6 +252,23 @@ def test_private_revision_message_and_token(
                                      if p.suffix != ".safetensors")  # fmt: skip
 
 
+def test_no_token_is_printed_or_written(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "hf_m4rkedm4rkedm4rkedm4rked"
+    monkeypatch.setenv("MY_TOKEN", token)
+    make_run(tmp_path / "run", "resnet18")
+    (tmp_path / "run" / "recipe.yaml").write_text("stage: pretrain\n")
+    done = dupr(
+        "export", tmp_path / "run", "--out", tmp_path / "out", "--push-to-hub", "me/model",
+        "--token-from-env", "MY_TOKEN", "-v",
+    )  # fmt: skip
+    assert hub.tokens == {f"Bearer {token}"}
+    assert "m4rked" not in done.stdout + done.stderr
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"m4rked" not in path.read_bytes()
+
+
 def test_what_was_pushed_comes_back_as_weights(hub: Hub, tmp_path: Path) -> None:
     push(tmp_path)
     pushed = tmp_path / "out" / "torchvision" / "backbone.safetensors"
@@ -316,8 +335,9 @@ def test_connection_cut_in_the_middle_leaves_the_repository_whole(
 ) -> None:
     wait_briefly(monkeypatch)
     hub.cut = True
-    with pytest.raises(RunError, match=r"the push to me/model failed|refused the push"):
+    with pytest.raises(RunError, match=r"the push to me/model failed|refused the push") as caught:
         push(tmp_path)
+    assert "m4rked" not in str(caught.value)
     assert hub.commits == []
     assert hub.branches["main"] == {}
     hub.cut = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,83 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+@dataclass
+class Guarded:
+    """A server that wants secrets, and what it was sent: (path, Authorization) of each request.
+
+    BASE/basic/FILE wants the user and password, BASE/signed/FILE?signature. BASE/same/FILE
+    redirects to BASE/basic/FILE, BASE/away/FILE to FILE of another server, at `away`.
+    BASE/refused/FILE redirects to a file of this machine, BASE/failing/FILE answers 500.
+    """
+
+    port: int
+    requests: list[tuple[str, str | None]]
+    away: list[tuple[str, str | None]]
+
+    def url(self, path: str, user: str = "") -> str:
+        return f"http://{user and user + '@'}127.0.0.1:{self.port}/{path}"
+
+
+@contextmanager
+def guard(folder: Path, user: str, signature: str) -> Iterator[Guarded]:
+    """Serve a folder behind `user` (user:password) or a query, on this machine."""
+    expected = "Basic " + base64.b64encode(user.encode()).decode()
+
+    def handler(
+        seen: list[tuple[str, str | None]], away: str | None
+    ) -> type[SimpleHTTPRequestHandler]:
+        class Handler(SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                given = self.headers.get("Authorization")
+                seen.append((self.path, given))
+                _, _, rest = self.path.partition("/")
+                way, _, name = rest.partition("/")
+                if away is None:
+                    self.send_file(rest)
+                elif way == "basic" and given != expected:
+                    self.send_error(401)
+                elif way == "signed" and not self.path.endswith(f"?{signature}"):
+                    self.send_error(403, f"Bad signature for {self.path}")
+                elif way in ("basic", "signed"):
+                    self.send_file(name.partition("?")[0])
+                elif way == "failing":
+                    self.send_error(500, f"No luck with http://{user}@{self.path}")
+                else:
+                    targets = {"same": f"/basic/{name}", "away": f"{away}/{name}"}
+                    self.send_response(302)
+                    self.send_header("Location", targets.get(way, f"file:///{name}?{signature}"))
+                    self.end_headers()
+
+            def send_file(self, name: str) -> None:
+                if not (folder / name).is_file():
+                    self.send_error(404)
+                    return
+                data = (folder / name).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+    guarded = Guarded(0, [], [])
+    other = ThreadingHTTPServer(("127.0.0.1", 0), handler(guarded.away, None))
+    base = f"http://127.0.0.1:{other.server_port}"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(guarded.requests, base))
+    guarded.port = server.server_port
+    for each in (server, other):
+        threading.Thread(target=each.serve_forever, daemon=True).start()
+    try:
+        yield guarded
+    finally:
+        for each in (server, other):
+            each.shutdown()
+            each.server_close()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.files import IMAGE_SUFFIXES
 from dupr_cli.artifacts.remote import is_remote
 from dupr_cli.errors import UsageError
@@ -40,9 +41,9 @@ def recognise(address: str, advice: str = " Name the kind with --set source.kind
         if cast(type[BuiltIn], load_plugin(SOURCES, kind)).recognises(address):
             return kind
     raise UsageError(
-        f"{address}: the kind of source is not recognised. dupr reads a folder of images, archives "
-        f"(.tar, .tar.gz, .zip), WebDataset shards, a VOC tree, COCO's JSON, YOLO's labels, a list "
-        f"(.txt, .csv, .parquet), and hf://owner/name.{advice}"
+        f"{public_address(address)}: the kind of source is not recognised. dupr reads a folder of "
+        f"images, archives (.tar, .tar.gz, .zip), WebDataset shards, a VOC tree, COCO's JSON, "
+        f"YOLO's labels, a list (.txt, .csv, .parquet), and hf://owner/name.{advice}"
     )
 
 
@@ -60,6 +61,6 @@ def make_source(kind: str, address: str, options: SourceSection, out: Path) -> I
 def nothing_found(address: str) -> UsageError:
     """The error for a source without any image."""
     return UsageError(
-        f"{address} holds no images at any depth. Known suffixes: "
+        f"{public_address(address)} holds no images at any depth. Known suffixes: "
         f"{', '.join(sorted(IMAGE_SUFFIXES))}."
     )

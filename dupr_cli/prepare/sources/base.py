@@ -16,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from dupr_cli.addresses import public_address, split_user
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.reading import read_regular
 from dupr_cli.datasets.placement import Labels, Size
+from dupr_cli.outside_text import tar_key
 from dupr_cli.recipe.prepare import SourceSection
 
 
@@ -27,7 +29,8 @@ from dupr_cli.recipe.prepare import SourceSection
 class Entry:
     """One image of a source, not read yet.
 
-    name: its path or address within the source, for people. place: what `read` needs, as a JSON
+    name: its path or address within the source; what people see and the set keeps of an address is
+    its public form. place: what `read` needs, as a JSON
     value. key: of the sample; derived from the name by default. stamp: differs when the image or
     its labels change, without reading them; see `stamp_of`.
     """
@@ -41,6 +44,12 @@ class Entry:
     @property
     def sample_key(self) -> str:
         return self.key or key_of(self.name)
+
+    @property
+    def split_key(self) -> str:
+        """What decides whether the image is held out: as ever, also for addresses with a query."""
+        whole = split_user(self.name)[0]
+        return self.key or _keyed(whole, whole)
 
 
 def stamp_of(*files: Path) -> str:
@@ -57,13 +66,26 @@ def stamp_of(*files: Path) -> str:
 
 def key_of(name: str) -> str:
     """A key for a file of this name: it is unique, and WebDataset needs no change to it."""
-    stem = re.sub(r"[^\w-]", "_", PurePosixPath(name).stem, flags=re.ASCII)[:100]
-    return f"{stem}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}"
+    public = public_address(name)
+    return _keyed(name if public == name else public.partition("?")[0], public)
+
+
+def _keyed(path: str, identity: str) -> str:
+    stem = re.sub(r"[^\w-]", "_", PurePosixPath(path).stem, flags=re.ASCII)[:100]
+    return f"{stem}-{hashlib.sha256(name_bytes(identity)).hexdigest()[:10]}"
+
+
+def name_bytes(name: str) -> bytes:
+    """The bytes of a name; one out of JSON may hold halves of pairs, which no file's name has."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogatepass")
 
 
 def plain_key(name: str) -> str:
     """A key that is the name itself, for sources that guarantee unique names."""
-    return name.replace("/", "_").replace(".", "_")
+    return tar_key(name.replace("/", "_").replace(".", "_"))
 
 
 def separate_splits(entries: Iterable[Entry], notes: list[str]) -> Iterator[Entry]:

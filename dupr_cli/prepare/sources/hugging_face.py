@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dupr_cli.addresses import without_secrets
 from dupr_cli.artifacts.hub_weights import HUB, HUB_NAME
 from dupr_cli.artifacts.reading import require_size
 from dupr_cli.errors import UsageError
@@ -44,7 +45,8 @@ class HuggingFaceSource(BuiltIn):
         try:
             loaded = datasets.load_dataset(name, config or None)
         except Exception as error:  # builders and the Hub's client raise errors of any kind
-            raise UsageError(f"{self.address}: `datasets` cannot load it: {error}") from error
+            words = without_secrets(str(error))
+            raise UsageError(f"{self.address}: `datasets` cannot load it: {words}") from error
         column = self._column(next(iter(loaded.values())).features, datasets.Image)
         plain = datasets.Image(decode=False)
         return {

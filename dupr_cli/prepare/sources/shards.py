@@ -16,6 +16,7 @@ from dupr_cli.artifacts.shards import (
 )
 from dupr_cli.datasets.shards import holds_shards, labels_of
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.outside_text import tar_key
 from dupr_cli.prepare.sources.base import BuiltIn, Entry, RawImage, plain_key, stamp_of
 from dupr_cli.recipe.prepare import SourceSection
 
@@ -81,6 +82,6 @@ class ShardSource(BuiltIn):
             label=sample.label,
             source=sample.source,
             info=sample.info,
-            extras=sample.extras,
+            extras={tar_key(suffix): data for suffix, data in sample.extras.items()},
             pixels=sample.pixels,
         )
