@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast lint docs bench reliability clean
+.PHONY: setup demo test test-fast lint docs bench reliability dist audit clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,20 @@ bench: setup
 # Every stage ended in every way and continued, and long runs watched; ROUNDS=3 tries each 3 times.
 reliability: setup
 	$(BIN)/pytest tests/reliability -s -ra --rounds $(or $(ROUNDS),1) --override-ini addopts= --override-ini norecursedirs=.git
+
+# What a release consists of: wheel, sdist, the versions it was tested with, and what is in them.
+dist: setup
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	$(BIN)/uv venv --quiet dist/environment
+	$(BIN)/uv pip install --quiet --python dist/environment/bin/python --constraint .ci/requirements.txt dist/*.whl
+	$(BIN)/uv pip freeze --quiet --python dist/environment/bin/python | grep -v '^dupr-cli' > dist/constraints.txt
+	$(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py environment --output-file dist/sbom.json dist/environment/bin/python
+	rm -rf dist/environment
+
+# Known holes in these versions, by the advisories of PyPI; needs a network.
+audit: dist
+	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --no-deps --disable-pip --requirement dist/constraints.txt
 
 clean:
 	rm -rf $(VENV) dupr-demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
