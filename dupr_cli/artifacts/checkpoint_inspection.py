@@ -7,7 +7,6 @@ state.json is read as plain JSON, so that checkpoints of other versions of dupr 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,6 +31,7 @@ from dupr_cli.artifacts.run import (
     list_checkpoints,
 )
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import ParseError, read_json, read_yaml
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import recipe_keys
 
@@ -169,7 +168,7 @@ def _look_at(path: Path, sums: bool) -> CheckpointFacts:
 def _problems(path: Path, sums: bool) -> list[str]:
     """Problems of a checkpoint, none if it is whole. sums: also compare the sha256 of its files."""
     try:
-        state = json.loads((path / STATE_FILE).read_bytes())
+        state = read_json(path / STATE_FILE)
         listed = {
             str(name): (int(facts["bytes"]), str(facts["sha256"]))
             for name, facts in state["files"].items()
@@ -282,7 +281,7 @@ def _whole_checkpoint(path: Path) -> Path:
 
 
 def _state_of(path: Path) -> dict[str, object]:
-    state = json.loads((path / STATE_FILE).read_bytes())
+    state = read_json(path / STATE_FILE)
     return {key: value for key, value in recipe_keys(state).items() if not key.startswith("files.")}
 
 
@@ -293,9 +292,9 @@ def _recipe_of(path: Path) -> dict[str, object] | None:
     if place.parent.name != CHECKPOINTS or not file.is_file():
         return None
     try:
-        return recipe_keys(yaml.safe_load(file.read_bytes()))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file}: the run's recipe is not valid YAML.") from error
+        return recipe_keys(read_yaml(file))
+    except ParseError as error:
+        raise UsageError(f"{file}: the run's recipe is not valid YAML ({error}).") from error
 
 
 def _diff_keys(a: dict[str, object] | None, b: dict[str, object] | None) -> list[KeyDifference]:

@@ -14,7 +14,7 @@ import socket
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
@@ -134,6 +134,12 @@ def is_array_name(name: str) -> bool:
     """Whether a file name is that of a NumPy array, which holds an image of several channels."""
     base = name.rpartition("/")[2]
     return base.lower().endswith(".npy") and not base.startswith(".")
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a name that an artifact gives to a file in its own folder is none of such a file."""
+    path = PurePosixPath(name)
+    return not path.name or path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 def sha256_file(path: Path) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from dupr_cli.models.naming import (
     transformers_name,
 )
 from dupr_cli.models.resnet_shapes import Shape, resnet_shapes
+from dupr_cli.parsing import read_json
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 
 _COUNTER = "num_batches_tracked"
@@ -290,7 +290,7 @@ def _named_architectures(content: object, path: Path) -> Iterator[tuple[str, str
     config = path.with_name("config.json")
     if config.is_file():
         with contextlib.suppress(ValueError):  # then it belongs to another program
-            beside = json.loads(config.read_bytes())
+            beside = read_json(config)
             if isinstance(beside, dict):
                 yield config.name, str(beside.get("architecture"))
     if isinstance(content, Mapping):

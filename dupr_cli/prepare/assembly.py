@@ -32,6 +32,7 @@ from dupr_cli.artifacts.shards import (
     Skipped,
 )
 from dupr_cli.errors import DuprError, RunError, UsageError
+from dupr_cli.parsing import read_json
 from dupr_cli.prepare.blocks import (
     BlockReport,
     Work,
@@ -97,7 +98,7 @@ def assemble(
     out, folder = Path(work.out), work.folder
     if not is_planned(folder):
         _plan(work, listing, state, duplicates, base, reporter)
-    plan = json.loads((folder / _PLAN).read_bytes())
+    plan = read_json(folder / _PLAN)
     if not plan["cleared"]:
         remove(out, [out / name for name in plan["remove"]])
         write_json(folder / _PLAN, {**plan, "cleared": True})

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dupr_cli.errors import DuprError, UsageError
+from dupr_cli.parsing import parse_json, validated
 from dupr_cli.prepare.sources import Entry, ImageSource
 
 SOURCE = "source.jsonl.gz"
@@ -92,7 +93,7 @@ def read_record(path: Path) -> Iterator[tuple[str, str, str]]:
     try:
         with gzip.open(path, "rb") as lines:
             for line in lines:
-                split, name, stamp = json.loads(line)
+                split, name, stamp = validated(tuple[str, str, str], parse_json(line))
                 yield split, name, stamp
     except (OSError, EOFError, ValueError, TypeError) as error:
         raise UsageError(
