@@ -31,7 +31,7 @@ MAX_YAML_VALUES = 100_000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 if TYPE_CHECKING:
-    from yaml import SafeLoader as FastSafeLoader
+    FastSafeLoader = yaml.SafeLoader
 else:  # LibYAML, where PyYAML has it, parses ten times as fast
     FastSafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -79,6 +79,29 @@ def parse_json(data: bytes | str) -> Any:
                 f"a text in it holds half a character (\\u{ord(error.object[error.start]):04x})"
             ) from None
     return value
+
+
+def require_distinct_keys(data: bytes) -> None:
+    """Raises ParseError when an object in a JSON text has a key twice.
+
+    Parsers disagree on which of the two counts, so that one file means different things to them.
+    """
+
+    def distinct(pairs: list[tuple[str, object]]) -> None:
+        seen = set[str]()
+        for key, _ in pairs:
+            if key in seen:
+                raise ParseError(f"it has the key {_brief(key)} twice")
+            seen.add(key)
+
+    try:
+        json.loads(data, object_pairs_hook=distinct)
+    except RecursionError:
+        raise _too_deep() from None
+    except ParseError:
+        raise
+    except ValueError as error:
+        raise ParseError(_without_advice(error)) from None
 
 
 def _without_advice(error: Exception) -> str:
@@ -180,7 +203,8 @@ def require_modest_yaml(text: str) -> None:
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     if is_dataclass(kind):  # like its constructor, takes no further names
-        kind = with_config(ConfigDict(extra="forbid"))(kind)
+        configured: Any = with_config(ConfigDict(extra="forbid"))
+        kind = configured(kind)
     return TypeAdapter(kind)
 
 
@@ -190,7 +214,7 @@ def validated(kind: type[T], values: object) -> T:
     Raises ParseError that names the first wrong field.
     """
     try:
-        return cast(T, _adapter(kind).validate_python(values))
+        return cast(T, _adapter(cast(Any, kind)).validate_python(values))
     except ValidationError as error:
         raise ParseError(_first_problem(error)) from None
 

@@ -30,6 +30,7 @@ from dupr_cli.artifacts.run import (
     STATE_FILE,
     list_checkpoints,
 )
+from dupr_cli.artifacts.weights import require_distinct_names
 from dupr_cli.errors import UsageError
 from dupr_cli.parsing import ParseError, read_json, read_yaml
 from dupr_cli.progress import Reporter, SilentReporter
@@ -347,8 +348,9 @@ class _TensorFile(Protocol):
 
 def _open(path: Path) -> AbstractContextManager[_TensorFile]:
     try:
+        require_distinct_names(path)
         return cast(AbstractContextManager[_TensorFile], safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ParseError) as error:
         raise UsageError(f"{path}: cannot be read as safetensors ({error}).") from error
 
 
@@ -368,6 +370,8 @@ def compare_values(a: Tensor, b: Tensor) -> tuple[int, float | None]:
     a, b: tensors of one shape and type. The difference is None if one of two differing values is
     NaN or infinite. NaNs with the same bits are equal; 0 and -0 differ by 0.
     """
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     bits = _INTEGERS[a.element_size()]
     a, b = a.reshape(-1), b.reshape(-1)
     differing, distances = 0, [0.0]

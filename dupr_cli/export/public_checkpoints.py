@@ -32,6 +32,7 @@ from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.weights import (
     IMPORTED,
     WeightsMetadata,
+    require_plain_values,
     write_weights,
 )
 from dupr_cli.errors import UsageError
@@ -311,6 +312,10 @@ def _translated(
         theirs = naming.translate(name)
         if theirs in own:
             tensor = own[theirs]
+            try:
+                require_plain_values({theirs: tensor})
+            except UsageError as error:
+                raise UsageError(f"{address}: {error}") from error
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
         else:
             tensors[name] = torch.zeros((), dtype=torch.long)
