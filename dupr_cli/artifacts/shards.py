@@ -53,6 +53,7 @@ SKIPPED = "skipped.jsonl"
 NOTES = "notes.jsonl"
 _LEAST_SAMPLE = 1024  # bytes of the smallest sample in a tar: a header, and a block of content
 _MOST_BYTES = 1 << 44  # of one shard; with it, sums over a set stay far below 64 bits
+_PROBED_SAMPLES = 20
 # Marks an output folder whose shards are still being written, and holds the working files.
 UNFINISHED = ".prepare"
 
@@ -196,6 +197,10 @@ class RemoteShard:
         return index if (index.bytes, index.sha256) == (self.bytes, self.sha256) else None
 
 
+class DamagedSampleError(RunError):
+    """One sample cannot be used; its shard is whole, so that others can."""
+
+
 class ShardSet:
     """Samples of one split, by number: random access over any number of shards.
 
@@ -233,8 +238,14 @@ class ShardSet:
     @cached_property
     def pixels(self) -> PixelFormat | None:
         """Channels and range of images that keep them, None for RGB: by the manifest, or, without
-        one, of the first sample. Raises RunError when that sample is damaged."""
-        return self.described(0).pixels
+        one, of the first sample whose JSON is whole. Raises RunError when many have none."""
+        problem = None
+        for number in range(min(_PROBED_SAMPLES, len(self))):
+            try:
+                return self.described(number).pixels
+            except DamagedSampleError as error:
+                problem = problem or error
+        raise problem or RunError(f"{self.name}: the shards hold no images.")
 
     def identity(self) -> str:
         """sha256 over name, size and sample count of each shard; copies have the same identity."""
@@ -309,7 +320,10 @@ class ShardSet:
         return data
 
     def __getitem__(self, number: int) -> Sample:
-        """A sample without its extras. Raises RunError when its shard is damaged."""
+        """A sample without its extras.
+
+        Raises DamagedSampleError when it is damaged, another RunError when its shard is.
+        """
         return self._sample(number, extras=False)
 
     def whole(self, number: int) -> Sample:
@@ -352,7 +366,7 @@ class ShardSet:
                 {suffix: self._read(shard, place, key) for suffix, place in others.items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(
+            raise DamagedSampleError(
                 f"{self.shards[shard]}: the JSON of sample {key} is damaged ({error})."
             ) from error
 
