@@ -169,35 +169,44 @@ def require_modest_yaml(text: str) -> None:
     Events are counted as they are parsed, before any value is made. Syntax errors are left to the
     reader that makes the values, whose message is better.
     """
+    for loader in (
+        FastSafeLoader,
+        yaml.SafeLoader,
+    ):  # each accepts a little that the other does not
+        try:
+            _count_values(text, loader)
+        except yaml.YAMLError:
+            continue
+        return
+
+
+def _count_values(text: str, loader: type[yaml.SafeLoader]) -> None:
+    """Raises ParseError like `require_modest_yaml`, and YAMLError."""
     sizes: dict[str, int] = {}  # values that an alias stands for, by anchor
     opened: list[tuple[str, int]] = []  # anchor, and the count before it
     count = 0
-    try:
-        for event in yaml.parse(text, FastSafeLoader):
-            anchor: str = getattr(event, "anchor", None) or ""
-            if isinstance(event, yaml.CollectionStartEvent):
-                opened.append((anchor, count))
-                sizes.pop(anchor, None)
-                count += 1
-                if len(opened) > MAX_DEPTH:
-                    raise _too_deep()
-            elif isinstance(event, yaml.CollectionEndEvent):
-                of, before = opened.pop()
-                sizes[of] = count - before
-            elif isinstance(event, yaml.AliasEvent):
-                if any(anchor == of for of, _ in opened):
-                    raise ParseError(f"the alias *{anchor} is inside the value that it stands for")
-                count += sizes.get(anchor, 1)
-            elif isinstance(event, yaml.ScalarEvent):
-                count += 1
-                sizes[anchor] = 1
-            if count > MAX_YAML_VALUES:
-                raise ParseError(
-                    f"it stands for more than {MAX_YAML_VALUES} values, with aliases counted each "
-                    f"time"
-                )
-    except yaml.YAMLError:
-        return
+    for event in yaml.parse(text, loader):
+        anchor: str = getattr(event, "anchor", None) or ""
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((anchor, count))
+            sizes.pop(anchor, None)
+            count += 1
+            if len(opened) > MAX_DEPTH:
+                raise _too_deep()
+        elif isinstance(event, yaml.CollectionEndEvent):
+            of, before = opened.pop()
+            sizes[of] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == of for of, _ in opened):
+                raise ParseError(f"the alias *{anchor} is inside the value that it stands for")
+            count += sizes.get(anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            sizes[anchor] = 1
+        if count > MAX_YAML_VALUES:
+            raise ParseError(
+                f"it stands for more than {MAX_YAML_VALUES} values, with aliases counted each time"
+            )
 
 
 @cache

@@ -136,6 +136,12 @@ def is_array_name(name: str) -> bool:
     return base.lower().endswith(".npy") and not base.startswith(".")
 
 
+def is_possible_path(text: str) -> bool:
+    """Whether a file of this path can exist; looking for others raises errors of its own."""
+    raw = text.encode(errors="replace")
+    return len(raw) < 4096 and b"\0" not in raw and all(len(p) < 256 for p in raw.split(b"/"))
+
+
 def leads_outside(name: str) -> bool:
     """Whether a name that an artifact gives to a file in its own folder is none of such a file."""
     path = PurePosixPath(name)

@@ -3,8 +3,8 @@
 A file is copied whole under a temporary name; it gets its final name when its length and, if
 known, its sha256 are right. Its size, time and sha256 are recorded then; a copy that has another
 size or time later is read again before it is used. Failed requests are repeated. Processes that
-want the same file wait for the one that fetches it. http and https need only Python; other schemes need fsspec and the
-package that it asks for (s3fs, gcsfs, ...).
+want the same file wait for the one that fetches it. http and https need only Python; other schemes
+need fsspec and the package that it asks for (s3fs, gcsfs, ...).
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ def parse_coco(
             reasons[image].append(str(error))
     if usable is not None:
         usable["annotations"], usable["images"] = rows, list(images.found.values())
-        usable["categories"] = [categories.found[category] for category in first.values()]
+        usable["categories"] = [
+            {**categories.found[category], "name": name} for name, category in first.items()
+        ]
     return CocoSet(
         file,
         names,

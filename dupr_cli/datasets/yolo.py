@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from dupr_cli.artifacts.files import is_image_name, named
+from dupr_cli.artifacts.files import is_image_name, is_possible_path, named
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.datasets.layout import SPLITS, split_folders, split_named, walk
 from dupr_cli.datasets.placement import Labels
@@ -32,6 +32,7 @@ from dupr_cli.parsing import parse_yaml
 
 # Ultralytics accepts coordinates this far outside the image as rounding errors.
 _SLACK = 0.01
+# Sets of more do not exist; the names that are missing from so many would fill the memory.
 _MOST_CLASSES = 100_000
 _PROBED_IMAGES = 20
 
@@ -328,8 +329,14 @@ def label_file(image: Path) -> Path:
 
 
 def _plain(path: str) -> str:
-    """A path in the style of this machine, without backslashes, drive or leading ./."""
-    return re.sub(r"^[A-Za-z]:", "", path.strip().replace("\\", "/")).removeprefix("./")
+    """A path in the style of this machine, without backslashes, drive or leading ./.
+
+    Raises UsageError when no file can have it.
+    """
+    plain = re.sub(r"^[A-Za-z]:", "", path.strip().replace("\\", "/")).removeprefix("./")
+    if not is_possible_path(plain):
+        raise UsageError(f"{plain[:60]}... in a YOLO set is not a path.")
+    return plain
 
 
 def _tails(root: Path, path: str) -> list[Path]:

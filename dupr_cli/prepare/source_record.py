@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ def read_record(path: Path) -> Iterator[tuple[str, str, str]]:
             for line in lines:
                 split, name, stamp = validated(tuple[str, str, str], parse_json(line))
                 yield split, name, stamp
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise UsageError(
             f"{path}: the record of the source is damaged ({error}). Restore it, or make the set "
             f"again with --overwrite."

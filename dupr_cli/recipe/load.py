@@ -241,6 +241,8 @@ def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> I
             target = beside if beside.is_file() else find_recipe(parent, stage)
         except RecipeError as error:
             raise RecipeError(f"{place}: extends: {error}") from error
+        except OSError as error:  # a name that no file can have
+            raise RecipeError(f"{place}: extends: {error.strerror}.") from error
         yield from _read_chain(target, stage, (*seen, resolved))
     yield document
 
