@@ -139,7 +139,10 @@ class WeightsMetadata:
         values["method"] = header.get("method", "")
         for name in ("input_mean", "input_std", "input_range", "further"):
             if name in header:
-                values[name] = parse_json(header[name])
+                try:
+                    values[name] = parse_json(header[name])
+                except ParseError as error:
+                    raise ParseError(f"{name}: {error}") from None
         metadata = validated(cls, values)
         require_statistics(metadata.input_mean, metadata.input_std)
         _limits(metadata.input_range)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,3 +92,18 @@ def test_an_error_keeps_its_kind_and_so_its_exit_code() -> None:
 
 def raising(_: int) -> int:
     raise UsageError("wrong")
+
+
+def test_the_death_of_a_worker_reaches_only_who_waits_for_a_batch(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The fault behind this test: torch raised in the middle of a training step."""
+    batches = load(os_getpid, list, ([n] for n in range(10**9)), 2)
+    os.kill(next(batches)[0], signal.SIGKILL)
+    for _ in range(50):  # a step
+        time.sleep(0.01)
+    with pytest.raises(RunError, match=r"^a process that loads images was killed"):
+        for _ in range(1000):
+            next(batches)
+    batches.close()
+    assert "Traceback" not in capfd.readouterr().err
