@@ -168,7 +168,7 @@ def test_a_header_with_a_name_given_twice_is_refused(tmp_path: Path) -> None:
     assert entry is not None
     doubled = header[:-1] + b"," + entry[0] + b"}"
     file.write_bytes(len(doubled).to_bytes(8, "little") + doubled + data[end:])
-    with pytest.raises(UsageError, match="'bn1.bias' twice"):
+    with pytest.raises(UsageError, match=r"'bn1\.bias' twice"):
         read_weights(str(file))
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,6 @@ def test_the_death_of_a_worker_reaches_only_who_waits_for_a_batch(
     for _ in range(50):  # a step
         time.sleep(0.01)
     with pytest.raises(RunError, match=r"^a process that loads images was killed"):
-        for _ in range(1000):
-            next(batches)
+        list(islice(batches, 1000))
     batches.close()
     assert "Traceback" not in capfd.readouterr().err
