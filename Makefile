@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast lint docs bench reliability dist audit clean
+.PHONY: setup demo test test-fast fuzz lint docs bench reliability dist audit clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,11 @@ test: lint
 # The inner loop: what takes more than a few seconds is left out.
 test-fast: setup
 	$(BIN)/pytest -m "not slow"
+
+# New damaged files for every reader; make fuzz SECONDS=3600 takes an hour for each of them.
+SECONDS ?= 30
+fuzz: setup
+	DUPR_FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest tests/fuzz
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ state.json is read as plain JSON, so that checkpoints of other versions of dupr 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,7 +30,9 @@ from dupr_cli.artifacts.run import (
     STATE_FILE,
     list_checkpoints,
 )
+from dupr_cli.artifacts.weights import require_distinct_names
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import ParseError, read_json, read_yaml
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import recipe_keys
 
@@ -169,7 +169,7 @@ def _look_at(path: Path, sums: bool) -> CheckpointFacts:
 def _problems(path: Path, sums: bool) -> list[str]:
     """Problems of a checkpoint, none if it is whole. sums: also compare the sha256 of its files."""
     try:
-        state = json.loads((path / STATE_FILE).read_bytes())
+        state = read_json(path / STATE_FILE)
         listed = {
             str(name): (int(facts["bytes"]), str(facts["sha256"]))
             for name, facts in state["files"].items()
@@ -282,7 +282,7 @@ def _whole_checkpoint(path: Path) -> Path:
 
 
 def _state_of(path: Path) -> dict[str, object]:
-    state = json.loads((path / STATE_FILE).read_bytes())
+    state = read_json(path / STATE_FILE)
     return {key: value for key, value in recipe_keys(state).items() if not key.startswith("files.")}
 
 
@@ -293,9 +293,9 @@ def _recipe_of(path: Path) -> dict[str, object] | None:
     if place.parent.name != CHECKPOINTS or not file.is_file():
         return None
     try:
-        return recipe_keys(yaml.safe_load(file.read_bytes()))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file}: the run's recipe is not valid YAML.") from error
+        return recipe_keys(read_yaml(file))
+    except ParseError as error:
+        raise UsageError(f"{file}: the run's recipe is not valid YAML ({error}).") from error
 
 
 def _diff_keys(a: dict[str, object] | None, b: dict[str, object] | None) -> list[KeyDifference]:
@@ -348,8 +348,9 @@ class _TensorFile(Protocol):
 
 def _open(path: Path) -> AbstractContextManager[_TensorFile]:
     try:
+        require_distinct_names(path)
         return cast(AbstractContextManager[_TensorFile], safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ParseError) as error:
         raise UsageError(f"{path}: cannot be read as safetensors ({error}).") from error
 
 
@@ -369,6 +370,8 @@ def compare_values(a: Tensor, b: Tensor) -> tuple[int, float | None]:
     a, b: tensors of one shape and type. The difference is None if one of two differing values is
     NaN or infinite. NaNs with the same bits are equal; 0 and -0 differ by 0.
     """
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     bits = _INTEGERS[a.element_size()]
     a, b = a.reshape(-1), b.reshape(-1)
     differing, distances = 0, [0.0]

@@ -15,7 +15,7 @@ import socket
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from dupr_cli.outside_text import json_text
@@ -166,6 +166,18 @@ def is_array_name(name: str) -> bool:
     """Whether a file name is that of a NumPy array, which holds an image of several channels."""
     base = name.rpartition("/")[2]
     return base.lower().endswith(".npy") and not base.startswith(".")
+
+
+def is_possible_path(text: str) -> bool:
+    """Whether a file of this path can exist; looking for others raises errors of its own."""
+    raw = text.encode(errors="replace")
+    return len(raw) < 4096 and b"\0" not in raw and all(len(p) < 256 for p in raw.split(b"/"))
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a name that an artifact gives to a file in its own folder is none of such a file."""
+    path = PurePosixPath(name)
+    return not path.name or path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 def sha256_file(path: Path) -> str:

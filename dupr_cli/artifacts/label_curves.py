@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dupr_cli.artifacts.files import write_json
-from dupr_cli.artifacts.versions import check_version
+from dupr_cli.artifacts.versions import parse_record
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import ParseError, read_limited, validated
 
 FORMAT_VERSION = 1
 LABELS_SAVED = "labels-saved.json"
@@ -87,25 +86,9 @@ class LabelCurves:
         """Read labels-saved.json, given its path or folder. Raises UsageError for anything else."""
         file = path / LABELS_SAVED if path.is_dir() else path
         try:
-            values = json.loads(file.read_bytes())
-            check_version(values.get("format_version"), FORMAT_VERSION, file)
-            values["curves"] = {
-                metric: {name: [_point(p) for p in points] for name, points in of.items()}
-                for metric, of in values["curves"].items()
-            }
-            values["saved"] = {
-                metric: [LabelsNeeded(**row) for row in rows]
-                for metric, rows in values["saved"].items()
-            }
-            values["folders"] = {int(k): v for k, v in values["folders"].items()}
-            return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return validated(cls, parse_record(read_limited(file), FORMAT_VERSION, file))
+        except (OSError, ParseError) as error:
             raise UsageError(
                 f"{file}: not a comparison over numbers of labels ({error}). `dupr evaluate ... "
                 f"--labels 50,100,all` writes one when it ends."
             ) from error
-
-
-def _point(values: dict[str, Any]) -> CurvePoint:
-    by_seed = {int(seed): float(value) for seed, value in values["values"].items()}
-    return CurvePoint(**{**values, "values": by_seed})

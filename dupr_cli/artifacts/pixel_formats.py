@@ -45,6 +45,11 @@ class PixelFormat:
             return None
         if len(limits) != 2 or not all(isinstance(limit, int | float) for limit in limits):
             return None
+        # Values are of 16 bits at most; these bounds exclude NaN and numbers that are no float.
+        if channels < 1 or not all(-(2**32) <= limit <= 2**32 for limit in limits):
+            return None
+        if limits[0] >= limits[1]:
+            return None
         return cls(channels, (float(limits[0]), float(limits[1])))
 
     def scaled(self, values: NDArray[Any]) -> NDArray[np.float32]:

@@ -1,10 +1,11 @@
 """Reads files at an address (http, https, or any scheme of fsspec) through a local cache.
 
 A file is copied whole under a temporary name; it gets its final name when its length and, if
-known, its sha256 are right. Failed requests are repeated. Processes that want the same file wait
-for the one that fetches it. http and https need only Python; other schemes need fsspec and the
-package that it asks for (s3fs, gcsfs, ...). Messages and the names in the cache have the public
-form of addresses (`dupr_cli.addresses`).
+known, its sha256 are right. Its size, time and sha256 are recorded then; a copy that has another
+size or time later is read again before it is used. Failed requests are repeated. Processes that
+want the same file wait for the one that fetches it. http and https need only Python; other schemes
+need fsspec and the package that it asks for (s3fs, gcsfs, ...). Messages and the names in the cache
+have the public form of addresses (`dupr_cli.addresses`).
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ import http.client
 import os
 import random
 import re
+import stat
 import sys
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
 from filelock import FileLock
 
 from dupr_cli.addresses import public_address, without_secrets
-from dupr_cli.artifacts.files import atomic_file
+from dupr_cli.artifacts.files import atomic_file, sha256_file, write_json
 from dupr_cli.artifacts.paced_http import Pace, open_http
 from dupr_cli.artifacts.reading import read_whole
 from dupr_cli.errors import DuprError, RunError, UsageError
+from dupr_cli.parsing import ParseError, read_json, validated
 
 T = TypeVar("T")
 
@@ -56,25 +61,25 @@ def is_remote(address: str) -> bool:
 
 def cache_folder(address: str) -> Path:
     """The folder for copies of files under `address`, in $DUPR_CACHE or ~/.cache/dupr/shards."""
-    root = Path(os.environ.get("DUPR_CACHE") or Path.home() / ".cache" / "dupr" / "shards")
     public = public_address(address)
     place = public.split("://", 1)[1]
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", place).strip("-")[-60:]
-    return root / f"{readable}-{hashlib.sha256(public.encode()).hexdigest()[:12]}"
+    return _cache_root() / f"{readable}-{hashlib.sha256(public.encode()).hexdigest()[:12]}"
 
 
-def once(path: Path, make: Callable[[], None], size: int | None = None) -> None:
-    """Call `make` to write the file at `path` in the cache, unless it exists.
+def once(path: Path, make: Callable[[], None], is_whole: Callable[[], bool] = lambda: True) -> None:
+    """Call `make` to write the file at `path` in the cache, unless it exists and is whole.
 
-    Other processes that want the same file wait. size: of the whole file. Raises RunError when the
-    cache cannot be written, and whatever `make` raises.
+    Other processes that want the same file wait. Raises RunError when the cache cannot be written,
+    UsageError when other users can write it, and whatever `make` raises.
     """
-    if _exists(path, size):
-        return
     try:
+        _require_own_folders(path)
+        if path.is_file() and is_whole():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if _exists(path, size):  # another process was faster
+            if path.is_file() and is_whole():  # another process was faster
                 return
             # No other process writes now: a temporary file is left from one that was killed.
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -97,9 +102,10 @@ def fetch(address: str, path: Path, size: int | None = None, sha256: str | None 
     pace = Pace(_LEAST_RATE)
 
     def make() -> None:
-        _repeat(address, lambda: _copy(address, path, size, sha256, pace), _ATTEMPTS, pace)
+        copy = partial(_copy, address, path, size, sha256, pace)
+        _remember(path, _repeat(address, copy, _ATTEMPTS, pace))
 
-    once(path, make, size)
+    once(path, make, lambda: _is_unchanged(path, size, sha256))
 
 
 def fetch_bytes(
@@ -116,11 +122,80 @@ def fetch_bytes(
     return _repeat(address, lambda: _read(address, max_bytes, given), attempts, given)
 
 
-def _exists(path: Path, size: int | None) -> bool:
-    return path.is_file() and (size is None or path.stat().st_size == size)
+def _cache_root() -> Path:
+    return Path(os.environ.get("DUPR_CACHE") or Path.home() / ".cache" / "dupr" / "shards")
 
 
-def _copy(address: str, path: Path, size: int | None, sha256: str | None, pace: Pace) -> None:
+def _require_own_folders(path: Path) -> None:
+    """Raises UsageError when another user can put a file in the place of one in the cache.
+
+    In a folder such as /tmp everyone may write, but nobody may replace what belongs to others (the
+    sticky bit). There, a folder of another user may have been put in the way.
+    """
+    root, open_to_all = _cache_root(), False
+    within = path.parent.relative_to(root).parts if path.is_relative_to(root) else ()
+    for folder in [root, *(root.joinpath(*within[: n + 1]) for n in range(len(within)))]:
+        if not folder.exists():
+            return
+        found = folder.stat()
+        mine = found.st_uid == os.geteuid()
+        shared = found.st_mode & (stat.S_IWOTH if mine else stat.S_IWOTH | stat.S_IWGRP)
+        if shared and not found.st_mode & stat.S_ISVTX:
+            reason = "other users may write in it"
+        elif open_to_all and not mine and found.st_uid != 0:
+            reason = "it belongs to another user, in a folder where everyone may write"
+        else:
+            open_to_all = bool(shared)
+            continue
+        raise UsageError(
+            f"{folder}: the cache of shards is not used, because {reason} and could exchange the "
+            f"shards. Take that right away (chmod go-w), or set DUPR_CACHE to a folder of your own."
+        )
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """What is known of a copy: the state of the file when it was written, and its sha256."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def _record_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.fetched.json")
+
+
+def _remember(path: Path, sha256: str) -> None:
+    found = path.stat()
+    with suppress(PermissionError):  # a cache that is filled and then made read-only
+        record = _Fetched(found.st_size, found.st_mtime_ns, sha256)
+        write_json(_record_of(path), asdict(record))
+
+
+def _is_unchanged(path: Path, size: int | None, sha256: str | None) -> bool:
+    """Whether a copy is what was fetched; it is read only if its size or time has changed."""
+    found = path.stat()
+    if size is not None and found.st_size != size:
+        return False
+    try:
+        record = validated(_Fetched, read_json(_record_of(path)))
+    except (OSError, ParseError):  # copied by a dupr that kept no record
+        record = None
+    if record is not None:
+        same_file = (record.size, record.mtime_ns) == (found.st_size, found.st_mtime_ns)
+        if same_file and sha256 in (None, record.sha256):
+            return True
+        sha256 = sha256 or record.sha256
+    digest = sha256_file(path)
+    if sha256 not in (None, digest):
+        return False
+    _remember(path, digest)
+    return True
+
+
+def _copy(address: str, path: Path, size: int | None, sha256: str | None, pace: Pace) -> str:
+    """Copy a file to `path`; returns its sha256."""
     with _requesting(address):
         source = _open(address, pace)
     with source, atomic_file(path) as file:
@@ -140,6 +215,7 @@ def _copy(address: str, path: Path, size: int | None, sha256: str | None, pace: 
         _check_length(length, announced if size is None else size)
         if sha256 and digest.hexdigest() != sha256:
             raise _FailedError("the sha256 of the received file differs from the manifest")
+    return digest.hexdigest()
 
 
 def _read(address: str, max_bytes: int, pace: Pace) -> bytes:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from dupr_cli.artifacts.files import write_json
-from dupr_cli.artifacts.versions import check_version
+from dupr_cli.artifacts.versions import parse_record
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import ParseError, read_limited, validated
 
 FORMAT_VERSION = 2
 RESULTS = "results.json"
@@ -132,8 +132,7 @@ class Results:
         if not file.is_file():
             raise UsageError(f"{file}: the file does not exist. {_EXPECTED}")
         try:
-            values = json.loads(file.read_bytes())
-            check_version(values.get("format_version"), FORMAT_VERSION, file)
+            values = parse_record(read_limited(file), FORMAT_VERSION, file)
             missing = [f.name for f in fields(cls) if f.default is MISSING
                        and f.default_factory is MISSING and f.name not in values]  # fmt: skip
             if missing:
@@ -141,15 +140,8 @@ class Results:
                     f"{file}: not a results file of an evaluation, as {', '.join(missing)} are not "
                     f"in it. {_EXPECTED}"
                 )
-            values["train"] = DatasetIdentity(**values["train"])
-            values["test"] = DatasetIdentity(**values["test"])
-            for entry in values["results"]:
-                entry["trials"] = [TrialResult(**t) for t in entry.get("trials", [])]
-            values["results"] = [WeightsResult(**entry) for entry in values["results"]]
-            differences = values.get("differences", [])
-            values["differences"] = [PairedDifference(**entry) for entry in differences]
-            return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return validated(cls, values)
+        except (OSError, ParseError) as error:
             raise UsageError(
                 f"{file}: not a results file of dupr ({error}). {_EXPECTED}"
             ) from error

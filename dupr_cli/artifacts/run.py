@@ -12,13 +12,15 @@ docs/formats.md describes every field.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,8 +34,9 @@ from dupr_cli.artifacts.files import (
     write_json,
     write_text,
 )
-from dupr_cli.artifacts.versions import check_version
+from dupr_cli.artifacts.versions import parse_record
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.parsing import ParseError, parse_json, read_limited, validated
 
 # Of state.json. 2: `input_range`. Runs on RGB of 8 bits are still written as 1, without it.
 FORMAT_VERSION = 2
@@ -48,6 +51,35 @@ ENVIRONMENT_FILE = "environment.json"
 LATEST = "latest"
 
 
+# Mean or standard deviation of each channel.
+Statistics = list[Annotated[float, Field(allow_inf_nan=False)]]
+ImageSide = Annotated[int, Field(ge=1, le=65535)]
+# A file in the folder of its record, and nowhere else.
+FileName = Annotated[str, Field(pattern=r"^[^/\x00.][^/\x00]*$")]
+
+
+def require_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ParseError, naming the key, unless they can normalise an image.
+
+    Pixels have the mean subtracted and are divided by the standard deviation, channel by channel.
+    """
+    for key, values in (("input_mean", mean), ("input_std", std)):
+        if not values or not all(map(math.isfinite, values)):
+            raise ParseError(f"{key} is {list(values)}, but one finite number a channel is needed")
+    if min(std) <= 0:
+        raise ParseError(f"input_std is {list(std)}, but pixels are divided by these numbers")
+    if len(mean) != len(std):
+        raise ParseError(f"input_mean has {len(mean)} values, but input_std has {len(std)}")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What state.json says of another file of its checkpoint."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
 @dataclass
 class CheckpointState:
     """state.json: everything about a checkpoint that is not a tensor.
@@ -58,17 +90,17 @@ class CheckpointState:
     method, by its name in the literature. input_range: see `WeightsMetadata`.
     """
 
-    step: int
+    step: Annotated[int, Field(ge=0)]
     architecture: str
-    input_mean: list[float]
-    input_std: list[float]
-    input_size: int
+    input_mean: Statistics
+    input_std: Statistics
+    input_size: ImageSide
     recipe_sha256: str
-    files: dict[str, dict[str, object]] = field(default_factory=dict)
-    processes: int = 1
+    files: dict[FileName, FileFacts] = field(default_factory=dict)
+    processes: Annotated[int, Field(ge=1)] = 1
     loss_scaler: dict[str, float] = field(default_factory=dict)
     method: str = ""
-    input_range: list[float] | None = None
+    input_range: Annotated[Statistics, Field(min_length=2, max_length=2)] | None = None
     extra: dict[str, float] = field(default_factory=dict)
     dupr_version: str = __version__
     format_version: int = 1
@@ -93,20 +125,21 @@ class Checkpoint:
         verify: also compare the sha256 sums, which reads every file.
         """
         try:
-            values = json.loads((path / STATE_FILE).read_bytes())
-            check_version(values.get("format_version"), FORMAT_VERSION, path / STATE_FILE)
-            state = CheckpointState(**values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            data = read_limited(path / STATE_FILE)
+            values = parse_record(data, FORMAT_VERSION, path / STATE_FILE)
+            state = validated(CheckpointState, values)
+            require_statistics(state.input_mean, state.input_std)
+        except (OSError, ParseError) as error:
             raise UsageError(f"{path}: {STATE_FILE} cannot be read ({error}).") from error
         for name, facts in state.files.items():
             file = path / name
             size = file.stat().st_size if file.is_file() else None
-            if size != facts["bytes"]:
+            if size != facts.bytes:
                 found = "missing" if size is None else f"{size} bytes"
                 raise UsageError(
-                    f"{file}: the checkpoint is damaged: {found} instead of {facts['bytes']} bytes."
+                    f"{file}: the checkpoint is damaged: {found} instead of {facts.bytes} bytes."
                 )
-            if verify and sha256_file(file) != facts["sha256"]:
+            if verify and sha256_file(file) != facts.sha256:
                 raise UsageError(f"{file}: the checkpoint is damaged: its sha256 has changed.")
         return cls(path, state)
 
@@ -170,7 +203,7 @@ def write_checkpoint(
         shutil.rmtree(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(path) as folder:
-        files: dict[str, dict[str, object]] = {}
+        files: dict[str, FileFacts] = {}
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             try:
@@ -182,8 +215,8 @@ def write_checkpoint(
                     f"the same command again to continue from the previous checkpoint."
                 ) from error
             size = (folder / name).stat().st_size
-            files[name] = {"bytes": size, "sha256": sha256_file(folder / name)}
-        write_json(folder / STATE_FILE, {**state.to_json(), "files": files})
+            files[name] = FileFacts(size, sha256_file(folder / name))
+        write_json(folder / STATE_FILE, replace(state, files=files).to_json())
     link = run / f".{LATEST}.{os.getpid()}.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(Path(CHECKPOINTS) / path.name)
@@ -210,11 +243,29 @@ def read_environment(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        facts: dict[str, Any] = json.loads(path.read_bytes())
-        check_version(facts.get("format_version"), ENVIRONMENT_VERSION, path)
-    except (OSError, ValueError, AttributeError) as error:
+        facts = parse_record(read_limited(path), ENVIRONMENT_VERSION, path)
+        validated(_CheckedFacts, {key: facts[key] for key in _CHECKED_FACTS if key in facts})
+    except (OSError, ParseError) as error:
         raise UsageError(f"{path} cannot be read ({error}).") from error
     return facts
+
+
+@dataclass(frozen=True)
+class _DataFacts:
+    name: str
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _CheckedFacts:
+    """The part of environment.json that a continued run needs; the rest is for people."""
+
+    data: _DataFacts | None = None
+    changes: list[dict[str, object]] = field(default_factory=list)
+
+
+_CHECKED_FACTS = tuple(fact.name for fact in fields(_CheckedFacts))
 
 
 class MetricsLog:
@@ -228,10 +279,10 @@ class MetricsLog:
         if not self.path.exists():
             return []
         lines = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(line))
-            except ValueError:
+                lines.append(validated(dict[str, float], parse_json(line)))
+            except ParseError:
                 break
         return lines
 

@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
+
+from pydantic import Field
 
 from dupr_cli.artifacts.files import (
     fsync_directory,
@@ -29,9 +31,10 @@ from dupr_cli.artifacts.files import (
 )
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.pixel_formats import PixelFormat
-from dupr_cli.artifacts.versions import check_version
+from dupr_cli.artifacts.versions import parse_record
 from dupr_cli.errors import RunError
 from dupr_cli.outside_text import json_text
+from dupr_cli.parsing import ParseError, read_limited, validated
 
 FORMAT_VERSION = 1  # of the index
 # Fields that dupr writes into <key>.json; all other fields of a source's own <key>.json are kept.
@@ -125,7 +128,7 @@ def _whole(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-Place = tuple[int, int]
+Place = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 _Bytes = bytes  # the field `bytes` of ShardIndex hides the built-in
 
 
@@ -152,8 +155,8 @@ class ShardIndex:
     def read(cls, path: Path) -> ShardIndex:
         """Raises RunError when the file is not a whole index, VersionError for a later format."""
         try:
-            return cls.parse(path.read_bytes(), path)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return cls.parse(read_limited(path), path)
+        except (OSError, ParseError) as error:
             raise RunError(
                 f"{path} is not a whole shard index ({error}). Delete it; the shard is then "
                 f"scanned when it is opened."
@@ -161,10 +164,35 @@ class ShardIndex:
 
     @classmethod
     def parse(cls, data: _Bytes, place: Path | str) -> ShardIndex:
-        """Raises ValueError, TypeError or KeyError when `data` is not a whole index."""
-        values = json.loads(data)
-        check_version(values.get("format_version"), FORMAT_VERSION, place)
-        return cls(**{column.name: values[column.name] for column in fields(cls)})
+        """Raises ParseError when `data` is not a whole index, VersionError for a later format."""
+        values = parse_record(data, FORMAT_VERSION, place)
+        columns = [column.name for column in fields(cls)]
+        for name in columns:
+            if name not in values:
+                raise ParseError(f"{name} is missing")
+        index = validated(cls, {name: values[name] for name in columns})
+        index._require_consistent()
+        return index
+
+    def _require_consistent(self) -> None:
+        """Raises ParseError unless each sample has a value in every column, inside the tar."""
+        lengths = [len(c) for c in (self.extensions, self.images, self.infos, self.boxes)]
+        if any(length != len(self.keys) for length in lengths):
+            raise ParseError(f"it has {len(self.keys)} keys, but columns of {lengths} entries")
+        for column in (self.images, self.infos, self.boxes):
+            for key, place in zip(self.keys, column, strict=True):
+                if place is not None and sum(place) > self.bytes:
+                    raise self._outside(key, place)
+        for key, members in self.extras.items():
+            for place in members.values():
+                if sum(place) > self.bytes:
+                    raise self._outside(key, place)
+
+    def _outside(self, key: str, place: Place) -> ParseError:
+        return ParseError(
+            f"a member of sample {key} would be {place[1]} bytes from byte {place[0]} on, outside "
+            f"the tar of {self.bytes} bytes"
+        )
 
     def write(self, path: Path) -> None:
         values = {"format_version": FORMAT_VERSION, **vars(self)}

@@ -14,16 +14,18 @@ field.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from dupr_cli.addresses import public_address
-from dupr_cli.artifacts.files import write_bytes, write_json
+from dupr_cli.artifacts.files import leads_outside, write_bytes, write_json
 from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.remote import (
     AbsentError,
@@ -41,14 +43,18 @@ from dupr_cli.artifacts.shard_files import (
     sample_from_json,
     scan_tar,
 )
-from dupr_cli.artifacts.versions import check_version
+from dupr_cli.artifacts.versions import parse_record
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.parsing import ParseError, parse_json, read_limited, validated
 
 # 2: images may keep their channels. Sets of RGB are still written as 1, which means the same.
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
 NOTES = "notes.jsonl"
+_LEAST_SAMPLE = 1024  # bytes of the smallest sample in a tar: a header, and a block of content
+_MOST_BYTES = 1 << 44  # of one shard; with it, sums over a set stay far below 64 bits
+_PROBED_SAMPLES = 20
 # Marks an output folder whose shards are still being written, and holds the working files.
 UNFINISHED = ".prepare"
 
@@ -66,9 +72,23 @@ class ShardEntry:
     """One shard in the manifest."""
 
     file: str
-    samples: int
-    bytes: int
+    samples: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0)]
     sha256: str
+
+    def require_plausible(self) -> None:
+        """Raises ParseError for a name outside the manifest's folder, or more samples than fit.
+
+        The name may be that of a local file to read, or to write into the cache.
+        """
+        if leads_outside(self.file):
+            raise ParseError(
+                f"the shard {self.file!r} would lie outside the folder of the manifest"
+            )
+        if self.samples > self.bytes // _LEAST_SAMPLE or self.bytes > _MOST_BYTES:
+            raise ParseError(
+                f"{self.file} cannot hold {self.samples} samples in {self.bytes} bytes"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,27 +121,26 @@ class Manifest:
         """Raises UsageError when the file is damaged, VersionError for a later format."""
         path = folder / MANIFEST
         try:
-            return cls.parse(path.read_bytes(), str(path))
-        except OSError as error:
+            return cls.parse(read_limited(path), str(path))
+        except (OSError, ParseError) as error:
             raise _not_whole(path, error) from error
 
     @classmethod
     def parse(cls, data: bytes, place: str) -> Manifest:
         """Like `read`, for the bytes that were read at `place`."""
         try:
-            values = json.loads(data)
-            check_version(values.get("format_version"), FORMAT_VERSION, place)
-            splits = {
-                name: [ShardEntry(**entry) for entry in entries]
-                for name, entries in values.pop("splits").items()
-            }
+            values = parse_record(data, FORMAT_VERSION, place)
             stated = values.pop("pixels", None)
             pixels = PixelFormat.from_json(stated)
             if stated is not None and pixels is None:  # never to be read as RGB
-                raise ValueError(f"its pixels are {stated}")
-            return cls(splits=splits, pixels=pixels, **values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ParseError(f"its pixels are {stated}")
+            manifest = validated(cls, {**values, "pixels": pixels})
+            for entries in manifest.splits.values():
+                for entry in entries:
+                    entry.require_plausible()
+        except ParseError as error:
             raise _not_whole(place, error) from error
+        return manifest
 
     @property
     def samples(self) -> int:
@@ -174,9 +193,13 @@ class RemoteShard:
             return None
         try:
             index = ShardIndex.parse(data, public_address(address))
-        except (ValueError, TypeError, KeyError):  # some servers answer 200 with an HTML page
+        except ParseError:  # some servers answer 200 with an HTML page
             return None
         return index if (index.bytes, index.sha256) == (self.bytes, self.sha256) else None
+
+
+class DamagedSampleError(RunError):
+    """One sample cannot be used; its shard is whole, so that others can."""
 
 
 class ShardSet:
@@ -195,12 +218,16 @@ class ShardSet:
         counts: Sequence[int],
         name: str,
         remote: Sequence[RemoteShard] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> None:
-        """remote: the origin of each shard, if `shards` are paths in a cache."""
+        """remote: the origin of each shard, if `shards` are paths in a cache. sizes: the bytes of
+        each, if its index must be of a tar of that size with as many samples as `counts` says.
+        """
         self.shards = list(shards)
         self.counts = list(counts)
         self.name = name
         self._remote = list(remote) if remote is not None else None
+        self._sizes = list(sizes) if sizes is not None else None
         self._starts = [sum(counts[:i]) for i in range(len(counts))]
         self._indexes: dict[int, ShardIndex] = {}
         self._files: dict[int, int] = {}
@@ -212,8 +239,14 @@ class ShardSet:
     @cached_property
     def pixels(self) -> PixelFormat | None:
         """Channels and range of images that keep them, None for RGB: by the manifest, or, without
-        one, of the first sample. Raises RunError when that sample is damaged."""
-        return self.described(0).pixels
+        one, of the first sample whose JSON is whole. Raises RunError when many have none."""
+        problem = None
+        for number in range(min(_PROBED_SAMPLES, len(self))):
+            try:
+                return self.described(number).pixels
+            except DamagedSampleError as error:
+                problem = problem or error
+        raise problem or RunError(f"{self.name}: the shards hold no images.")
 
     def identity(self) -> str:
         """sha256 over name, size and sample count of each shard; copies have the same identity."""
@@ -236,9 +269,20 @@ class ShardSet:
             tar = self.shards[shard]
             if self._remote:
                 self._remote[shard].fetch_index(tar)
-            beside = index_path(tar)
-            self._indexes[shard] = ShardIndex.read(beside) if beside.exists() else scan_tar(tar)
+            index = _local_index(tar)
+            if self._sizes is not None:
+                _require_index_of(tar, index, self._sizes[shard], self.counts[shard])
+            self._indexes[shard] = index
         return self._indexes[shard]
+
+    def require_indexes(self) -> None:
+        """Read the index of every shard of this machine; those of remote shards are not fetched.
+
+        Raises RunError as `index` does.
+        """
+        for shard in range(len(self.shards)):
+            if not self._remote:
+                self.index(shard)
 
     def keys(self) -> Iterator[str]:
         for shard in range(len(self.shards)):
@@ -277,7 +321,10 @@ class ShardSet:
         return data
 
     def __getitem__(self, number: int) -> Sample:
-        """A sample without its extras. Raises RunError when its shard is damaged."""
+        """A sample without its extras.
+
+        Raises DamagedSampleError when it is damaged, another RunError when its shard is.
+        """
         return self._sample(number, extras=False)
 
     def whole(self, number: int) -> Sample:
@@ -315,12 +362,12 @@ class ShardSet:
                 key,
                 index.extensions[position],
                 pixels or b"",
-                json.loads(info) if info else None,
-                json.loads(boxes) if boxes else None,
+                parse_json(info) if info else None,
+                parse_json(boxes) if boxes else None,
                 {suffix: self._read(shard, place, key) for suffix, place in others.items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(
+            raise DamagedSampleError(
                 f"{self.shards[shard]}: the JSON of sample {key} is damaged ({error})."
             ) from error
 
@@ -363,13 +410,33 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UsageError(f"{missing[0]}: the shard does not exist{more}.")
-    indexes = [
-        ShardIndex.read(index_path(tar)) if index_path(tar).exists() else scan_tar(tar)
-        for tar in tars
-    ]
+    indexes = [_local_index(tar) for tar in tars]
+    for tar, index in zip(tars, indexes, strict=True):
+        _require_index_of(tar, index, tar.stat().st_size, len(index))
     opened = ShardSet(tars, [len(index) for index in indexes], str(address))
     opened._indexes = dict(enumerate(indexes))
     return _with_images(opened)
+
+
+def _local_index(tar: Path) -> ShardIndex:
+    """The index beside a tar, or that of its scan. Raises RunError when either is damaged."""
+    beside = index_path(tar)
+    return ShardIndex.read(beside) if beside.exists() else scan_tar(tar)
+
+
+def _require_index_of(tar: Path, index: ShardIndex, size: int, samples: int) -> None:
+    """Raises RunError unless the index is of a tar of so many bytes and samples."""
+    if index.bytes != size:
+        raise RunError(
+            f"{index_path(tar)}: the index is of a tar of {index.bytes} bytes, but {tar.name} has "
+            f"{size}. Copy both again. If only the index is wrong, delete it; the shard is then "
+            f"scanned when it is opened."
+        )
+    if len(index) != samples:
+        raise RunError(
+            f"{index_path(tar)}: the index has {len(index)} samples, {samples} by the manifest. "
+            f"Copy both again, or run `dupr prepare` again with --overwrite."
+        )
 
 
 def _with_images(opened: ShardSet) -> ShardSet:
@@ -434,14 +501,6 @@ def _open_remote_folder(address: str, split: str | None) -> ShardSet:
         ) from error
     manifest = Manifest.parse(data, f"{public}/{MANIFEST}")
     entries = _entries(manifest, split, public)
-    for entry in entries:
-        # These names come from a remote file, and local files will get them.
-        name = PurePosixPath(entry.file)
-        if not name.name or name.is_absolute() or ".." in name.parts:
-            raise UsageError(
-                f"{public}/{MANIFEST}: the shard {entry.file!r} would lie outside the folder of "
-                f"the manifest. No shard was fetched."
-            )
     # Another manifest at the same address is another set.
     cache = cache_folder(f"{address}/{hashlib.sha256(data).hexdigest()[:12]}")
     once(cache / MANIFEST, lambda: write_bytes(cache / MANIFEST, data))
@@ -450,6 +509,7 @@ def _open_remote_folder(address: str, split: str | None) -> ShardSet:
         [entry.samples for entry in entries],
         f"{public}:{split}" if split else public,
         [RemoteShard(f"{address}/{e.file}", e.bytes, e.sha256) for e in entries],
+        [entry.bytes for entry in entries],
     )
     opened.pixels = manifest.pixels
     return opened
@@ -468,6 +528,11 @@ def _open_manifest(folder: Path, split: str | None) -> ShardSet:
                 f"`dupr prepare` again with --overwrite."
             )
     name = f"{folder}:{split}" if split else str(folder)
-    opened = ShardSet([folder / e.file for e in entries], [e.samples for e in entries], name)
+    opened = ShardSet(
+        [folder / entry.file for entry in entries],
+        [entry.samples for entry in entries],
+        name,
+        sizes=[entry.bytes for entry in entries],
+    )
     opened.pixels = manifest.pixels
     return opened

@@ -8,8 +8,10 @@ before the release of dupr 0.1, and can be read.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dupr_cli.errors import DuprError, UsageError
+from dupr_cli.parsing import ParseError, parse_json
 
 KEY = "format_version"
 
@@ -39,3 +41,15 @@ def check_version(found: object, newest: int, where: Path | str) -> None:
             f"{where}: its {KEY} is {found}, but this dupr reads up to {newest}. "
             f"Update dupr: pip install -U dupr-cli."
         )
+
+
+def parse_record(data: bytes, newest: int, where: Path | str) -> dict[str, Any]:
+    """The fields of an artifact that is one JSON object, after `check_version`.
+
+    Raises ParseError for anything else, and as `check_version` does.
+    """
+    values = parse_json(data)
+    if not isinstance(values, dict):
+        raise ParseError("it is not a JSON object")
+    check_version(values.get(KEY), newest, where)
+    return values

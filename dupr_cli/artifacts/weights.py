@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -24,9 +27,17 @@ from dupr_cli import __version__
 from dupr_cli.artifacts.files import sha256_file, write_bytes
 from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.pixel_formats import NetworkInput, PixelFormat
-from dupr_cli.artifacts.run import MODEL_FILE, Checkpoint, is_checkpoint, newest_checkpoint
+from dupr_cli.artifacts.run import (
+    MODEL_FILE,
+    Checkpoint,
+    ImageSide,
+    is_checkpoint,
+    newest_checkpoint,
+    require_statistics,
+)
 from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.parsing import ParseError, parse_json, require_distinct_keys, validated
 
 # 2: `input_range`. Weights for RGB of 8 bits are still written as 1, which means the same.
 FORMAT_VERSION = 2
@@ -34,6 +45,14 @@ _VERSION = "dupr_format_version"  # has a prefix because other libraries write h
 IMPORTED = "imported"  # stands in place of the encoder
 SUPERVISED = "supervised"  # likewise, of weights that were trained with labels
 STORED = "stored"  # the order of channels in the images that weights were trained on
+_REQUIRED = (
+    "layout", "architecture", "input_size", "channel_order", "encoder", "step", "recipe_sha256",
+    "dupr_version",
+)  # fmt: skip
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Last parts of the names of what a network learns; other tensors may be indexes or counters.
+_LEARNED = ("weight", "bias", "running_mean", "running_var")
+_MOST_HEADER_BYTES = 100_000_000  # as in the library
 TORCHVISION = "torchvision:"  # precedes the name of weights that torchvision publishes
 
 
@@ -51,10 +70,10 @@ class WeightsMetadata:
     architecture: str
     input_mean: tuple[float, ...]
     input_std: tuple[float, ...]
-    input_size: int
+    input_size: ImageSide
     channel_order: str = "RGB"
     encoder: str = "query"
-    step: int = 0
+    step: Annotated[int, Field(ge=0)] = 0
     recipe_sha256: str = ""
     method: str = ""
     input_range: tuple[float, float] | None = None
@@ -108,26 +127,26 @@ class WeightsMetadata:
 
     @classmethod
     def from_header(cls, header: Mapping[str, str], where: str) -> WeightsMetadata:
-        """Raises KeyError or ValueError when the header is not that of a weights file.
+        """Raises ValueError, which names the key, when the header is not that of a weights file.
 
         Raises VersionError for a later format.
         """
         check_version(int(header.get(_VERSION, 1)), FORMAT_VERSION, where)
-        return cls(
-            layout=header["layout"],
-            architecture=header["architecture"],
-            input_mean=tuple(json.loads(header["input_mean"])),
-            input_std=tuple(json.loads(header["input_std"])),
-            input_size=int(header["input_size"]),
-            channel_order=header["channel_order"],
-            encoder=header["encoder"],
-            step=int(header["step"]),
-            recipe_sha256=header["recipe_sha256"],
-            method=header.get("method", ""),
-            input_range=_limits(json.loads(header.get("input_range", "null"))),
-            further=tuple(json.loads(header.get("further", "[]"))),
-            dupr_version=header["dupr_version"],
-        )
+        for name in _REQUIRED:
+            if name not in header:
+                raise ParseError(f"{name} is missing")
+        values: dict[str, object] = {name: header[name] for name in _REQUIRED}
+        values["method"] = header.get("method", "")
+        for name in ("input_mean", "input_std", "input_range", "further"):
+            if name in header:
+                try:
+                    values[name] = parse_json(header[name])
+                except ParseError as error:
+                    raise ParseError(f"{name}: {error}") from None
+        metadata = validated(cls, values)
+        require_statistics(metadata.input_mean, metadata.input_std)
+        _limits(metadata.input_range)
+        return metadata
 
 
 @dataclass(frozen=True)
@@ -161,14 +180,41 @@ def reproducible(data: bytes) -> bytes:
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata of a file. Raises UsageError when it is damaged."""
     try:
+        require_distinct_names(path)
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ParseError) as error:
         raise UsageError(
             f"{path}: not a whole safetensors file ({error}). It may be cut off or have another "
             f"format; copy it or export it again."
         ) from error
+
+
+def require_distinct_names(path: Path) -> None:
+    """Raises ParseError when the header of a safetensors file is no JSON or names a tensor twice.
+
+    The header's place: see `reproducible`.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(_MOST_HEADER_BYTES, path.stat().st_size):
+            raise ParseError(f"its header would have {size} bytes")
+        require_distinct_keys(file.read(size))
+
+
+def require_plain_values(tensors: Mapping[str, Tensor]) -> None:
+    """Raises UsageError, naming the tensor, unless a network's parameters are floats of 16 bits or
+    more: others would be converted without a word to something that they do not mean."""
+    for name, tensor in tensors.items():
+        learned = name.rpartition(".")[2] in _LEARNED
+        whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
+        if tensor.dtype not in _FLOATS and (learned or not whole):
+            raise UsageError(
+                f"{name} holds values of {str(tensor.dtype).removeprefix('torch.')}, but weights "
+                f"are read as floats of 16, 32 or 64 bits. Convert it, or take the file from "
+                f"before it was quantised."
+            )
 
 
 def is_weights_file(path: Path) -> bool:
@@ -207,7 +253,7 @@ def read_weights(address: str, encoder: str = "query") -> Weights:
     tensors, header = read_safetensors(path)
     try:
         metadata = WeightsMetadata.from_header(header, address)
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise UsageError(
             f"{address}: the header does not describe the weights ({error}). `dupr export` did not "
             f"write this file."
@@ -218,14 +264,20 @@ def read_weights(address: str, encoder: str = "query") -> Weights:
             f"{metadata.architecture} are read in the layout {layout_of(metadata.architecture)!r}."
         )
     own = {name: tensor for name, tensor in tensors.items() if name not in metadata.further}
+    try:
+        require_plain_values(own)
+    except UsageError as error:
+        raise UsageError(f"{address}: {error}") from error
     return Weights(address, metadata, own, sha256_file(path))
 
 
 def _limits(values: Sequence[float] | None) -> tuple[float, float] | None:
-    """Raises ValueError unless there are none or two."""
+    """Raises ParseError unless there are none, or two that can become 0 and 1."""
     if values is None:
         return None
     low, high = values
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ParseError(f"input_range is {[low, high]}, but two rising numbers are needed")
     return float(low), float(high)
 
 
@@ -291,6 +343,11 @@ def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weig
     if not backbone:
         raise UsageError(f"{model} has no tensors named {prefix}*.")
     state = checkpoint.state
+    try:
+        require_plain_values(backbone)
+        limits = _limits(state.input_range)
+    except (ParseError, UsageError) as error:
+        raise UsageError(f"{checkpoint.path}: {error}") from error
     metadata = WeightsMetadata(
         layout=layout_of(state.architecture),
         architecture=state.architecture,
@@ -301,7 +358,7 @@ def _from_checkpoint(address: str, checkpoint: Checkpoint, encoder: str) -> Weig
         step=state.step,
         recipe_sha256=state.recipe_sha256,
         method=state.method,
-        input_range=_limits(state.input_range),
+        input_range=limits,
         channel_order="RGB" if state.input_range is None else STORED,
         dupr_version=state.dupr_version,
     )

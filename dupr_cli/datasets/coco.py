@@ -19,7 +19,6 @@ exports of Roboflow (train/_annotations.coco.json), FiftyOne (labels.json, data/
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from dupr_cli.artifacts.labels import Box
 from dupr_cli.datasets.layout import split_folders, split_named
 from dupr_cli.datasets.placement import Labels
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import ParseError, parse_json
 
 ImageId = int | str
 
@@ -161,7 +161,9 @@ def parse_coco(
             reasons[image].append(str(error))
     if usable is not None:
         usable["annotations"], usable["images"] = rows, list(images.found.values())
-        usable["categories"] = [categories.found[category] for category in first.values()]
+        usable["categories"] = [
+            {**categories.found[category], "name": name} for name, category in first.items()
+        ]
     return CocoSet(
         file,
         names,
@@ -234,8 +236,9 @@ def _listed(content: Mapping[str, Any], name: str, file: Path) -> list[Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """The content of a file, unchecked. Raises UsageError if it is not COCO's JSON at all."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        # COCO's own files have half a gigabyte; only what is in them can be too much.
+        content = parse_json(file.read_bytes())
+    except (OSError, ParseError) as error:
         raise UsageError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict) or "images" not in content:
         raise UsageError(

@@ -20,19 +20,20 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-import yaml
-
-from dupr_cli.artifacts.files import is_image_name, named
+from dupr_cli.artifacts.files import is_image_name, is_possible_path, named
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.datasets.layout import SPLITS, split_folders, split_named, walk
 from dupr_cli.datasets.placement import Labels
 from dupr_cli.datasets.text import read_text
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.parsing import parse_yaml
 
 # Ultralytics accepts coordinates this far outside the image as rounding errors.
 _SLACK = 0.01
+# Sets of more do not exist; the names that are missing from so many would fill the memory.
+_MOST_CLASSES = 100_000
 _PROBED_IMAGES = 20
 
 
@@ -60,8 +61,8 @@ class YoloSet:
             pairs = (line.partition("=") for line in read_text(file).splitlines() if "=" in line)
             return {key.strip(): value.strip() for key, _, value in pairs}
         try:
-            return dict(yaml.safe_load(read_text(file)))
-        except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+            return dict(cast(Any, parse_yaml(read_text(file))))
+        except (OSError, TypeError, ValueError) as error:
             raise UsageError(f"{file}: not a data.yaml of YOLO: {error}.") from error
 
     @cached_property
@@ -81,12 +82,17 @@ class YoloSet:
         if isinstance(names, dict):
             try:
                 return {int(number): str(name) for number, name in names.items()}, "data.yaml"
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 raise UsageError(
                     f"{self.path}: the keys of `names` must be class numbers: {error}."
                 ) from error
         count = self._data.get("nc")
         if names is None and isinstance(count, int):
+            if not 0 <= count <= _MOST_CLASSES:
+                raise UsageError(
+                    f"{self.path}: nc is {count}; a number of classes from 0 to {_MOST_CLASSES} "
+                    f"is needed."
+                )
             return {number: f"class_{number}" for number in range(count)}, "data.yaml"
         places = [
             self._folder / "classes.txt",
@@ -107,7 +113,8 @@ class YoloSet:
     def notes(self) -> list[str]:
         """Notes on the set as a whole for the user."""
         names, file = self._names
-        gaps = sorted(set(range(max(names, default=-1) + 1)) - names.keys())
+        highest = min(max(names, default=-1), _MOST_CLASSES)
+        gaps = sorted(set(range(highest + 1)) - names.keys())
         if not gaps:
             return []
         return [
@@ -241,7 +248,12 @@ class YoloSet:
         shape = self._data.get("kpt_shape")
         if shape is None:
             return None
-        if not isinstance(shape, list | tuple) or len(shape) != 2 or shape[1] not in (2, 3):
+        if (
+            not isinstance(shape, list | tuple)
+            or len(shape) != 2
+            or not isinstance(shape[0], int)
+            or shape[1] not in (2, 3)
+        ):
             raise UsageError(
                 f"{self.path}: kpt_shape is {shape!r}; [keypoints, 2] or [keypoints, 3] is needed."
             )
@@ -317,8 +329,14 @@ def label_file(image: Path) -> Path:
 
 
 def _plain(path: str) -> str:
-    """A path in the style of this machine, without backslashes, drive or leading ./."""
-    return re.sub(r"^[A-Za-z]:", "", path.strip().replace("\\", "/")).removeprefix("./")
+    """A path in the style of this machine, without backslashes, drive or leading ./.
+
+    Raises UsageError when no file can have it.
+    """
+    plain = re.sub(r"^[A-Za-z]:", "", path.strip().replace("\\", "/")).removeprefix("./")
+    if not is_possible_path(plain):
+        raise UsageError(f"{plain[:60]}... in a YOLO set is not a path.")
+    return plain
 
 
 def _tails(root: Path, path: str) -> list[Path]:

@@ -14,7 +14,6 @@ Sources: the VOC development kit, COCO's result format.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +47,7 @@ from dupr_cli.metrics.analysis import analyse
 from dupr_cli.metrics.coco import coco_json_scores, with_masks
 from dupr_cli.metrics.drawing import write_analysis
 from dupr_cli.outside_text import one_line
+from dupr_cli.parsing import ParseError, parse_json
 from dupr_cli.progress import SilentReporter
 from dupr_cli.runtime.output import require_own, writing
 
@@ -419,8 +419,8 @@ def _numbers(parts: Sequence[str], where: str, line: str) -> list[float]:
 
 def _read_list(file: Path) -> list[dict[str, Any]]:
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(file.read_bytes())  # of any size
+    except (OSError, ParseError) as error:
         raise UsageError(f"{file} cannot be read as JSON: {error}.") from error
     if isinstance(content, list) and all(isinstance(row, dict) for row in content):
         return content

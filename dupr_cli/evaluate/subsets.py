@@ -6,16 +6,16 @@ is stored, so that others can train on the same images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dupr_cli.artifacts.files import write_json
-from dupr_cli.artifacts.versions import check_version
+from dupr_cli.artifacts.versions import parse_record
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import ParseError, read_limited, validated
 from dupr_cli.recipe.evaluate import DetectionDataSection, label_count
 
 FORMAT_VERSION = 1
@@ -133,12 +133,11 @@ def stored_labels(path: Path, images: LabelledSet) -> list[int]:
     Raises VersionError when a later dupr wrote it.
     """
     try:
-        content = json.loads(path.read_bytes())
-        check_version(content.get("format_version"), FORMAT_VERSION, path)
-        wanted = content["image_ids"]
+        content = parse_record(read_limited(path), FORMAT_VERSION, path)
+        wanted = validated(list[str], content["image_ids"])
         known = {image_id: i for i, image_id in enumerate(images.ids)}
         unknown = [image_id for image_id in wanted if image_id not in known]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ParseError, KeyError) as error:
         raise UsageError(
             f"{path}: not a list of labelled images ({error}). Give a {LABELS_FILE} that an "
             f'evaluation wrote, or JSON such as {{"image_ids": [...]}}.'

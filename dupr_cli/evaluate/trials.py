@@ -5,7 +5,6 @@ The result is kept in the trial's folder and reused if it is whole and of the sa
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -25,6 +24,7 @@ from dupr_cli.evaluate.training import LossRecord, Trial, measure_batch_norm, tr
 from dupr_cli.metrics import Detections, Metric, Scores, score
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
+from dupr_cli.parsing import read_json, validated
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.base import Level
@@ -175,9 +175,9 @@ def read_outcome(
     if values is None:
         return None
     try:
-        result = TrialResult(**values["result"])
-        losses = [LossRecord(**record) for record in values["losses"]]
-        rows = json.loads((folder / DETECTIONS_FILE).read_bytes())
+        result = validated(TrialResult, values["result"])
+        losses = validated(list[LossRecord], values["losses"])
+        rows = read_json(folder / DETECTIONS_FILE)
         detections = detections_from_rows(rows, test.ids, classes)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged_result(folder, error) from error

@@ -11,7 +11,10 @@ import datetime
 import pickle
 import re
 import textwrap
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import cast
 
@@ -51,6 +54,8 @@ def read_checkpoint(path: Path, address: str) -> object:
         raise UsageError(f"{address}: this file does not exist.")
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
+    if zipfile.is_zipfile(path):
+        _require_plain_zip(path, address)
     try:
         with torch.serialization.safe_globals([*_VALUES, *_MOVED_VALUES]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -67,6 +72,29 @@ def read_checkpoint(path: Path, address: str) -> object:
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UsageError(_unreadable(address, reason)) from error
+
+
+def _require_plain_zip(path: Path, address: str) -> None:
+    """Raises UsageError unless a ZIP is as torch.save writes it: every name once, uncompressed.
+
+    Readers disagree on which of two equal names counts, and a few compressed bytes may fill the
+    memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as opened:
+            members = opened.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise UsageError(_unreadable(address, str(error))) from error
+    name, times = max(
+        Counter(member.filename for member in members).items(), key=itemgetter(1), default=("", 0)
+    )
+    if times > 1:
+        raise UsageError(f"{address}: refused. The file holds {name!r} {times} times.")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise UsageError(
+            f"{address}: refused. The file is compressed, which torch.save never does. Unpack it, "
+            f"or save its tensors as .safetensors."
+        )
 
 
 def _unreadable(address: str, reason: str) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from dupr_cli.artifacts.hub_weights import HUB, fetch_weights
 from dupr_cli.artifacts.weights import (
     IMPORTED,
     WeightsMetadata,
+    require_plain_values,
     write_weights,
 )
 from dupr_cli.errors import UsageError
@@ -45,6 +45,7 @@ from dupr_cli.models.naming import (
     transformers_name,
 )
 from dupr_cli.models.resnet_shapes import Shape, resnet_shapes
+from dupr_cli.parsing import read_json
 from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from dupr_cli.runtime.stopping import stoppable
 
@@ -293,7 +294,7 @@ def _named_architectures(content: object, path: Path) -> Iterator[tuple[str, str
     config = path.with_name("config.json")
     if config.is_file():
         with contextlib.suppress(ValueError):  # then it belongs to another program
-            beside = json.loads(config.read_bytes())
+            beside = read_json(config)
             if isinstance(beside, dict):
                 yield config.name, str(beside.get("architecture"))
     if isinstance(content, Mapping):
@@ -314,6 +315,10 @@ def _translated(
         theirs = naming.translate(name)
         if theirs in own:
             tensor = own[theirs]
+            try:
+                require_plain_values({theirs: tensor})
+            except UsageError as error:
+                raise UsageError(f"{address}: {error}") from error
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
         else:
             tensors[name] = torch.zeros((), dtype=torch.long)

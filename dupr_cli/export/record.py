@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from dupr_cli import __version__
-from dupr_cli.artifacts.files import sha256_file, write_json
-from dupr_cli.artifacts.versions import check_version
+from dupr_cli.artifacts.files import leads_outside, sha256_file, write_json
+from dupr_cli.artifacts.versions import parse_record
 from dupr_cli.artifacts.weights import is_weights_file
 from dupr_cli.errors import UsageError
 from dupr_cli.export.types import ExportResult
+from dupr_cli.parsing import read_limited
 from dupr_cli.runtime.output import remove, writing
 
 RECORD = "export.json"
@@ -43,10 +43,10 @@ def _recorded(target: Path) -> tuple[Path, set[Path]]:
     if folder is not target and is_weights_file(target):
         return record, {record, target}
     try:
-        values = json.loads(record.read_bytes())
-        check_version(values.get("format_version"), RECORD_VERSION, record)
+        values = parse_record(read_limited(record), RECORD_VERSION, record)
         # A record of dupr 0.1 lists the files of each format, but not the model card's.
         names = values.get("files") or [name for of in values["formats"] for name in of["files"]]
+        names = [name for name in names if not leads_outside(name)]
         if folder is not target:
             return record, {record, target}
         return record, {record, *(folder / name for name in names)}

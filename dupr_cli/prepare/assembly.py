@@ -7,7 +7,6 @@ next call completes an assembly that was interrupted at any point.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from bisect import bisect_left
@@ -34,6 +33,7 @@ from dupr_cli.artifacts.shards import (
 )
 from dupr_cli.errors import DuprError, RunError, UsageError
 from dupr_cli.outside_text import json_text
+from dupr_cli.parsing import read_json
 from dupr_cli.prepare.blocks import (
     BlockReport,
     Work,
@@ -99,7 +99,7 @@ def assemble(
     out, folder = Path(work.out), work.folder
     if not is_planned(folder):
         _plan(work, listing, state, duplicates, base, reporter)
-    plan = json.loads((folder / _PLAN).read_bytes())
+    plan = read_json(folder / _PLAN)
     if not plan["cleared"]:
         remove(out, [out / name for name in plan["remove"]])
         write_json(folder / _PLAN, {**plan, "cleared": True})

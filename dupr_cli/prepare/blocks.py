@@ -11,7 +11,6 @@ Blocks are independent, so any number of processes, tasks and machines writes th
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.files import write_bytes, write_json
 from dupr_cli.artifacts.shard_files import ShardWriter
 from dupr_cli.artifacts.shards import UNFINISHED, ShardEntry, Skipped
+from dupr_cli.parsing import read_json, validated
 from dupr_cli.prepare.duplicates import RECORD, Array
 from dupr_cli.prepare.exclusion import ExcludedImages
 from dupr_cli.prepare.ingest import ingest
@@ -102,8 +102,8 @@ def read_report(folder: Path, split: str, number: int) -> BlockReport | None:
     blocks = blocks_folder(folder)
     name = block_name(split, number)
     try:
-        values = json.loads((blocks / f"{name}.json").read_bytes())
-        parts = [ShardEntry(**part) for part in values["parts"]]
+        values = read_json(blocks / f"{name}.json")
+        parts = validated(list[ShardEntry], values["parts"])
         if any((blocks / part.file).stat().st_size != part.bytes for part in parts):
             return None
         samples = sum(part.samples for part in parts)

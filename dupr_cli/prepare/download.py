@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import shutil
 import tarfile
 import time
@@ -27,6 +26,7 @@ from dupr_cli.addresses import public_address, without_secrets
 from dupr_cli.artifacts.files import naming, write_json
 from dupr_cli.artifacts.paced_http import Redirection, request_of
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.parsing import read_json
 from dupr_cli.progress import Reporter
 
 _VOC = "https://thor.robots.ox.ac.uk/pascal/VOC"
@@ -136,7 +136,7 @@ _MARKER = ".dupr-downloads.json"
 def _done(folder: Path) -> list[str]:
     """Names of the archives that were unpacked into `folder`."""
     try:
-        return [str(name) for name in json.loads((folder / _MARKER).read_bytes())]
+        return [str(name) for name in read_json(folder / _MARKER)]
     except (OSError, ValueError, TypeError):
         return []
 

@@ -8,16 +8,20 @@ The file is written once, so that all processes, tasks and machines exclude the 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.datasets.copies import HashedImages, ImageHashes
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import read_json, validated
 
 _FILE = "excluded.json"
 _KIND = "excluded"  # the reasons begin with it
+_Look = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class ExcludedImages:
@@ -52,7 +56,7 @@ class ExcludedImages:
     def read(cls, folder: Path) -> ExcludedImages:
         """Raises UsageError when the file is missing or damaged."""
         try:
-            rows = json.loads((folder / _FILE).read_bytes())["images"]
+            rows = validated(list[tuple[str, str, _Look]], read_json(folder / _FILE)["images"])
             hashes = [ImageHashes(bytes.fromhex(sha256), look) for _, sha256, look in rows]
             return cls([name for name, _, _ in rows], hashes)
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 from dupr_cli.addresses import public_address
 from dupr_cli.artifacts.files import write_json
+from dupr_cli.parsing import parse_json, read_json
 from dupr_cli.prepare.source_record import (
     SOURCE,
     KnownSource,
@@ -84,7 +85,7 @@ def _line(entry: Entry) -> bytes:
 
 
 def _parse(line: bytes, split: str) -> Entry:
-    name, *rest = json.loads(line)
+    name, *rest = parse_json(line)
     place, key = [*rest, None, None][:2]
     return Entry(name, place, split, key or "")
 
@@ -155,7 +156,7 @@ def listing_path(folder: Path) -> Path:
 def read_listing(folder: Path) -> Listing | None:
     """The listing in `folder`, or None if none is complete."""
     try:
-        return Listing(folder, **json.loads(listing_path(folder).read_bytes()))
+        return Listing(folder, **read_json(listing_path(folder)))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from dupr_cli.addresses import public_address
 from dupr_cli.errors import DuprError, UsageError
+from dupr_cli.parsing import parse_json, validated
 from dupr_cli.prepare.sources import Entry, ImageSource
 from dupr_cli.prepare.sources.base import name_bytes
 
@@ -103,9 +105,9 @@ def read_record(path: Path) -> Iterator[tuple[str, str, str]]:
     try:
         with gzip.open(path, "rb") as lines:
             for line in lines:
-                split, name, stamp = json.loads(line)
+                split, name, stamp = validated(tuple[str, str, str], parse_json(line))
                 yield split, name, stamp
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise UsageError(
             f"{path}: the record of the source is damaged ({error}). Restore it, or make the set "
             f"again with --overwrite."

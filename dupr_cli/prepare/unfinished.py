@@ -10,13 +10,13 @@ unpacked/     compressed archives as plain tars
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dupr_cli import __version__
 from dupr_cli.artifacts.files import write_json
+from dupr_cli.parsing import read_json, validated
 from dupr_cli.runtime.output import remove
 
 _STATE = "state.json"
@@ -52,11 +52,11 @@ class State:
     def read(cls, folder: Path) -> State | None:
         """The state in `folder`, or None if nothing is being prepared."""
         try:
-            values = dict(json.loads((folder / _STATE).read_bytes()))
+            values = dict(read_json(folder / _STATE))
             if "fingerprint" in values:  # dupr 0.1: digest of the recipe, then that of the names
                 values["digest"] = values.pop("fingerprint").rpartition("-")[2]
                 values.pop("recipe_digest", None)
-            return cls(**values)
+            return validated(cls, values)
         except (OSError, ValueError, TypeError, AttributeError):
             return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -29,6 +28,7 @@ from dupr_cli.artifacts.shards import (
 )
 from dupr_cli.datasets.channels import decode_as
 from dupr_cli.errors import DuprError
+from dupr_cli.parsing import parse_json
 from dupr_cli.prepare.engines import WORKER_BYTES
 from dupr_cli.progress import Reporter
 from dupr_cli.runtime.machine import require_room
@@ -135,7 +135,7 @@ def _problems_of_folder(folder: Path, manifest: Manifest) -> list[str]:
     try:
         lines = (folder / SKIPPED).read_text(encoding="utf-8").splitlines()
         for line in lines:
-            json.loads(line)
+            parse_json(line)
     except (OSError, ValueError) as error:
         return [*problems, f"{folder / SKIPPED} cannot be read: {error}"]
     if len(lines) != manifest.skipped:

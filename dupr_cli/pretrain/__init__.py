@@ -10,8 +10,7 @@ import difflib
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from pathlib import Path
-
-import yaml
+from typing import Any, cast
 
 from dupr_cli.artifacts.files import write_text
 from dupr_cli.artifacts.pixel_formats import counted, described
@@ -28,6 +27,7 @@ from dupr_cli.artifacts.weights import layout_of
 from dupr_cli.errors import UsageError
 from dupr_cli.models.backbone import make_backbone, require_fit, require_levels
 from dupr_cli.models.published import open_weights
+from dupr_cli.parsing import ParseError, read_yaml
 from dupr_cli.pretrain.data import BatchOrder
 from dupr_cli.pretrain.estimate import estimate_run, estimate_warnings, require_memory
 from dupr_cli.pretrain.method import method_class
@@ -96,6 +96,7 @@ def plan(
     _require_parts(recipe)
     _require_init(recipe)
     shards = open_shards(data, recipe.data.split)
+    shards.require_indexes()  # a run would find a damaged one when it reaches its shard
     _require_channels(recipe, shards)
     if not overwrite:
         _check_claim(recipe, shards, out, allow_changed, SilentReporter())
@@ -289,7 +290,13 @@ def _check_claim(
 def _recorded_keys(out: Path) -> dict[str, object]:
     """Recipe keys of the run in `out`; keys that its dupr did not have yet get the value of what it
     did."""
-    values = yaml.safe_load((out / RECIPE_FILE).read_text())
+    try:
+        values = cast(Any, read_yaml(out / RECIPE_FILE))
+    except ParseError as error:
+        raise UsageError(
+            f"{out / RECIPE_FILE}: the run's recipe cannot be read ({error}). Restore it, or "
+            f"replace the run with --overwrite."
+        ) from error
     with suppress(AttributeError, TypeError):  # not the form of any recipe: the differences say so
         values["method"]["patch"].setdefault("cell_centres", "convention")
     with suppress(ValueError):  # written by a dupr with other keys: the differences name them

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dupr_cli.artifacts.pixel_formats import AnyImage, described
 from dupr_cli.artifacts.shard_files import Sample
-from dupr_cli.artifacts.shards import ShardSet
+from dupr_cli.artifacts.shards import DamagedSampleError, ShardSet
 from dupr_cli.datasets.channels import decode_as
 from dupr_cli.datasets.pixels import IMAGE_ERRORS
 from dupr_cli.datasets.tensors import decode_tensor
@@ -127,8 +127,12 @@ class ViewPairs:
         epoch, number = request
         problems: list[str] = []
         for attempt in range(_MAX_REPLACEMENTS):
-            with phase("read"):
-                sample = self._shards[(number + attempt) % len(self._shards)]
+            try:
+                with phase("read"):
+                    sample = self._shards[(number + attempt) % len(self._shards)]
+            except DamagedSampleError as error:
+                problems.append(str(error))
+                continue
             if sample.pixels != self._shards.pixels:
                 raise RunError(
                     f"{self._shards.name}: sample {sample.key} is one of "
@@ -143,7 +147,7 @@ class ViewPairs:
                 problems.append(f"{sample.key}: {error}")
         else:
             raise RunError(
-                f"{self._shards.name}: {_MAX_REPLACEMENTS} images in a row could not be decoded, "
+                f"{self._shards.name}: {_MAX_REPLACEMENTS} images in a row could not be used, "
                 f"the first is {problems[0]}. `dupr prepare` skips such images."
             )
         random = np.random.default_rng([self._seed, epoch, number])

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NoReturn, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from dupr_cli.parsing import read_json
 from dupr_cli.plugins import BACKBONES, is_plugin, plugin_names
 
 Level = Literal["res2", "res3", "res4", "res5"]
@@ -66,7 +67,7 @@ def _configured(path: Path) -> str:
     """`transformers:JSON` of a configuration file, or of the backbone within a detector's."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
         reject("", f"{TRANSFORMERS}{path}, and {file} cannot be read as JSON: {error}")
     if isinstance(config, dict):

@@ -15,13 +15,21 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import (
+    MAX_RECIPE_BYTES,
+    FastSafeLoader,
+    ParseError,
+    as_text,
+    read_limited,
+    require_modest_yaml,
+    yaml_problem,
+)
 from dupr_cli.recipe.base import Section
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 from dupr_cli.recipe.export import ExportRecipe
@@ -42,6 +50,8 @@ RECIPE_MODELS: dict[str, type[Section]] = {
 }
 
 Path_ = tuple[str, ...]
+# A key at the start of a line or of a file in braces.
+_OUTER_KEY = re.compile(r"^(?:\{\s*)?[\"']?(\w+)[\"']?\s*:", re.MULTILINE)
 R = typing.TypeVar("R", bound=Section)
 
 
@@ -69,18 +79,16 @@ class _Document:
     name: str
 
 
-if TYPE_CHECKING:
-    from yaml import SafeLoader as _SafeLoader
-else:  # LibYAML, where PyYAML has it, parses ten times as fast
-    _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML's core schema: `1e-4` is a number, `on` and `no` are strings."""
+    """YAML's core schema: `1e-4` is a number; `on`, `no` and `2024-01-31` are strings."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":bool", ":float", ":timestamp"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -93,7 +101,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _FastLoader(_SafeLoader):
+class _FastLoader(FastSafeLoader):
     """Reads the same values."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
@@ -101,6 +109,10 @@ class _FastLoader(_SafeLoader):
 
 def _parse(text: str, name: str) -> _Document:
     """Values and key origins of one YAML text. Raises RecipeError if it is not a mapping."""
+    try:
+        require_modest_yaml(text)
+    except ParseError as error:
+        raise RecipeError(f"{name}: {error}.") from error
     try:
         return _document(_FastLoader, text, name)
     except yaml.YAMLError:
@@ -112,7 +124,7 @@ def _parse(text: str, name: str) -> _Document:
         line = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{name}{line}: not valid YAML: {error.problem}.") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not valid YAML: {error}.") from error
+        raise RecipeError(f"{name}: not valid YAML: {yaml_problem(error)}.") from error
 
 
 def _document(kind: type[yaml.SafeLoader], text: str, name: str) -> _Document:
@@ -137,7 +149,7 @@ def _construct(
     if isinstance(node, yaml.MappingNode):
         result: dict[str, object] = {}
         for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node, deep=True))
+            key = str(_value(loader, key_node, name))
             place = Origin(name, key_node.start_mark.line + 1)
             if key in result:
                 first = origins[(*at, key)].line
@@ -154,7 +166,23 @@ def _construct(
             _construct(loader, item, (*at, str(index)), name, origins)
             for index, item in enumerate(node.value)
         ]
-    value: object = loader.construct_object(node, deep=True)
+    return _value(loader, node, name)
+
+
+def _value(loader: yaml.SafeLoader, node: yaml.Node, name: str) -> object:
+    """The value of a node. Raises RecipeError if it is not of the type that a tag gives it."""
+    try:
+        value: object = loader.construct_object(node, deep=True)
+    # Constructors fail in many ways: !!int x, !!bool x, !!timestamp x, a number of 5000 digits.
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        place = Origin(name, node.start_mark.line + 1)
+        kind = node.tag.rpartition(":")[2]
+        raise RecipeError(f"{place}: a value cannot be read as YAML's type {kind}.") from error
+    if not isinstance(value, str | int | float | list | dict | None):
+        place = Origin(name, node.start_mark.line + 1)
+        raise RecipeError(
+            f"{place}: a value has the type {type(value).__name__}, which no key of a recipe takes."
+        )
     return value
 
 
@@ -202,12 +230,7 @@ def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> I
     if resolved in seen:
         loop = " extends ".join(p.name for p in (*seen[seen.index(resolved) :], resolved))
         raise RecipeError(f"{path}: recipes extend one another in a circle: {loop}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{path}: the recipe cannot be read: {reason}.") from error
-    document = _parse(text, str(path))
+    document = _parse_extended(path) if seen else _parse(_read(path), str(path))
     parent = document.values.pop("extends", None)
     if parent is not None:
         place = document.origins[("extends",)]
@@ -218,8 +241,37 @@ def _read_chain(path: Path, stage: str | None, seen: tuple[Path, ...] = ()) -> I
             target = beside if beside.is_file() else find_recipe(parent, stage)
         except RecipeError as error:
             raise RecipeError(f"{place}: extends: {error}") from error
+        except OSError as error:  # a name that no file can have
+            raise RecipeError(f"{place}: extends: {error.strerror}.") from error
         yield from _read_chain(target, stage, (*seen, resolved))
     yield document
+
+
+def _read(path: Path) -> str:
+    """The text of a recipe file. Raises RecipeError."""
+    try:
+        return as_text(read_limited(path, MAX_RECIPE_BYTES))
+    except (OSError, ParseError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"{path}: the recipe cannot be read: {reason}.") from error
+
+
+def _parse_extended(path: Path) -> _Document:
+    """Like `_parse`, for a file that another recipe extends.
+
+    Recipes are shared, and `extends` may name any file of the machine that reads them. Messages
+    quote a recipe; of a file that is none they must show nothing.
+    """
+    text = _read(path)
+    known = {key for model in RECIPE_MODELS.values() for key in model.model_fields} | {"extends"}
+    keys = _OUTER_KEY.findall(text)
+    # A mistyped key among others leaves it a recipe, whose message then names that key.
+    if path.suffix in (".yaml", ".yml") and 2 * sum(key in known for key in keys) >= len(keys) > 0:
+        return _parse(text, str(path))
+    raise RecipeError(
+        f"{path}: the file that is extended is not a recipe, which is a .yaml file with keys such "
+        f"as stage and description."
+    )
 
 
 def _section_at(model: type[BaseModel], at: Path_) -> type[BaseModel] | None:
@@ -264,6 +316,7 @@ class Override:
         if not separator or not key:
             raise RecipeError(f"--set {option}: write it as key=value, for example seed=1.")
         try:
+            require_modest_yaml(text)
             loader = _Loader(text)
             try:
                 return cls(key, loader.get_single_data(), f"--set {option}")
@@ -271,6 +324,8 @@ class Override:
                 loader.dispose()
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {option}: the value is not valid YAML.") from error
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise RecipeError(f"--set {option}: the value cannot be read ({error}).") from error
 
     def apply(self, values: dict[str, object], origins: dict[Path_, Origin]) -> None:
         parts = tuple(self.key.split("."))

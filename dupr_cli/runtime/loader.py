@@ -8,7 +8,9 @@ the main process handles signals to the process group; it needs its workers to f
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Iterable, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
@@ -65,6 +67,22 @@ def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
+@contextmanager
+def _keeping_child_signal() -> Iterator[None]:
+    """Keep torch from raising an error wherever this process happens to be when a worker dies.
+
+    torch installs a handler of SIGCHLD for that. The error would leave a training step at any line,
+    or be printed with a traceback and forgotten in a destructor. Without the handler, the death is
+    seen when the worker's next batch is awaited.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
 def load(
     read: Callable[[Request], Item],
     collate: Callable[[list[Item]], Batch],
@@ -93,7 +111,7 @@ def load(
         worker_init_fn=_outlive_signals,
         prefetch_factor=prefetch if workers else None,
     )
-    with deferred():
+    with deferred(), _keeping_child_signal():
         batches = iter(loader)  # starts the workers
     try:
         while True:
@@ -101,8 +119,9 @@ def load(
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # The last two: a worker died between announcing a batch and handing it over.
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise RunError(
                     "a process that loads images was killed, most likely because memory ran out. "

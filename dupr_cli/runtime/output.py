@@ -24,6 +24,7 @@ from dupr_cli import __version__
 from dupr_cli.artifacts.files import is_temporary, remove_leftovers, write_json
 from dupr_cli.artifacts.versions import check_version
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import parse_json, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,7 @@ def _lock(out: Path, command: str, shared: bool) -> int:
 
 def _describe(record: bytes) -> str:
     try:
-        holder = json.loads(record)
+        holder = parse_json(record)
         return f"process {holder['pid']} on {holder['host']} (`{holder['command']}`)"
     except (ValueError, TypeError, KeyError):  # the record is being written right now
         return "another process of dupr"
@@ -133,7 +134,7 @@ def require_own(out: Path, record: str, keys: Collection[str], what: str) -> Non
     if not holds(out, [record], what):
         return
     try:
-        values = json.loads((out / record).read_bytes())
+        values = read_json(out / record)
         own = values.keys() >= set(keys)
     except (OSError, ValueError, AttributeError):
         own = False
@@ -234,12 +235,12 @@ def read_claim(path: Path) -> tuple[dict[str, object], list[str]]:
     A claim of an older dupr consists of the fingerprint only and lists no folders.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = dict(read_json(path))
         if "fingerprint" not in values:
             return dict(values), []
         check_version(values.get("format_version"), FORMAT_VERSION, path)
         fingerprint, folders = dict(values["fingerprint"]), [str(v) for v in values["folders"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"{path}: the record is damaged ({error}). Restore it, or replace the output with "
             f"--overwrite."
@@ -259,7 +260,7 @@ def read_result(
     if not path.is_file():
         return None
     try:
-        values = dict(json.loads(path.read_bytes()))
+        values = dict(read_json(path))
         check_version(values.get("format_version"), FORMAT_VERSION, path)
         same = values["fingerprint"] == json.loads(json.dumps(dict(fingerprint)))
     except (ValueError, TypeError, KeyError) as error:

@@ -6,7 +6,6 @@ permuted weights. Chains are independent, so tasks and machines share them out.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.errors import DuprError, StoppedRunError, UsageError
 from dupr_cli.models.compared import RANDOM_WEIGHTS
+from dupr_cli.parsing import read_json
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import EvaluateRecipe, PretrainRecipe, load_recipe, recipe_digest
 from dupr_cli.recipe.base import PERMUTED
@@ -72,8 +72,8 @@ class Cell:
         if not self.record.is_file():
             return {}
         try:
-            return dict(json.loads(self.record.read_bytes()))
-        except (ValueError, TypeError) as error:
+            return dict(read_json(self.record))
+        except (OSError, ValueError, TypeError) as error:
             raise UsageError(
                 f"{self.record}: the record is damaged ({error}). Delete it; the same command then "
                 f"checks the cell again."

@@ -7,6 +7,7 @@ import datetime
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -413,3 +414,33 @@ def test_statistics_that_are_none(option: str, value: str, problem: str, tmp_pat
     assert f"{option} {value}" in done.stderr
     assert problem in done.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_parameters_that_are_no_plain_floats_are_refused_by_name(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = dict(backbone())
+    tensors["layer1.0.conv1.weight"] = tensors["layer1.0.conv1.weight"].to(dtype)
+    torch.save(tensors, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"w.pth: layer1.0.conv1.weight holds values of"):
+        import_weights(str(tmp_path / "w.pth"), tmp_path / "out.safetensors")
+
+
+def test_a_checkpoint_that_holds_a_name_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    torch.save(backbone(), file)
+    with zipfile.ZipFile(file, "a") as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        name = opened.namelist()[1]
+        opened.writestr(name, b"other")
+    with pytest.raises(UsageError, match=rf"refused. The file holds '{name}' 2 times"):
+        import_weights(str(file), tmp_path / "out.safetensors")
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("archive/data.pkl", bytes(10**6))
+    with pytest.raises(UsageError, match="The file is compressed"):
+        import_weights(str(file), tmp_path / "out.safetensors")

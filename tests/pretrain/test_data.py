@@ -125,3 +125,19 @@ def test_fewer_images_than_a_batch_is_said(tmp_path: Path, tiny_recipe: Load) ->
     shards = open_shards(shards_with(tmp_path, [encode(noise_image(0))] * 5))
     with pytest.raises(RunError, match=r"5 images to train on .* fewer than data.batch_size = 8"):
         BatchOrder(shards, tiny_recipe())
+
+
+def test_a_damaged_json_is_replaced_and_counted_like_a_damaged_image(
+    tmp_path: Path, tiny_recipe: Load
+) -> None:
+    """Pre-training needs nothing that the JSON says."""
+    address = shards_with(tmp_path, [encode(noise_image(i)) for i in range(20)])
+    places = open_shards(address).index(0).infos
+    with Path(address).open("r+b") as tar:
+        for place in (places[0], places[3]):
+            assert place is not None
+            tar.seek(place[0])
+            tar.write(b"?")
+    shards = open_shards(address)
+    loader, _ = training_batches(shards, tiny_recipe("data.holdout=0"), 0, ALONE)
+    assert sum(batch.unreadable for batch in islice(loader, 5)) == 4  # two epochs of 20

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -54,9 +56,7 @@ def test_an_error_of_reading_comes_out_in_its_own_words(workers: int) -> None:
 
 
 def test_more_workers_than_memory_are_refused_before_they_start() -> None:
-    message = (
-        r"--workers: 100000 worker processes would need about \d+ GiB of memory"
-    )
+    message = r"--workers: 100000 worker processes would need about \d+ GiB of memory"
     with pytest.raises(UsageError, match=message):
         next(load(Squares(), list, in_batches(10, 3), 100_000))
 
@@ -99,3 +99,17 @@ def test_an_error_keeps_its_kind_and_so_its_exit_code() -> None:
 
 def raising(_: int) -> int:
     raise UsageError("wrong")
+
+
+def test_the_death_of_a_worker_reaches_only_who_waits_for_a_batch(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The fault behind this test: torch raised in the middle of a training step."""
+    batches = load(os_getpid, list, ([n] for n in range(10**9)), 2)
+    os.kill(next(batches)[0], signal.SIGKILL)
+    for _ in range(50):  # a step
+        time.sleep(0.01)
+    with pytest.raises(RunError, match=r"^a process that loads images was killed"):
+        list(islice(batches, 1000))
+    batches.close()
+    assert "Traceback" not in capfd.readouterr().err

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dupr_cli.artifacts.files import is_image_name
+from dupr_cli.artifacts.files import is_image_name, is_possible_path
 from dupr_cli.artifacts.paced_http import Pace
 from dupr_cli.artifacts.remote import AbsentError, fetch_bytes, is_remote
 from dupr_cli.datasets.text import encoding_of, not_text
@@ -56,10 +56,14 @@ class ListSource(BuiltIn):
                     yield self._address(line.strip())
 
     def _is_comment(self, line: str) -> bool:
-        return line.startswith("#") and not (self.path.parent / line).is_file()
+        if not line.startswith("#"):
+            return False
+        return not (is_possible_path(line) and (self.path.parent / line).is_file())
 
     def _address(self, line: str) -> str:
         """The path or address in a line, without a label after it, as in ImageNet's lists."""
+        if not is_possible_path(line):
+            return line  # reading it says why it is none
         if is_remote(line) or (is_image_name(line) and "\\" not in line):
             return line  # spares millions of file system lookups
         address, _, label = line.rpartition(" ")
