@@ -373,9 +373,10 @@ def draw(path: Path, curves: LabelCurves) -> None:
                     arrowprops={"arrowstyle": "->", "color": f"C{number}", "linestyle": ":"},
                 )  # fmt: skip
                 share = 1 - row.needed / row.baseline_labels
+                # At the point, because arrows of several weights may lie on one another.
                 axis.annotate(
-                    f"{share:.0%} fewer", (math.sqrt(row.needed * row.baseline_labels), row.target),
-                    ha="center", va="bottom", fontsize=8, color=f"C{number}",
+                    f"{share:.0%} fewer", (row.needed, row.target), (6, -1), va="top",
+                    textcoords="offset points", fontsize=8, color=f"C{number}",
                 )  # fmt: skip
         axis.set_xscale("log")
         axis.set_xticks(counts, [str(count) for count in counts])
