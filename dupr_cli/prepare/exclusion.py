@@ -21,7 +21,7 @@ from dupr_cli.parsing import read_json, validated
 
 _FILE = "excluded.json"
 _KIND = "excluded"  # the reasons begin with it
-_Look = Annotated[int, Field(ge=0, lt=2**64)]
+_Look = Annotated[int, Field(ge=0, lt=2**64)] | None  # None: it could not be decoded
 
 
 class ExcludedImages:

@@ -105,6 +105,7 @@ def test_the_death_of_a_worker_reaches_only_who_waits_for_a_batch(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The fault behind this test: torch raised in the middle of a training step."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader of another test may have set torch's
     batches = load(os_getpid, list, ([n] for n in range(10**9)), 2)
     os.kill(next(batches)[0], signal.SIGKILL)
     for _ in range(50):  # a step

@@ -54,6 +54,7 @@ from dupr_cli.datasets.yolo import YoloSet
 from dupr_cli.errors import DuprError
 from dupr_cli.evaluate.detection_files import score_files
 from dupr_cli.export.checkpoint_files import flat_tensors, read_checkpoint
+from dupr_cli.outside_text import json_text
 from dupr_cli.prepare.exclusion import ExcludedImages
 from dupr_cli.prepare.source_record import read_record
 from dupr_cli.prepare.sources.address_list import ListSource
@@ -180,7 +181,7 @@ def _member(suffix: str) -> Callable[[Path], None]:
         opened = open_shards(str(tar))
         sample = opened.whole(0)
         labels_of(sample)
-        json.dumps(sample.info_json(), ensure_ascii=False).encode()
+        json_text(sample.info_json()).encode()
 
     return read
 
