@@ -24,7 +24,7 @@ from dupr_cli.evaluate.training import LossRecord, Trial, measure_batch_norm, tr
 from dupr_cli.metrics import Detections, Metric, Scores, score
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
-from dupr_cli.parsing import read_json, validated
+from dupr_cli.parsing import parse_json, validated
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.base import Level
@@ -177,7 +177,8 @@ def read_outcome(
     try:
         result = validated(TrialResult, values["result"])
         losses = validated(list[LossRecord], values["losses"])
-        rows = read_json(folder / DETECTIONS_FILE)
+        # Masks of COCO's images are hundreds of megabytes, and the file is our own.
+        rows = parse_json((folder / DETECTIONS_FILE).read_bytes())
         detections = detections_from_rows(rows, test.ids, classes)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged_result(folder, error) from error
