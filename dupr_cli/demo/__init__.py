@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -213,8 +214,12 @@ def _report(result: DemoResult, curves: LabelCurves) -> str:
     ]
     gains = [f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in result.gain.values()]
     rows.append(("gain", gains))
-    lines = [f"{'weights':<8}" + "".join(f"{head:>18}" for head in heads)]
-    lines += [f"{name:<8}" + "".join(f"{cell:>18}" for cell in cells) for name, cells in rows]
+    widths = [20] * len(counts) + [16] * len(levels)  # a line of 80
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return f"{name:<8}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=False))
+
+    lines = [line("weights", heads), *(line(*row) for row in rows)]
     saved = [
         f"DUPR needs {row.described(curves)} labelled scenes for what random weights reach "
         f"with {row.baseline_labels}."
