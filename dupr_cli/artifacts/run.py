@@ -98,10 +98,10 @@ class CheckpointState:
     recipe_sha256: str
     files: dict[FileName, FileFacts] = field(default_factory=dict)
     processes: Annotated[int, Field(ge=1)] = 1
-    loss_scaler: dict[str, float] = field(default_factory=dict)
+    loss_scaler: dict[str, int | float] = field(default_factory=dict)
     method: str = ""
     input_range: Annotated[Statistics, Field(min_length=2, max_length=2)] | None = None
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, int | float] = field(default_factory=dict)
     dupr_version: str = __version__
     format_version: int = 1
 
