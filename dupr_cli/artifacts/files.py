@@ -177,7 +177,7 @@ def is_possible_path(text: str) -> bool:
 def leads_outside(name: str) -> bool:
     """Whether a name that an artifact gives to a file in its own folder is none of such a file."""
     path = PurePosixPath(name)
-    return not path.name or path.is_absolute() or ".." in path.parts or "\0" in name
+    return not path.name or path.is_absolute() or ".." in path.parts or not is_possible_path(name)
 
 
 def sha256_file(path: Path) -> str:

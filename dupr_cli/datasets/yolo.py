@@ -187,8 +187,10 @@ class YoloSet:
         return places + (ends if Path(plain).suffix else ends[:-1])
 
     def _listed(self, line: str, folder: Path) -> Path:
-        """The image that a line of a list names."""
+        """The image that a line of a list names. Raises UsageError when it names no file."""
         plain = _plain(line)
+        if not Path(plain).name:
+            raise UsageError(f"{self.path}: the line {line[:60]!r} of a list names no image.")
         if line.startswith("./"):
             places = [folder / plain, self.root / plain]
         else:

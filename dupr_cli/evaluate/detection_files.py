@@ -160,8 +160,8 @@ def _as_pycocotools(
         notes.append(f"masks are not scored: {missing}")
     if _miscounted(content):
         notes.append(
-            "annotations have the id 0, or share an id, which pycocotools by itself miscounts; "
-            "they are renumbered"
+            "annotations have the id 0, share an id, or have one that is no number, which "
+            "pycocotools by itself miscounts; they are renumbered"
         )
     # COCO.loadRes takes rows with a caption or keypoints for results of another task.
     first = {name: category for category, name in reversed(coco.categories.items())}
@@ -180,7 +180,7 @@ def _as_pycocotools(
 
 def _miscounted(content: Mapping[str, Any]) -> bool:
     ids = [a["id"] for a in content.get("annotations") or [] if "id" in a]
-    return 0 in ids or len(set(ids)) < len(ids)
+    return any(type(id_) is not int for id_ in ids) or 0 in ids or len(set(ids)) < len(ids)
 
 
 def _without_masks(content: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
