@@ -69,7 +69,8 @@ def remove_abandoned(path: Path) -> None:
     start = f".{path.name}.{_host()}"
     for place in path.parent.glob(f"{glob.escape(start)}*.tmp"):
         number = place.name.removeprefix(start).removesuffix(".tmp")
-        if number.isdecimal() and not _runs(int(number)):
+        # Seven digits: with more, they begin with another machine's number.
+        if re.fullmatch(r"\d{7}", number) and not _runs(int(number)):
             _delete(place)
 
 
@@ -78,7 +79,7 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # another user's; not a process number
+    except PermissionError:  # another user's
         return True
     return True
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.pixel_formats import ChannelImage, as_picture, how_shown
 from dupr_cli.artifacts.shards import ShardSet, open_shards
+from dupr_cli.datasets.pixels import IMAGE_ERRORS
 from dupr_cli.errors import UsageError
 from dupr_cli.outside_text import one_line
 from dupr_cli.pretrain.data import ViewPairs, decode, held_out
@@ -107,7 +108,7 @@ def _images(shards: ShardSet, holdout: int, count: int) -> Iterator[tuple[int, I
             return
         try:
             image = as_picture(decode(shards[number]))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except IMAGE_ERRORS:
             continue
         drawn += 1
         yield number, image

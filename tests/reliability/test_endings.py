@@ -210,6 +210,15 @@ def test_an_ended_stage_continues_to_the_same_bytes(
         assert_quiet_result(stage, out, workers, quiet[name][0])
 
 
+def assert_one_message(stage: Stage, out: Path, workers: int | None, words: str) -> None:
+    """The command fails with one message that says `words`."""
+    code, errors = start(stage, out, workers).end()
+    assert code == 1, errors
+    assert words in errors
+    assert "Traceback" not in errors
+    assert len(re.findall(r"^error:", errors, re.MULTILINE)) == 1, errors
+
+
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
     folder.mkdir()
@@ -237,11 +246,7 @@ def test_a_full_disk_loses_nothing(
     share = random.Random(f"{case}").uniform(0.05, 0.9)
     disk = tmp_path / "disk"
     with small_disk(disk, int(size * share)), counted(name, "disk full"):
-        code, errors = start(every_stage[name], disk / "out", workers).end()
-        assert code == 1, errors
-        assert "No space left on device" in errors
-        assert "Traceback" not in errors
-        assert len(re.findall(r"^error:", errors, re.MULTILINE)) == 1, errors
+        assert_one_message(every_stage[name], disk / "out", workers, "No space left on device")
         remount(disk, "size=1g")
         assert_quiet_result(every_stage[name], disk / "out", workers, expected)
 
@@ -256,10 +261,6 @@ def test_a_read_only_disk_is_one_message(
     disk = tmp_path / "disk"
     with small_disk(disk, 2**30), counted(name, "read-only"):
         remount(disk, "ro")
-        code, errors = start(every_stage[name], disk / "out", workers).end()
-        assert code == 1, errors
-        assert "Read-only file system" in errors
-        assert "Traceback" not in errors
-        assert len(re.findall(r"^error:", errors, re.MULTILINE)) == 1, errors
+        assert_one_message(every_stage[name], disk / "out", workers, "Read-only file system")
         remount(disk, "rw")
         assert_quiet_result(every_stage[name], disk / "out", workers, quiet[name][0])
