@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,9 +23,36 @@ from dupr_cli.cli import (
     study,
 )
 from dupr_cli.cli.command import Quiet, Traceback, Verbose, root_globals
+from dupr_cli.cli.help_text import Group
+
+# The stages first, in the order of use.
+_COMMANDS = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "export": export,
+    "evaluate": evaluate,
+    "demo": demo,
+    "plan": plan,
+    "study": study,
+    "bench": bench,
+    "inspect": inspect,
+    "checkpoint": checkpoint,
+    "import": import_,
+    "recipe": recipe,
+    "doctor": doctor,
+}
+
+
+class _Stages(Group):
+    """Typer lists groups after the other commands; this keeps the order above."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=list(_COMMANDS).index)
+
 
 app = typer.Typer(
     name="dupr",
+    cls=_Stages,
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -63,19 +90,5 @@ def root(
     root_globals.traceback = traceback
 
 
-for module in (
-    prepare,
-    plan,
-    pretrain,
-    export,
-    import_,
-    evaluate,
-    study,
-    demo,
-    checkpoint,
-    bench,
-    inspect,
-    recipe,
-    doctor,
-):
+for module in _COMMANDS.values():
     module.add_to(app)

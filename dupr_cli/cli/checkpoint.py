@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dupr_cli.cli.command import command
+from dupr_cli.cli.help_text import Group
 from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
 
@@ -24,7 +25,7 @@ _MOST = 20  # differing tensors printed
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+    group = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode="rich")
 
     @group.callback()
     def checkpoint() -> None:

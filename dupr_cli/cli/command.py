@@ -19,10 +19,21 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeGuard, TypeVar, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    NoReturn,
+    TypeGuard,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
+from typer.models import OptionInfo
 
+from dupr_cli.cli.help_text import Command, help_text, placeholder
 from dupr_cli.errors import DuprError, RunError, UsageError
 from dupr_cli.progress import Reporter
 
@@ -176,6 +187,8 @@ def command(
             for option in (_options_of(groups[p.name]) if p.name in groups else [p])
         ]
         extra = [("quiet", Quiet), ("verbose", Verbose), ("traceback", Traceback), ("json", Json)]
+        for option in own:
+            _name_value(option)
         added = [
             inspect.Parameter(
                 option, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind
@@ -215,10 +228,20 @@ def command(
 
         wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
-        application.command(command_name)(wrapper)
+        application.command(command_name, cls=Command, help=help_text(function.__doc__))(wrapper)
         return wrapper
 
     return register
+
+
+def _name_value(option: inspect.Parameter) -> None:
+    """Give an option without a metavar the name of its value."""
+    if get_origin(option.annotation) is not Annotated:
+        return
+    kind, *about = get_args(option.annotation)
+    for info in about:
+        if isinstance(info, OptionInfo) and info.metavar is None and kind is not bool:
+            info.metavar = placeholder(kind, option.name)
 
 
 def _are_options(kind: object) -> TypeGuard[type[DataclassInstance]]:

@@ -23,13 +23,26 @@ _LIBRARIES = (
     "numpy",
 )
 
+# What each extra of the package brings, and what for.
+EXTRAS = {
+    "timm": (("timm",), "timm's backbones, in every stage"),
+    "transformers": (("transformers",), "transformers' backbones; RT-DETR and D-FINE detectors"),
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "dupr export --to onnx"),
+    "hf": (("datasets", "pyarrow"), "hf:// data sets; lists as Parquet"),
+    "tiff": (("tifffile", "imagecodecs"), "TIFF images of many channels"),
+    "probes": (("scikit-learn",), "dupr evaluate voc07-cls"),
+    "ray": (("ray",), "--engine ray of prepare and study"),
+}
+
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """versions: of dupr, Python and libraries. machine: its hardware. advice: for using both."""
+    """versions: of dupr, Python and libraries. machine: its hardware. extras: what each enables and
+    whether it is installed. advice: for using them."""
 
     versions: dict[str, str]
     machine: dict[str, str]
+    extras: dict[str, str]
     advice: list[str]
 
 
@@ -38,20 +51,24 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor() -> Diagnosis:
-    """Report versions and hardware of this machine, with advice. Paste it into a bug report."""
-    # Here, because it takes as long as all of dupr's own part of `dupr --help`.
-    import importlib.metadata
+    """Report versions and hardware of this machine, with advice. Paste it into a bug report.
 
+    [bold]Example[/]
+
+      dupr doctor
+    """
     import torch
 
     from dupr_cli.runtime.machine import cores, memory_bytes
 
     versions = {"dupr": __version__, "python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = "missing"
+    installed = {name: _version(name) for name in _LIBRARIES}
+    versions |= {name: version or "missing" for name, version in installed.items()}
+    extras = {}
+    for extra, (libraries, purpose) in EXTRAS.items():
+        found = all(_version(name) is not None for name in libraries)
+        state = "installed" if found else f"missing; pip install 'dupr-cli[{extra}]'"
+        extras[extra] = f"{purpose}: {state}"
     free = shutil.disk_usage(Path.cwd()).free
     machine = {
         "system": platform.platform(),
@@ -81,11 +98,22 @@ def doctor() -> Diagnosis:
             "/dev/shm has less than 1 GiB, so loader processes may fail (bus error). In a "
             "container, enlarge it (--shm-size) or use --workers 0."
         )
-    return Diagnosis(versions, machine, advice)
+    return Diagnosis(versions, machine, extras, advice)
+
+
+def _version(library: str) -> str | None:
+    # Here, because it takes as long as all of dupr's own part of `dupr --help`.
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def show(diagnosis: Diagnosis) -> None:
     from dupr_cli.cli.console import print_facts, print_text
 
     print_facts([*diagnosis.versions.items(), *diagnosis.machine.items()])
+    print_facts([*diagnosis.extras.items()], title="extra")
     print_text("\n".join(["", *diagnosis.advice]))

@@ -12,6 +12,7 @@ import typer
 
 from dupr_cli.cli import evaluate_detections, evaluate_probes
 from dupr_cli.cli.command import Common, Planned, Profile, command, overrides
+from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+    group = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode="rich")
     for name, function in _PROTOCOLS:
         command(group, name, show)(function)
     command(group, "report", show_report)(report)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dupr_cli.cli.command import Seed, Set, command, overrides
+from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
 
 Out = Annotated[
@@ -26,7 +27,7 @@ class Picture:
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+    group = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode="rich")
 
     @group.callback()
     def inspect() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from dupr_cli.cli.command import (
     DryRun,
@@ -20,6 +19,7 @@ from dupr_cli.cli.command import (
     overrides,
     parse_task,
 )
+from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
 from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
@@ -47,7 +47,7 @@ Picture = Annotated[
 ]
 
 
-class _StageGroup(TyperGroup):
+class _StageGroup(Group):
     """A group that runs the stage itself unless its first argument is a subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -1,12 +1,14 @@
-"""`dupr recipe`: lists, shows and validates recipes, and prints their JSON Schema."""
+"""`dupr recipe`: lists, shows, copies and validates recipes, and prints their JSON Schema."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dupr_cli.cli.command import Set, command
+from dupr_cli.cli.help_text import Group
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -16,28 +18,41 @@ Stage = Literal["prepare", "pretrain", "export", "evaluate", "probe", "study"]
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+    group = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode="rich")
 
     @group.callback()
     def recipe() -> None:
-        """List, show and check recipes."""
+        """List, show, copy and check recipes."""
 
     command(group, "list", show_list)(list_recipes)
     command(group, "show", show_recipe)(show)
+    command(group, "copy", show_text)(copy)
     command(group, "validate", show_text)(validate)
     command(group, "schema", show_schema)(schema)
     app.add_typer(group, name="recipe")
 
 
-def list_recipes() -> list[dict[str, str]]:
-    """List the recipes that ship with dupr."""
+def list_recipes(
+    stage: Annotated[
+        Stage | None, typer.Argument(metavar="[STAGE]", help="Only the recipes of this stage.")
+    ] = None,
+) -> list[dict[str, str]]:
+    """List the recipes that ship with dupr.
+
+    [bold]Examples[/]
+
+      dupr recipe list
+
+      dupr recipe list evaluate
+    """
     from dupr_cli.recipe import RECIPE_MODELS, shipped_recipes
     from dupr_cli.recipe.load import recipe_description
 
     return [
-        {"stage": stage, "name": name, "description": recipe_description(path, stage)}
-        for stage in RECIPE_MODELS
-        for name, path in shipped_recipes(stage).items()
+        {"stage": kind, "name": name, "description": recipe_description(path, kind)}
+        for kind in RECIPE_MODELS
+        if stage in (None, kind)
+        for name, path in shipped_recipes(kind).items()
     ]
 
 
@@ -83,6 +98,29 @@ def show_recipe(recipe: Section | str) -> None:
     show_text(recipe if isinstance(recipe, str) else recipe_yaml(recipe))
 
 
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or a file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The new recipe file.")],
+) -> str:
+    """Copy a recipe into a new file, with its comments, as a start for your own.
+
+    [bold]Example[/]
+
+      dupr recipe copy voc-tiny mine.yaml
+    """
+    from dupr_cli.artifacts.files import write_text
+    from dupr_cli.errors import UsageError
+    from dupr_cli.recipe import find_recipe
+
+    source = find_recipe(name)
+    if file.is_dir():
+        raise UsageError(f"{file} is a directory; give the name of the new recipe file.")
+    if file.exists() or file.is_symlink():
+        raise UsageError(f"{file} exists; give another name, so that nothing is lost.")
+    write_text(file, source.read_text(encoding="utf-8"))
+    return f"{file} is a copy of {name}; its keys: dupr recipe show {file}"
+
+
 def validate(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file.")],
     set_: Set = None,
@@ -92,6 +130,10 @@ def validate(
     """Check a recipe; if it is wrong, print every problem with its line and exit with code 2.
 
     A valid recipe that may fail to learn causes a warning with a proposal.
+
+    [bold]Example[/]
+
+      dupr recipe validate mine.yaml
     """
     from dupr_cli.recipe import RECIPE_MODELS, PretrainRecipe, load_recipe
 
@@ -113,7 +155,10 @@ def show_text(text: str) -> None:
 
 def schema(
     stage: Annotated[
-        Stage, typer.Argument(metavar="STAGE", help="prepare, pretrain, export, evaluate or probe.")
+        Stage,
+        typer.Argument(
+            metavar="STAGE", help="prepare, pretrain, export, evaluate, probe or study."
+        ),
     ],
 ) -> dict[str, object]:
     """Print the JSON Schema of a stage's recipes, with which editors complete and check YAML.

@@ -1,4 +1,4 @@
-"""The command line as people use it: help, messages, exit codes, signals."""
+"""The command line as people use it: messages, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -33,62 +33,6 @@ def pretrain_command(shards: Path, run: Path, *more: object) -> list[str]:
     return command(
         "pretrain", "dupr-r18-cpu-smoke", "--data", shards, "--out", run, *TINY_SET, *more
     )
-
-
-COMMANDS = (
-    ("prepare",),
-    ("prepare", "merge"),
-    ("prepare", "verify"),
-    ("prepare", "stats"),
-    ("prepare", "view"),
-    ("pretrain",),
-    ("export",),
-    ("evaluate",),
-    ("evaluate", "voc"),
-    ("demo",),
-    ("recipe",),
-    ("recipe", "list"),
-    ("recipe", "show"),
-    ("recipe", "validate"),
-    ("recipe", "schema"),
-    ("checkpoint",),
-    ("checkpoint", "list"),
-    ("checkpoint", "verify"),
-    ("checkpoint", "diff"),
-    ("inspect",),
-    ("inspect", "views"),
-    ("inspect", "curves"),
-    ("doctor",),
-)
-
-
-@pytest.mark.parametrize("words", [(), *COMMANDS], ids=" ".join)
-def test_help_of_every_command(words: tuple[str, ...]) -> None:
-    text = dupr(*words, "--help").stdout
-    assert "Usage:" in text
-    if words and words not in (("evaluate",), ("recipe",), ("checkpoint",), ("inspect",)):
-        for option in ("--quiet", "--verbose", "--traceback", "--json"):
-            assert option in text
-
-
-def test_stage_commands_share_their_options() -> None:
-    for words in (("prepare",), ("pretrain",), ("export",), ("evaluate", "voc")):
-        text = dupr(*words, "--help").stdout
-        for option in ("--recipe", "--set", "--overwrite", "--dry-run"):
-            assert option in text, (words, option)
-
-
-def test_help_imports_no_heavy_library() -> None:
-    probe = (
-        "import sys; from dupr_cli.__main__ import main\n"
-        "sys.argv = ['dupr', 'pretrain', '--help']\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = ('torch', 'torchvision', 'webdataset', 'numpy', 'PIL')\n"
-        "print([m for m in heavy if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_version_and_doctor() -> None:
