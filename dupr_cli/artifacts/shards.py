@@ -398,8 +398,8 @@ def open_shards(address: str, split: str | None = None) -> ShardSet:
         tars = sorted(tar for tar in folder.glob("*.tar") if tar.is_file())
         if not tars:
             raise UsageError(
-                f"{folder} holds no shards (no {MANIFEST}, no .tar). Make them with "
-                f"`dupr prepare IMAGES {folder}`."
+                f"{folder} holds no shards (no {MANIFEST}, no .tar). If it holds images, `dupr "
+                f"prepare {folder} SHARDS` makes shards from them; give SHARDS here."
             )
     else:
         # Imported only here because it imports torch, which prepare does not need.

@@ -16,9 +16,10 @@ import functools
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from dupr_cli.recipe import Section
+    from dupr_cli.recipe.load import Override
 
 T = TypeVar("T")
 
@@ -164,12 +166,14 @@ def command(
     command_name: str,
     show: Callable[[T], None],
     exit_code: Callable[[T], int] | None = None,
+    following: Callable[[T, Mapping[str, object]], str | None] | None = None,
 ) -> Callable[[Callable[..., T | Planned | None]], Callable[..., None]]:
     """Register a function as a command of `application`.
 
     Besides options, the function may take `reporter: Reporter` and dataclasses of options.
     show: prints its result for people; this function itself prints a `Planned`. exit_code: of the
-    process after the result is printed, 0 by default.
+    process after the result is printed, 0 by default. following: what people do next, from the
+    result and the function's arguments.
     """
 
     def register(function: Callable[..., T | Planned | None]) -> Callable[..., None]:
@@ -213,7 +217,11 @@ def command(
             try:
                 result = function(**arguments)
                 _print_result(result, show, options.json)
-                if exit_code is not None and result is not None and not isinstance(result, Planned):
+                if following is not None and _is_final(result):
+                    text = following(result, arguments)
+                    if text is not None:
+                        make_reporter(options).info(f"Next: {text}")
+                if exit_code is not None and _is_final(result):
                     sys.exit(exit_code(result))
             except BrokenPipeError:
                 # The reader has closed the pipe; keeps the interpreter from reporting that on exit.
@@ -261,6 +269,10 @@ def _options_of(group: type[DataclassInstance]) -> list[inspect.Parameter]:
         )
         for field in dataclasses.fields(group)
     ]
+
+
+def _is_final(result: T | Planned | None) -> TypeGuard[T]:
+    return result is not None and not isinstance(result, Planned)
 
 
 def _print_result(result: T | Planned | None, show: Callable[[T], None], as_json: bool) -> None:
@@ -322,13 +334,27 @@ def _explain_os_error(error: OSError) -> DuprError:
     return RunError(f"{where}{error.strerror or error}. {advice}")
 
 
-def overrides(given: Sequence[str] | None, **keys: tuple[str, object | None]) -> list[str]:
+def overrides(
+    given: Sequence[str] | None, **keys: tuple[str, object | None]
+) -> list[Override | str]:
     """Join the --set options and the overrides for which other options stand.
 
-    keys: option name = (recipe key, value); None means that the option was not given.
+    keys: option name = (recipe key, value as YAML); None means that the option was not given. A
+    message about the value names the option.
     """
-    extra = [f"{key}={value}" for key, value in keys.values() if value is not None]
-    return [*(given or []), *extra]
+    from dupr_cli.recipe.load import Override
+
+    joined: list[Override | str] = [*(given or [])]
+    for option, (key, value) in keys.items():
+        if value is not None:
+            source = f"--{option.replace('_', '-')} {value}"
+            joined.append(dataclasses.replace(Override.parse(f"{key}={value}"), source=source))
+    return joined
+
+
+def shell_words(*words: object) -> str:
+    """Words as one command that a shell can be given."""
+    return shlex.join(map(str, words))
 
 
 def parse_task(given: str | None) -> tuple[int, int] | None:

@@ -269,9 +269,9 @@ def _resolve(protocol: str, options: FineTuning, common: Common) -> EvaluateReci
         common.set_,
         workers=("train.workers", common.workers),
         seed=("seed", common.seed),
-        train=("data.train_splits", _yaml_list(options.train_split)),
-        test=("data.test_splits", _yaml_list(options.test_split)),
-        trials=("trials", options.seeds),
+        train_split=("data.train_splits", _yaml_list(options.train_split)),
+        test_split=("data.test_splits", _yaml_list(options.test_split)),
+        seeds=("trials", options.seeds),
         labels=("data.labels", _labels(options.labels)),
     )
     if options.frozen and protocol == "cityscapes":

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import DryRun, Overwrite, Planned, Recipe, Set, command, overrides
+from dupr_cli.cli.command import (
+    DryRun,
+    Overwrite,
+    Planned,
+    Recipe,
+    Set,
+    command,
+    overrides,
+    shell_words,
+)
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -16,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, "export", show)(export)
+    command(app, "export", show, following=following)(export)
 
 
 def export(
@@ -185,13 +195,30 @@ def show(result: ExportResult | Checked) -> None:
         checked = "features differ by" if each.features_compared else "tensors differ by"
         difference = f"{checked} {each.max_difference:.1e} at most, {each.verified_by}"
         facts.append((each.name, difference))
-        facts += [("", f"{name} sha256 {digest}") for name, digest in each.files.items()]
+        for name, digest in each.files.items():
+            path = f"{result.path}/{name}" if Path(result.path).is_dir() else result.path
+            facts.append(("", f"{path} sha256 {digest}"))
     if result.hub_url:
         facts.append(("on the Hub", result.hub_url))
     print_facts(facts)
     for each in result.formats:
         for _, block in each.usage:
             print_text(f"\n{each.name}:\n{block}\n")
+
+
+def following(result: ExportResult | Checked, arguments: Mapping[str, object]) -> str | None:
+    from dupr_cli.export.arrival import Checked
+
+    if isinstance(result, Checked):
+        return None
+    repository = arguments["push_to_hub"]
+    if repository and arguments["local_only"]:
+        return (
+            f"the same command without --local-only pushes {result.path} to {repository}; nothing "
+            f"was pushed yet"
+        )
+    compared = shell_words("dupr", "evaluate", "voc", arguments["weights"], "none", "--frozen")
+    return f"{compared} --data VOC_TREE --out RESULTS"
 
 
 def _arrived(found: Arrival) -> str:

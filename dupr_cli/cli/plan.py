@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Device, Recipe, Set, command
+from dupr_cli.cli.command import Device, Recipe, Set, command, shell_words
 from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, "plan", show)(plan)
+    command(app, "plan", show, following=following)(plan)
 
 
 def plan(
@@ -94,8 +95,11 @@ def show(proposal: Proposal) -> None:
     )
     for warning in proposal.warnings:
         print_text(f"warning: {one_line(warning)}")
-    name = proposal.written
-    if name:
-        print_text(f"\nNext: dupr pretrain {name} --data {one_line(proposal.data)} --out RUN")
-    else:
-        print_text("\n--write FILE writes it as a recipe.")
+
+
+def following(proposal: Proposal, arguments: Mapping[str, object]) -> str:
+    if not proposal.written:
+        return "--write FILE writes it as a recipe"
+    return shell_words(
+        "dupr", "pretrain", proposal.written, "--data", proposal.data, "--out", "RUN"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from dupr_cli.cli.command import (
     command,
     overrides,
     parse_task,
+    shell_words,
 )
 from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
@@ -70,8 +72,8 @@ def add_to(app: typer.Typer) -> None:
     def stage() -> None:
         """Make shards from images."""
 
-    command(group, _STAGE, show)(prepare)
-    command(group, "merge", show)(merge)
+    command(group, _STAGE, show, following=following)(prepare)
+    command(group, "merge", show, following=following)(merge)
     command(group, "verify", show_verified, lambda found: int(not found.whole))(verify)
     command(group, "stats", show_stats)(stats)
     command(group, "view", show_view)(view)
@@ -226,9 +228,14 @@ def show(result: PrepareResult) -> None:
     if result.excluded is not None:
         facts.append(("excluded", f"{result.excluded} of the images left out"))
     facts.append(("written to", result.out))
-    if result.task is not None:
-        facts.append(("then", f"dupr prepare merge {result.out}, when all tasks have ended"))
     print_facts(facts)
+
+
+def following(result: PrepareResult, arguments: Mapping[str, object]) -> str:
+    if result.task is not None:
+        merge = shell_words("dupr", "prepare", "merge", result.out)
+        return f"{merge}  (when all tasks have ended)"
+    return f"{shell_words('dupr', 'plan', result.out)}  (proposes a recipe, with its cost)"
 
 
 def verify(shards: Shards, workers: Workers = None, *, reporter: Reporter) -> Verified:
@@ -304,7 +311,7 @@ def view(
 def show_view(found: View) -> None:
     from dupr_cli.cli.console import print_facts
 
-    facts = [("shows", ", ".join(found.keys))]
+    facts = [("shows", f"{len(found.keys)} images, drawn at random")]
     if found.pixels is not None:
         from dupr_cli.artifacts.pixel_formats import how_shown
 

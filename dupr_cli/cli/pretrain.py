@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from dupr_cli.cli.command import (
     Workers,
     command,
     overrides,
+    shell_words,
 )
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, "pretrain", show)(pretrain)
+    command(app, "pretrain", show, following=following)(pretrain)
 
 
 def pretrain(
@@ -185,15 +187,23 @@ def pretrain(
 
 def show(result: PretrainResult) -> None:
     from dupr_cli.cli.console import print_facts
-    from dupr_cli.pretrain.retrieval_check import describe_retrieval
+    from dupr_cli.pretrain.retrieval_check import describe_retrieval, learned
 
     metrics = result.metrics
     facts = [("steps", str(result.steps))]
     if "loss" in metrics:
         facts.append(("loss", f"{metrics['loss']:.3f}"))
     facts += [
-        ("held-out retrieval", describe_retrieval(metrics, name.removeprefix("retrieval/")))
+        ("patches found again", describe_retrieval(metrics, name.removeprefix("retrieval/")))
         for name in metrics
         if name.startswith("retrieval/")
     ]
+    if verdict := learned(result.first_retrieval, metrics):
+        facts.append(("learned", verdict))
     print_facts([*facts, ("run", result.run), ("checkpoint", result.checkpoint)])
+
+
+def following(result: PretrainResult, arguments: Mapping[str, object]) -> str:
+    return shell_words(
+        "dupr", "export", result.run, "--to", "torchvision", "--out", "backbone.safetensors"
+    )

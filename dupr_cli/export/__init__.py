@@ -151,6 +151,13 @@ def run(
                 place(staged, target, result, push is not None, overwrite)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+    result = replace(
+        result,
+        formats=[
+            replace(each, usage=_usage_from_here(chosen, each, read, target, places[each.name]))
+            for chosen, each in zip(formats, result.formats, strict=True)
+        ],
+    )
     if push is None or local_only:
         return result
 
@@ -212,3 +219,17 @@ def _export(
         verified.features_compared,
         [*chosen.usage(weights, place)],
     )
+
+
+def _usage_from_here(
+    chosen: ExportFormat, exported: ExportedFormat, weights: Weights, target: Path, place: str
+) -> list[tuple[str, str]]:
+    """The usage with paths that hold where the command was given; a card's are those in the folder.
+
+    target: the written file or folder. place: the folder of the format's files in it.
+    """
+    if target.is_dir():
+        return [*chosen.usage(weights, f"{target}/{place}")]
+    (name,) = exported.files
+    blocks = chosen.usage(weights, "")
+    return [(language, block.replace(name, str(target))) for language, block in blocks]

@@ -17,6 +17,7 @@ from dupr_cli.artifacts.pixel_formats import counted, described
 from dupr_cli.artifacts.run import (
     ENVIRONMENT_FILE,
     RECIPE_FILE,
+    MetricsLog,
     newest_checkpoint,
     read_environment,
     training_files,
@@ -174,7 +175,11 @@ def run(
         if not world.is_main:
             return None
         checkpoint = newest_checkpoint(out)
-    return PretrainResult(str(out), str(checkpoint.path), checkpoint.state.step, metrics)
+    first = next(iter(MetricsLog(out).retrieval()), {})
+    return PretrainResult(
+        str(out), str(checkpoint.path), checkpoint.state.step, metrics,
+        {f"retrieval/{level}": share / 100 for level, share in first.items()},
+    )  # fmt: skip
 
 
 def _require_fit(recipe: PretrainRecipe, processes: int) -> None:

@@ -64,6 +64,26 @@ def short_retrieval(shares: Mapping[str, float]) -> str:
     return " ".join(["retrieval", *found])
 
 
+def learned(first: Mapping[str, float], last: Mapping[str, float]) -> str:
+    """Whether patches are found again more often than by the random network of the start.
+
+    first, last: shares of all pairs by their names in metrics.jsonl; empty text without them.
+    """
+    better: list[str] = []
+    not_better: list[str] = []
+    for name, start in first.items():
+        end = last[name]
+        kind = better if end > start else not_better
+        level = name.removeprefix(f"{RETRIEVAL['all']}/")
+        kind.append(f"{level} {100 * start:.1f}% -> {100 * end:.1f}%")
+    parts = []
+    if better:
+        parts.append(f"more than at the start: {', '.join(better)}")
+    if not_better:
+        parts.append(f"no more than at the start: {', '.join(not_better)}")
+    return "; ".join(parts)
+
+
 @torch.no_grad()
 def patch_retrieval(
     backbone: nn.Module,

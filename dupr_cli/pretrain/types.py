@@ -26,9 +26,11 @@ class PretrainPlan:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """The output of a finished run. metrics: the last values of metrics.jsonl."""
+    """The output of a finished run. metrics: the last values of metrics.jsonl. first_retrieval: of
+    the held-out patches, measured before the first step, by the metrics' names."""
 
     run: str
     checkpoint: str
     steps: int
     metrics: dict[str, float]
+    first_retrieval: dict[str, float]

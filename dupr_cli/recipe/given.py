@@ -13,8 +13,9 @@ from pathlib import Path
 
 from dupr_cli.recipe.load import Override, R, apply_overrides, load_recipe
 
-# {"train.steps": 3}, or what --set takes: ["train.steps=3"].
-Overrides = Mapping[str, object] | Sequence[str]
+# {"train.steps": 3}, or what --set takes: ["train.steps=3"]; the command line adds Overrides that
+# name the option they come from.
+Overrides = Mapping[str, object] | Sequence[str | Override] | Sequence[str]
 
 
 def resolve_recipe(model: type[R], recipe: R | str | Path, overrides: Overrides = ()) -> R:
@@ -38,8 +39,11 @@ def as_overrides(overrides: Overrides) -> list[Override]:
             for key, value in overrides.items()
         ]
     listed = isinstance(overrides, Sequence) and not isinstance(overrides, str | bytes)
-    if listed and all(isinstance(option, str) for option in overrides):
-        return [Override.parse(str(option)) for option in overrides]
+    if listed and all(isinstance(option, str | Override) for option in overrides):
+        return [
+            option if isinstance(option, Override) else Override.parse(str(option))
+            for option in overrides
+        ]
     raise TypeError(
         f'overrides: give a mapping such as {{"train.steps": 3}} or a list of strings such as '
         f'["train.steps=3"], not {_shortened(overrides)}.'

@@ -80,9 +80,9 @@ def test_tasks_and_merge(tmp_path: Path, source: Path, whole: dict[str, str]) ->
         for n in (1, 2, 3)
     ]  # fmt: skip
     for process in processes:
-        text, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-        assert "dupr prepare merge" in text
+        assert "dupr prepare merge" in errors
     assert not list(out.glob("*.tar"))
     dupr("prepare", "merge", out)
     assert digests(out) == whole
