@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from dupr_cli.addresses import public_address
+from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.pixel_formats import AnyImage, PixelFormat
 from dupr_cli.artifacts.results import DatasetIdentity, image_ids_digest
 from dupr_cli.datasets.channels import ChannelPicture, open_as
 from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture
 from dupr_cli.datasets.placement import Placed, placed, summarise_notes
 from dupr_cli.datasets.shards import kept_format, require_format
-from dupr_cli.datasets.splits import LabelSource, open_source
+from dupr_cli.datasets.splits import JoinedSource, LabelSource, open_source
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.metrics.types import Rle, Truth
 from dupr_cli.progress import Reporter
@@ -43,7 +44,8 @@ class Annotation:
     width, height: of the upright image, pixels. boxes: (n, 4) float32, x_min, y_min, x_max, y_max.
     names: class of each box. difficult, crowd: (n,) bool. areas: (n,) square pixels, of the
     object's mask if the source gives it, otherwise of the box. outlines: COCO's polygons or run
-    lengths of each object, None if masks were not requested.
+    lengths of each object, None if masks were not requested. distances: (n, 2) median distance in
+    metres, and the share of pixels that have one; None where the source gives none.
     """
 
     image_id: str
@@ -55,6 +57,7 @@ class Annotation:
     crowd: NDArray[np.bool_]
     areas: NDArray[np.float64]
     outlines: tuple[Outline, ...] | None = None
+    distances: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class LabelledSet:
     split: str
     annotations: tuple[Annotation, ...]
     sizes: tuple[int, ...]
-    _source: LabelSource
+    _source: JoinedSource
     _numbers: tuple[int, ...]
     pixels: PixelFormat | None = None
 
@@ -128,13 +131,16 @@ class LabelledSet:
         """Objects of an image in the form of the metrics; `classes` numbers the classes."""
         annotation = self.annotations[position]
         labels = np.array([classes.index(name) for name in annotation.names], dtype=np.int64)
+        has_masks = annotation.outlines is not None
         return Truth(
             annotation.boxes,
             labels,
             annotation.difficult,
             annotation.crowd,
             annotation.areas,
-            None if annotation.outlines is None else self._coded(annotation),
+            self._coded(annotation) if has_masks else None,
+            self._source.void(self._numbers[position]) if has_masks else None,
+            annotation.distances,
         )
 
     def masks(self, position: int) -> NDArray[np.bool_]:
@@ -295,5 +301,12 @@ def _annotate(
         np.array([box.crowd for box in usable], dtype=np.bool_),
         np.array(areas, dtype=np.float64),
         tuple(box.details["segmentation"] for box in usable) if masks else None,
+        _distances(usable),
     )
     return annotation, notes
+
+
+def _distances(boxes: Sequence[Box]) -> NDArray[np.float64] | None:
+    if not any("distance" in box.details for box in boxes):
+        return None
+    return np.array([box.details.get("distance", (-1.0, 0.0)) for box in boxes], dtype=np.float64)

@@ -18,6 +18,7 @@ from dupr_cli.datasets.shards import ShardSplit
 from dupr_cli.datasets.voc import VocSplit, find_voc_trees
 from dupr_cli.datasets.yolo import YoloSplit, is_yolo
 from dupr_cli.errors import UsageError
+from dupr_cli.metrics.types import Rle
 
 
 class LabelSource(Protocol):
@@ -77,8 +78,13 @@ class JoinedSource:
         part, i = self._entries[number]
         return part.labels(i)
 
+    def void(self, number: int) -> Rle | None:
+        """The pixels that belong to no class, of sources that say so."""
+        part, i = self._entries[number]
+        return part.void(i) if isinstance(part, CityscapesSplit) else None
 
-def open_source(address: str, splits: Sequence[str]) -> LabelSource:
+
+def open_source(address: str, splits: Sequence[str]) -> JoinedSource:
     """Open the splits of a labelled set, joined into one.
 
     Raises UsageError when the set or a split does not exist, or an image is in two of the splits.

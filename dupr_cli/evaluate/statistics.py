@@ -24,6 +24,8 @@ PRIMARY = "AP"
 
 def compared_metrics(metrics: Collection[str]) -> tuple[str, str, str]:
     """The metrics to compare weights by; detectors with masks get AP of masks instead of AP75."""
+    if "cityscapes_AP" in metrics:
+        return ("AP", "segm_AP", "cityscapes_AP")
     return ("AP", "AP50", "segm_AP") if "segm_AP" in metrics else ("AP", "AP50", "AP75")
 
 

@@ -157,7 +157,9 @@ def scores_of(
 
 
 def metric_of(recipe: EvaluateRecipe) -> Metric:
-    return "coco-segm" if recipe.has_masks else recipe.test.metric
+    if not recipe.has_masks:
+        return recipe.test.metric
+    return "cityscapes" if recipe.protocol == "cityscapes" else "coco-segm"
 
 
 def read_outcome(

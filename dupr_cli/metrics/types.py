@@ -18,13 +18,14 @@ Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 Points = Literal["voc07", "voc10"]
-Metric = Literal["voc07", "voc10", "coco", "coco-segm"]
+Metric = Literal["voc07", "voc10", "coco", "coco-segm", "cityscapes"]
 
 METRIC_NAMES: dict[Metric, str] = {
     "voc07": "VOC07 11-point AP over IoU 0.50:0.05:0.95, AP50 and AP75, percent",
     "voc10": "VOC10 area-under-curve AP over IoU 0.50:0.05:0.95, AP50 and AP75, percent",
     "coco": "COCO box AP over IoU 0.50:0.05:0.95 at 101 recall points, percent",
     "coco-segm": "COCO box and mask AP over IoU 0.50:0.05:0.95 at 101 recall points, percent",
+    "cityscapes": "COCO box and mask AP, and Cityscapes' own mask AP (cityscapes_AP), percent",
 }
 
 
@@ -41,7 +42,9 @@ class Truth:
 
     boxes: (n, 4) float. labels: (n,) class numbers. difficult: (n,) bool, VOC's flag. crowd: (n,)
     bool, COCO's flag. areas: (n,) float, pixels, COCO's measure of size, if not the box's area.
-    masks: one per object, for coco-segm.
+    masks: one per object, for coco-segm and cityscapes. void: pixels that belong to no class, where
+    a detection is neither right nor wrong for Cityscapes. distances: (n, 2), the median distance of
+    an object in metres, and the share of its pixels that have one.
     """
 
     boxes: NDArray[np.floating]
@@ -50,6 +53,8 @@ class Truth:
     crowd: Flags | None = None
     areas: NDArray[np.floating] | None = None
     masks: tuple[Rle, ...] | None = None
+    void: Rle | None = None
+    distances: Floats | None = None
 
 
 @dataclass(frozen=True)

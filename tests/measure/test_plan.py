@@ -62,7 +62,7 @@ def test_a_queue_that_is_too_long_is_cut(shards: Path) -> None:
     result = dupr("plan", shards, *QUICK, "--recipe", "dupr-r18-cpu-smoke",
                   "--set", SMALL_NETWORK)  # fmt: skip
     assert "method.queue_length=128  (at most a quarter of 576 images" in result.stdout
-    assert "--write FILE" in result.stdout
+    assert "--write FILE" in result.stderr
 
 
 def test_a_detector_decides_the_backbone(shards: Path) -> None:
