@@ -1,4 +1,4 @@
-"""COCO's average precision and recall, of boxes and of masks, computed by faster-coco-eval.
+"""COCO's average precision and recall, of boxes, masks and keypoints, computed by faster-coco-eval.
 
 Objects and detections are written as COCO's JSON and given to COCOeval_faster, whose numbers are
 returned as percentages. They equal those of pycocotools to the last bit, for which the precision of
@@ -21,6 +21,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from dupr_cli.metrics.types import (
+    COCO_SIGMAS,
     Detections,
     Floats,
     Integers,
@@ -33,6 +34,10 @@ from dupr_cli.metrics.types import (
 # In the order of COCOeval.stats.
 STATISTICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+)  # fmt: skip
+
+KEYPOINT_STATISTICS = (
+    "AP", "AP50", "AP75", "APm", "APl", "AR20", "AR50", "AR75", "ARm", "ARl",
 )  # fmt: skip
 
 # An area outside every size range, even that of all sizes, so that COCOeval ignores the object.
@@ -73,15 +78,73 @@ def coco_segm_scores(
     return with_masks(boxes, coco_json_scores(content, results, "segm", ious))
 
 
+def coco_keypoint_scores(
+    truths: Sequence[Truth],
+    detections: Sequence[Detections],
+    classes: Sequence[str],
+    sigmas: Sequence[float] | Mapping[str, Sequence[float]],
+    ious: Sequence[float] = (),
+) -> Scores:
+    """The numbers of `coco_scores`, with those of keypoints beside them as keypoint_AP and so on.
+
+    An object counts for keypoints if one of its keypoints is labelled. sigmas: one per keypoint,
+    for all classes or for each by its name.
+    Raises ValueError when no object counts, or objects or detections have no keypoints.
+    """
+    entries: list[Truth | Detections] = [*truths, *detections]
+    if any(entry.keypoints is None and len(entry.labels) for entry in entries):
+        raise ValueError("coco-keypoints needs the keypoints of all objects and detections")
+    content, results = truths_json(truths, classes), detections_json(detections)
+    boxes = coco_json_scores(content, results, "bbox", ious)
+    if not isinstance(sigmas, Mapping):
+        return with_keypoints(boxes, coco_json_scores(content, results, "keypoints", ious, sigmas))
+    # COCOeval has the same sigmas for all classes, and every one of its figures is a mean over
+    # classes, so that one class at a time gives the same.
+    by_class: list[Scores] = []
+    for number, name in enumerate(classes, 1):
+        of_class = [row for row in content["annotations"] if row["category_id"] == number]
+        if not any(row["num_keypoints"] and not row["iscrowd"] for row in of_class):
+            continue
+        part = {
+            **content,
+            "categories": [{"id": number, "name": name}],
+            "annotations": of_class,
+        }
+        found = [row for row in results if row["category_id"] == number]
+        by_class.append(coco_json_scores(part, found, "keypoints", ious, sigmas[name]))
+    if not by_class:
+        raise ValueError("no class has an object with keypoints to find")
+    names = dict.fromkeys(name for scores in by_class for name in scores.metrics)
+    metrics = {
+        name: float(np.mean([one.metrics[name] for one in by_class if name in one.metrics]))
+        for name in names
+    }
+    rows = {name: row for one in by_class for name, row in one.per_class.items()}
+    return with_keypoints(boxes, Scores(metrics, rows))
+
+
 def with_masks(boxes: Scores, masks: Scores) -> Scores:
     """Merge both; the names for masks begin with segm_."""
+    return joined_scores(boxes, masks, "segm_")
 
-    def joined(of_boxes: dict[str, float], of_masks: dict[str, float]) -> dict[str, float]:
-        return {**of_boxes, **{f"segm_{name}": value for name, value in of_masks.items()}}
+
+def with_keypoints(boxes: Scores, keypoints: Scores) -> Scores:
+    """Merge both; the names for keypoints begin with keypoint_."""
+    return joined_scores(boxes, keypoints, "keypoint_")
+
+
+def joined_scores(first: Scores, second: Scores, prefix: str = "") -> Scores:
+    """Both scores; the names of the second get the prefix."""
+
+    def joined(of_first: dict[str, float], of_second: dict[str, float]) -> dict[str, float]:
+        return {**of_first, **{f"{prefix}{name}": value for name, value in of_second.items()}}
 
     return Scores(
-        joined(boxes.metrics, masks.metrics),
-        {name: joined(row, masks.per_class.get(name, {})) for name, row in boxes.per_class.items()},
+        joined(first.metrics, second.metrics),
+        {
+            name: joined(row, second.per_class.get(name, {}))
+            for name, row in first.per_class.items()
+        },
     )
 
 
@@ -93,6 +156,8 @@ def truths_json(truths: Sequence[Truth], classes: Sequence[str]) -> Json:
             annotation["id"] = len(annotations) + 1
             annotation["iscrowd"] = int(truth.crowd is not None and truth.crowd[number])
             annotation["area"] = _area(truth, number, annotation)
+            if truth.keypoints is not None:
+                annotation["num_keypoints"] = int((truth.keypoints[number, :, 2] > 0).sum())
             annotations.append(annotation)
     return {
         "images": [_size(image, truth.masks) for image, truth in enumerate(truths, 1)],
@@ -122,6 +187,9 @@ def _entries(image: int, objects: Truth | Detections) -> list[Json]:
     ]
     for entry, mask in zip(entries, objects.masks or (), strict=objects.masks is not None):
         entry["segmentation"] = dict(mask)
+    if objects.keypoints is not None:
+        for entry, points in zip(entries, objects.keypoints, strict=True):
+            entry["keypoints"] = np.asarray(points, dtype=np.float64).reshape(-1).tolist()
     return entries
 
 
@@ -145,21 +213,23 @@ def coco_json_scores(
     results: Sequence[Mapping[str, Any]],
     kind: str,
     ious: Sequence[float] = (),
+    sigmas: Sequence[float] = COCO_SIGMAS,
 ) -> Scores:
-    """COCO's metric on the content of COCO's files. kind: bbox or segm.
+    """COCO's metric on the content of COCO's files. kind: bbox, segm or keypoints.
 
-    Annotations may lack iscrowd, area (the box's area is used) and id. Classes without an object
-    to find are left out, as are numbers that COCOeval reports as -1.
+    sigmas: of keypoints. Annotations may lack iscrowd, area (the box's area is used) and id. Classes
+    without an object to find are left out, as are numbers that COCOeval reports as -1.
     Raises ValueError when no class has an object to find.
     """
-    precision, stats = _evaluate(*_numbered(content, results, kind), kind, ious)
+    precision, stats = _evaluate(*_numbered(content, results, kind), kind, ious, sigmas)
     # Categories have the numbers of their places in the order of ids.
     rows = {
         category["name"]: row
         for place, category in enumerate(sorted(content["categories"], key=_order))
         if (row := _class_row(precision, place, ious))
     }
-    metrics = dict(zip(STATISTICS, (100 * stats).tolist(), strict=True))
+    names = KEYPOINT_STATISTICS if kind == "keypoints" else STATISTICS
+    metrics = dict(zip(names, (100 * stats).tolist(), strict=True))
     for iou in ious:
         name = threshold_name(iou)
         metrics.setdefault(name, float(np.mean([row[name] for row in rows.values()])))
@@ -184,7 +254,8 @@ def _numbered(
     image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
     categories = sorted(content["categories"], key=_order)
     category_ids = {category["id"]: number for number, category in enumerate(categories, 1)}
-    region = "bbox" if kind == "bbox" else "segmentation"
+    region = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[kind]
+    of_points = kind == "keypoints"
     objects = [
         {
             "id": number,
@@ -193,6 +264,8 @@ def _numbered(
             region: row[region],
             "area": row["area"] if "area" in row else row["bbox"][2] * row["bbox"][3],
             "iscrowd": row.get("iscrowd", 0),
+            # The box of an object without a labelled keypoint stands for its keypoints.
+            **({"bbox": row["bbox"], "num_keypoints": row["num_keypoints"]} if of_points else {}),
         }
         for number, row in enumerate(content.get("annotations") or [], 1)
     ]
@@ -225,14 +298,24 @@ def _regions(results: Sequence[Mapping[str, Any]], kind: str) -> tuple[list[Any]
     if kind == "bbox" and all("bbox" in row for row in results):
         boxes = [row["bbox"] for row in results]
         return boxes, [width * height for _, _, width, height in boxes]
+    if kind == "keypoints":
+        points = [row["keypoints"] for row in results]
+        corners = np.array([_extent(flat) for flat in points]).reshape(-1, 4)
+        sides = corners[:, 2:] - corners[:, :2]
+        return points, sides.prod(axis=1).tolist()
     masks = [row["segmentation"] for row in results]
     # One by one, because pycocotools cannot count more than 255 masks at a time.
     areas = [float(coco_mask.area(mask)) for mask in masks]
     return (masks if kind == "segm" else coco_mask.toBbox(masks).tolist()), areas
 
 
+def _extent(flat: Sequence[float]) -> list[float]:
+    """x_min, y_min, x_max, y_max of keypoints [x, y, score, ...]."""
+    return [min(flat[0::3]), min(flat[1::3]), max(flat[0::3]), max(flat[1::3])]
+
+
 def _evaluate(
-    objects: Json, found: Json, kind: str, ious: Sequence[float]
+    objects: Json, found: Json, kind: str, ious: Sequence[float], sigmas: Sequence[float]
 ) -> tuple[Floats, Floats]:
     """Precision (T, 101, classes, sizes, detections per image), -1 where undefined; and stats.
 
@@ -242,6 +325,8 @@ def _evaluate(
 
     evaluation = COCOeval_faster(COCO(objects), COCO(found), kind)
     settings = evaluation.params
+    if kind == "keypoints":
+        settings.kpt_oks_sigmas = np.array(sigmas)
     positives = _objects_to_find(objects, settings.areaRng)
     if not positives.any():
         raise ValueError("no class has an object to find")
@@ -256,14 +341,16 @@ def _evaluate(
     curves["precision"] = precision[: len(thresholds)]
     curves["recall"] = curves["recall"][: len(thresholds)]
     evaluation.summarize()
-    return precision, np.array(evaluation.stats[: len(STATISTICS)])
+    count = len(KEYPOINT_STATISTICS if kind == "keypoints" else STATISTICS)
+    return precision, np.array(evaluation.stats[:count])
 
 
 def _objects_to_find(objects: Json, area_ranges: Sequence[Sequence[float]]) -> Integers:
-    """(classes, sizes) number of objects that are neither crowd nor of another size."""
+    """(classes, sizes) number of objects that are neither crowd nor of another size, and have a
+    keypoint if keypoints are measured."""
     counts = np.zeros((len(objects["categories"]), len(area_ranges)), dtype=np.int64)
     for entry in objects["annotations"]:
-        if not entry["iscrowd"]:
+        if not entry["iscrowd"] and entry.get("num_keypoints", 1):
             fits = [low <= entry["area"] <= high for low, high in area_ranges]
             counts[entry["category_id"] - 1] += fits
     return counts

@@ -18,13 +18,21 @@ Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 Points = Literal["voc07", "voc10"]
-Metric = Literal["voc07", "voc10", "coco", "coco-segm", "cityscapes"]
+Metric = Literal["voc07", "voc10", "coco", "coco-segm", "coco-keypoints", "cityscapes"]
+
+# How exactly people place each of COCO's 17 keypoints of a person, as a share of the square root of
+# the object's area. Source: pycocotools, Params.setKpParams.
+COCO_SIGMAS = (
+    0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107,
+    0.087, 0.087, 0.089, 0.089,
+)  # fmt: skip
 
 METRIC_NAMES: dict[Metric, str] = {
     "voc07": "VOC07 11-point AP over IoU 0.50:0.05:0.95, AP50 and AP75, percent",
     "voc10": "VOC10 area-under-curve AP over IoU 0.50:0.05:0.95, AP50 and AP75, percent",
     "coco": "COCO box AP over IoU 0.50:0.05:0.95 at 101 recall points, percent",
     "coco-segm": "COCO box and mask AP over IoU 0.50:0.05:0.95 at 101 recall points, percent",
+    "coco-keypoints": "COCO box AP, and keypoint AP by OKS (keypoint_AP), percent",
     "cityscapes": "COCO box and mask AP, and Cityscapes' own mask AP (cityscapes_AP), percent",
 }
 
@@ -44,7 +52,8 @@ class Truth:
     bool, COCO's flag. areas: (n,) float, pixels, COCO's measure of size, if not the box's area.
     masks: one per object, for coco-segm and cityscapes. void: pixels that belong to no class, where
     a detection is neither right nor wrong for Cityscapes. distances: (n, 2), the median distance of
-    an object in metres, and the share of its pixels that have one.
+    an object in metres, and the share of its pixels that have one. keypoints: (n, K, 3) x, y and
+    COCO's visibility, 0 where it is not labelled; x and y index a pixel, whose centre they are.
     """
 
     boxes: NDArray[np.floating]
@@ -55,6 +64,7 @@ class Truth:
     masks: tuple[Rle, ...] | None = None
     void: Rle | None = None
     distances: Floats | None = None
+    keypoints: NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class Detections:
 
     boxes: (d, 4) float. labels: (d,). scores: (d,). masks: one per detection, for coco-segm. order:
     (d,) positions in the source file, over all images: VOC's metric keeps this order among equal
-    scores. None: one image after the other.
+    scores. None: one image after the other. keypoints: (d, K, 3) x, y as in `Truth`, and a score,
+    for coco-keypoints.
     """
 
     boxes: NDArray[np.floating]
@@ -71,6 +82,7 @@ class Detections:
     scores: NDArray[np.floating]
     masks: tuple[Rle, ...] | None = None
     order: Integers | None = None
+    keypoints: NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True)
