@@ -510,9 +510,12 @@ class CocoSplit:
     file names, because many tools start ids from 1 in every file.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, keypoints: bool = False) -> None:
+        """keypoints: read also those of person_keypoints_*.json beside instances_*.json."""
         file = root if root.is_file() else coco_split_file(root, split)
         coco = read_coco(file)
+        if keypoints:
+            coco = with_keypoints(coco)
         places = [*([] if root.is_file() else [root / split]), *image_folders(file)]
         folder = image_folder(coco, places)
         if folder is None:

@@ -45,7 +45,8 @@ class Annotation:
     names: class of each box. difficult, crowd: (n,) bool. areas: (n,) square pixels, of the
     object's mask if the source gives it, otherwise of the box. outlines: COCO's polygons or run
     lengths of each object, None if masks were not requested. distances: (n, 2) median distance in
-    metres, and the share of pixels that have one; None where the source gives none.
+    metres, and the share of pixels that have one; None where the source gives none. keypoints:
+    (n, K, 3) x, y and COCO's visibility, see `Truth`; None if they were not requested.
     """
 
     image_id: str
@@ -58,6 +59,7 @@ class Annotation:
     areas: NDArray[np.float64]
     outlines: tuple[Outline, ...] | None = None
     distances: NDArray[np.float64] | None = None
+    keypoints: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class LabelledSet:
             line = f"{annotation.image_id} {size} {annotation.names}\n"
             digest.update(line.encode("utf-8", "surrogatepass"))
             digest.update(annotation.boxes.tobytes() + annotation.difficult.tobytes())
+            if annotation.keypoints is not None:
+                digest.update(annotation.keypoints.tobytes())
         return digest.hexdigest()
 
     @property
@@ -107,6 +111,17 @@ class LabelledSet:
             objects=sum(len(annotation.names) for annotation in self.annotations),
             image_ids_sha256=image_ids_digest(self.ids),
         )
+
+    @property
+    def keypoint_count(self) -> int:
+        """Keypoints of each object; 0 if they were not requested."""
+        points = self.annotations[0].keypoints
+        return 0 if points is None else points.shape[1]
+
+    @property
+    def keypoint_flips(self) -> list[int] | None:
+        """The number of each keypoint in a mirrored image, if the set says so."""
+        return self._source.keypoint_flips
 
     def subset(self, positions: Sequence[int]) -> LabelledSet:
         """The images at these positions, in the order given."""
@@ -141,6 +156,7 @@ class LabelledSet:
             self._coded(annotation) if has_masks else None,
             self._source.void(self._numbers[position]) if has_masks else None,
             annotation.distances,
+            annotation.keypoints,
         )
 
     def masks(self, position: int) -> NDArray[np.bool_]:
@@ -213,19 +229,22 @@ def open_labelled(
     reporter: Reporter,
     *,
     masks: bool = False,
+    keypoints: bool = False,
     pixels: PixelFormat | None = None,
 ) -> LabelledSet:
     """Open splits of a labelled set, joined into one; splits.py lists the layouts.
 
     Boxes are clipped to the image, and those without area are dropped. Images and labels that
     cannot be used are left out. All of this is reported as warnings.
-    masks: keep the objects' outlines; every object must have one. pixels: the channels and range of
-    the images, whatever those of shards were; None for RGB.
+    masks: keep the objects' outlines; every object must have one. keypoints: keep those of the
+    objects, and only objects of classes of which one has keypoints. pixels: the channels and range
+    of the images, whatever those of shards were; None for RGB.
     Raises UsageError when the set or split does not exist, or none of its images can be used.
     """
     require_format(address, kept_format(address), pixels, reporter)
-    source = open_source(address, splits)
+    source = open_source(address, splits, keypoints)
     annotations, sizes, numbers = list[Annotation](), list[int](), list[int]()
+    points = list[list[list[float] | None]]()
     notes, errors = list[tuple[str, str]](), list[RunError]()
     named = " + ".join(splits)
     with reporter.task(f"read {named}", len(source.ids), "images") as task:
@@ -240,13 +259,16 @@ def open_labelled(
                     f"{address}: image {image_id}: an object has no mask, but the detector of the "
                     f"recipe is trained on masks. Set detector.model to one without masks."
                 )
-            annotation, cut_notes = _annotate(image_id, found, upright, masks)
+            annotation, cut_notes, of_image = _annotate(image_id, found, upright, masks)
             annotations.append(annotation)
+            points.append(of_image)
             sizes.append(size)
             numbers.append(number)
             notes += [(image_id, note) for note in (*found.notes, *cut_notes)]
             task.advance()
     where = f"{address}, split {named}"
+    if keypoints and annotations:
+        annotations = _with_keypoints(where, annotations, points)
     if not annotations:
         raise UsageError(f"{where}: no image can be used; the first of {len(errors)}: {errors[0]}")
     warnings = [*source.notes, *(f"{where}: {text}" for text in summarise_notes(notes))]
@@ -279,8 +301,9 @@ def _read(
 
 def _annotate(
     image_id: str, found: Placed, size: tuple[int, int], masks: bool
-) -> tuple[Annotation, list[str]]:
-    """The objects inside the image, and a note for every box that was changed or left out."""
+) -> tuple[Annotation, list[str], list[list[float] | None]]:
+    """The objects inside the image, a note for every box that was changed or left out, and the
+    keypoints of each object."""
     corners = np.array([box.corners for box in found.boxes], dtype=np.float64).reshape(-1, 4)
     width, height = size
     inside = corners.clip(0, [width, height, width, height])
@@ -303,7 +326,56 @@ def _annotate(
         tuple(box.details["segmentation"] for box in usable) if masks else None,
         _distances(usable),
     )
-    return annotation, notes
+    return annotation, notes, [box.details.get("keypoints") for box in usable]
+
+
+def _with_keypoints(
+    where: str, annotations: Sequence[Annotation], points: Sequence[Sequence[list[float] | None]]
+) -> list[Annotation]:
+    """The objects of the classes that have keypoints. points: of each object of each image."""
+    named = [
+        (name, flat)
+        for annotation, of_image in zip(annotations, points, strict=True)
+        for name, flat in zip(annotation.names, of_image, strict=True)
+        if flat
+    ]
+    if not named:
+        raise UsageError(
+            f"{where}: no object has keypoints, but the detector of the recipe is trained on them. "
+            f"Set detector.model to one without keypoints."
+        )
+    classes, counts = {name for name, _ in named}, {len(flat) // 3 for _, flat in named}
+    if len(counts) > 1:
+        raise UsageError(
+            f"{where}: objects have different numbers of keypoints ({sorted(counts)}); a detector "
+            f"predicts the same for all classes. Make a set with one number."
+        )
+    (count,) = counts
+    return [
+        _of_classes(annotation, of_image, classes, count)
+        for annotation, of_image in zip(annotations, points, strict=True)
+    ]
+
+
+def _of_classes(
+    annotation: Annotation, points: Sequence[list[float] | None], classes: set[str], count: int
+) -> Annotation:
+    kept = [i for i, name in enumerate(annotation.names) if name in classes]
+    drawn = np.zeros((len(kept), count, 3))
+    for place, i in enumerate(kept):
+        if flat := points[i]:
+            drawn[place] = np.reshape(flat, (count, 3))
+    return dataclasses.replace(
+        annotation,
+        boxes=annotation.boxes[kept],
+        names=tuple(annotation.names[i] for i in kept),
+        difficult=annotation.difficult[kept],
+        crowd=annotation.crowd[kept],
+        areas=annotation.areas[kept],
+        outlines=annotation.outlines and tuple(annotation.outlines[i] for i in kept),
+        distances=None if annotation.distances is None else annotation.distances[kept],
+        keypoints=drawn,
+    )
 
 
 def _distances(boxes: Sequence[Box]) -> NDArray[np.float64] | None:

@@ -83,19 +83,28 @@ class JoinedSource:
         part, i = self._entries[number]
         return part.void(i) if isinstance(part, CityscapesSplit) else None
 
+    @property
+    def keypoint_flips(self) -> list[int] | None:
+        """The number of each keypoint in a mirrored image, of sources that say so."""
+        parts = (part for part, _ in self._entries if isinstance(part, YoloSplit))
+        return next((part.keypoint_flips for part in parts), None)
 
-def open_source(address: str, splits: Sequence[str]) -> JoinedSource:
-    """Open the splits of a labelled set, joined into one.
+
+def open_source(address: str, splits: Sequence[str], keypoints: bool = False) -> JoinedSource:
+    """Open the splits of a labelled set, joined into one. keypoints: also read those that the set
+    keeps in a file of their own.
 
     Raises UsageError when the set or a split does not exist, or an image is in two of the splits.
     """
-    source = JoinedSource(address, {split: _open_split(address, split) for split in splits})
+    source = JoinedSource(
+        address, {split: _open_split(address, split, keypoints) for split in splits}
+    )
     if not source.ids:
         raise UsageError(f"{address}: the split {' + '.join(splits)!r} lists no images.")
     return source
 
 
-def _open_split(address: str, split: str) -> LabelSource:
+def _open_split(address: str, split: str, keypoints: bool) -> LabelSource:
     path = Path(address)
     if any((path / name).exists() for name in (MANIFEST, UNFINISHED)):
         return ShardSplit(open_shards(address, split))
@@ -105,7 +114,7 @@ def _open_split(address: str, split: str) -> LabelSource:
     if (path / "leftImg8bit").is_dir():
         return CityscapesSplit(path, split)
     if coco_files(path) or (path.is_file() and path.suffix.lower() == ".json"):
-        return CocoSplit(path, split)
+        return CocoSplit(path, split, keypoints)
     if is_yolo(path):
         return YoloSplit(path, split)
     if not path.exists():

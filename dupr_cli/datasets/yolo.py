@@ -261,6 +261,20 @@ class YoloSet:
             )
         return int(shape[0]), int(shape[1])
 
+    @cached_property
+    def keypoint_flips(self) -> list[int] | None:
+        """flip_idx: the number of each keypoint in a mirrored image. Raises UsageError."""
+        flips, shape = self._data.get("flip_idx"), self._keypoints
+        if flips is None or shape is None:
+            return None
+        if not isinstance(flips, list) or sorted(map(str, flips)) != sorted(
+            map(str, range(shape[0]))
+        ):
+            raise UsageError(
+                f"{self.path}: flip_idx is {flips!r}; each of 0 to {shape[0] - 1} is needed once."
+            )
+        return [int(number) for number in flips]
+
     def _box(self, words: list[str]) -> Box:
         """Raises ValueError when the words are not a label."""
         try:
@@ -419,3 +433,7 @@ class YoloSplit:
 
     def labels(self, number: int) -> Labels:
         return self._set.labels(self.ids[number])
+
+    @property
+    def keypoint_flips(self) -> list[int] | None:
+        return self._set.keypoint_flips

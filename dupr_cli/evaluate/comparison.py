@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.datasets.pixel_statistics import measured_input
 from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.architectures import check_architecture
+from dupr_cli.evaluate.detection_data import keypoint_flips
 from dupr_cli.evaluate.features import (
     FEATURES_FOLDER,
     Features,
@@ -58,6 +60,7 @@ from dupr_cli.evaluate.subsets import (
 from dupr_cli.evaluate.trials import (
     DETECTIONS_FILE,
     Outcome,
+    keypoint_sigmas,
     metric_of,
     read_outcome,
     remove_checkpoints,
@@ -253,7 +256,11 @@ def prepare_comparison(
     splits, tested = recipe.data.train_splits, recipe.data.test_splits
     compared = taking(compared, lambda: measured_input(data))
     pixels = compared[0].input.pixels
-    train = open_labelled(data, splits, reporter, masks=recipe.has_masks, pixels=pixels)
+    labels_of = partial(
+        open_labelled, data, reporter=reporter, masks=recipe.has_masks,
+        keypoints=recipe.has_keypoints, pixels=pixels,
+    )  # fmt: skip
+    train = labels_of(splits=splits)
     labelled = train.subset(with_objects(train))
     if not len(labelled):
         raise UsageError(f"{data}: no image of the split {train.split!r} has an object.")
@@ -268,7 +275,7 @@ def prepare_comparison(
             f"on: a figure to choose settings by, not to report (data.validation)."
         )
     elif tested != splits:
-        test = open_labelled(data, tested, reporter, masks=recipe.has_masks, pixels=pixels)
+        test = labels_of(splits=tested)
     unseen = sorted(set(test.classes) - set(train.classes))
     if unseen:
         reporter.warning(
@@ -284,6 +291,9 @@ def prepare_comparison(
     test = test.subset(range(len(test))[: recipe.data.test_images])
     require_objects(test, f"the split {test.split!r}")
     classes = sorted({*train.classes, *test.classes})
+    if recipe.has_keypoints:
+        keypoint_flips(train, recipe.data)
+        keypoint_sigmas(recipe, test, classes)
     whole = Comparison(
         recipe, compared, labelled, {}, labelled, test, classes, device, processes, out,
         out / FEATURES_FOLDER, notes,

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
+from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.detector_data import ImageMaps, Target
 from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
 from dupr_cli.runtime.loader import load
@@ -154,13 +155,16 @@ class ImageLoading:
         self, images: LabelledSet, data: DetectionDataSection, classes: Sequence[str], masks: bool
     ) -> None:
         self._images, self._data, self._classes, self._masks = images, data, classes, masks
+        self._keypoint_flips = keypoint_flips(images, data)
 
     def __call__(self, request: ImageRequest) -> DetectionBatch:
         """Crowds are left out of training. Raises RunError naming an image that cannot be read."""
         image = self._images.image(request.position)
         annotation = self._images.annotations[request.position]
         width, height = resized_size(image.width, image.height, request.short_side, self._data)
-        target = resized_target(annotation, self._classes, width, height, request.flip)
+        target = resized_target(
+            annotation, self._classes, width, height, request.flip, self._keypoint_flips
+        )
         # torch rejects Pillow's read-only memory, so this is a copy.
         pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
         masks = None
@@ -177,17 +181,60 @@ class ImageLoading:
         return DetectionBatch([torch.from_numpy(pixels).permute(2, 0, 1)], [target])
 
 
+# The number of each of COCO's keypoints of a person in a mirrored image: left and right change.
+_COCO_FLIPS = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
+
+
+def keypoint_flips(images: LabelledSet, data: DetectionDataSection) -> list[int]:
+    """The number of the keypoint that each becomes in a mirrored image; empty without keypoints.
+
+    Raises UsageError when neither the recipe nor the set says so, or for a wrong number of them.
+    """
+    count = images.keypoint_count
+    if not count or not data.flip:
+        return []
+    flips = data.keypoint_flips or images.keypoint_flips
+    if flips is None and count == len(_COCO_FLIPS):
+        flips = list(_COCO_FLIPS)
+    if flips is None or sorted(flips) != list(range(count)):
+        given = "not given" if flips is None else f"{flips}"
+        raise UsageError(
+            f"data.keypoint_flips: {given}, but objects of {images.address} have {count} "
+            f"keypoints; give the number that each gets in a mirrored image, each of 0 to "
+            f"{count - 1} once, or data.flip=false. (recipe key: data.keypoint_flips)"
+        )
+    return flips
+
+
 def resized_target(
-    annotation: Annotation, classes: Sequence[str], width: int, height: int, flip: bool
+    annotation: Annotation,
+    classes: Sequence[str],
+    width: int,
+    height: int,
+    flip: bool,
+    flips: Sequence[int] = (),
 ) -> Target:
-    """Boxes and classes of an image resized to (width, height) pixels; crowds are left out."""
+    """Boxes, classes and keypoints of an image resized to (width, height) pixels; crowds are left
+    out. flips: see `keypoint_flips`."""
     scale = np.array([width / annotation.width, height / annotation.height] * 2, dtype=np.float32)
     single = ~annotation.crowd
     boxes = annotation.boxes[single] * scale
     labels = np.array([classes.index(name) for name in annotation.names], dtype=np.int64)
+    points = None
+    if annotation.keypoints is not None:
+        points = annotation.keypoints[single].astype(np.float32)
+        # COCO's numbers index a pixel, whose centre is half a pixel further.
+        points[..., :2] = (points[..., :2] + 0.5) * scale[:2]
     if flip:
         boxes = flip_boxes(boxes, width)
-    return Target(torch.from_numpy(boxes), torch.from_numpy(labels[single]))
+        if points is not None:
+            points[..., 0] = width - points[..., 0]
+            points = points[:, list(flips)]
+    return Target(
+        torch.from_numpy(boxes),
+        torch.from_numpy(labels[single]),
+        keypoints=None if points is None else torch.from_numpy(points),
+    )
 
 
 def collate(samples: list[DetectionBatch]) -> DetectionBatch:

@@ -18,25 +18,34 @@ DENSE_LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
 
 @dataclass(frozen=True)
 class Target:
-    """Objects of one image. boxes: (n, 4) pixels. labels: (n,). masks: (n, H, W) bool or None."""
+    """Objects of one image. boxes: (n, 4) pixels. labels: (n,). masks: (n, H, W) bool or None.
+
+    keypoints: (n, K, 3) x, y in pixels as boxes are, and whether it is labelled (above 0), or None.
+    """
 
     boxes: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    keypoints: Tensor | None = None
 
     def to(self, device: torch.device) -> Target:
         masks = None if self.masks is None else self.masks.to(device)
-        return Target(self.boxes.to(device), self.labels.to(device), masks)
+        keypoints = None if self.keypoints is None else self.keypoints.to(device)
+        return Target(self.boxes.to(device), self.labels.to(device), masks, keypoints)
 
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Detections of one image, highest score first. masks: (d, M, M) probabilities in the boxes."""
+    """Detections of one image, highest score first. masks: (d, M, M) probabilities in the boxes.
+
+    keypoints: (d, K, 3) x, y in pixels as boxes are, and a score.
+    """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
     masks: Tensor | None = None
+    keypoints: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,15 @@ def in_source_pixels(
         found.labels.cpu().numpy(),
         found.scores.float().cpu().numpy().astype(np.float64),
         None if found.masks is None else _run_lengths(found.masks.float(), boxes, annotation),
+        keypoints=None if found.keypoints is None else _keypoints(found.keypoints, scale[:2]),
     )
+
+
+def _keypoints(points: Tensor, scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From pixel edges of the resized image to COCO's pixel indices in the image."""
+    moved = points.float().cpu().numpy().astype(np.float64)
+    moved[..., :2] = moved[..., :2] * scale - 0.5
+    return moved
 
 
 def _run_lengths(

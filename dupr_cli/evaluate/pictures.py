@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,16 @@ def _quality(truth: Truth, found: Detections) -> float:
     return 2 * len(taken) / max(1, len(shown) + len(truth.labels))
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """An object in a picture. box, points: in pixels of the image; points: (K, 2)."""
+
+    box: NDArray[np.floating]
+    colour: Colour
+    text: str
+    points: NDArray[np.floating] | tuple[()] = ()
+
+
 def _row(
     images: LabelledSet,
     position: int,
@@ -104,17 +115,26 @@ def _row(
     image, annotation = as_picture(images.image(position)), images.annotations[position]
     colours = {name: _colour(number, len(classes)) for number, name in enumerate(classes)}
     labels = [
-        (box, colours[name], f"{name} (difficult)" if difficult else name)
-        for box, name, difficult in zip(
-            annotation.boxes, annotation.names, annotation.difficult, strict=True
+        _Drawn(
+            annotation.boxes[i],
+            colours[name],
+            f"{name} (difficult)" if annotation.difficult[i] else name,
+            () if points is None else points[i, points[i, :, 2] > 0, :2],
         )
+        for i, name in enumerate(annotation.names)
+        for points in [annotation.keypoints]
     ]
     panels = [(_with_boxes(image, labels), f"{kind}: {annotation.image_id}")]
     for of_weights in detections.values():
         found = of_weights[position]
         shown = np.flatnonzero(found.scores >= _SCORE)[:_MOST]
         labels = [
-            (found.boxes[i], colours[name], f"{name} {found.scores[i]:.2f}")
+            _Drawn(
+                found.boxes[i],
+                colours[name],
+                f"{name} {found.scores[i]:.2f}",
+                () if found.keypoints is None else found.keypoints[i, :, :2],
+            )
             for i in shown
             for name in [classes[found.labels[i]]]
         ]
@@ -138,22 +158,23 @@ def _caption(found: Detections, shown: int, classes: Sequence[str]) -> str:
     return "no detections"
 
 
-def _with_boxes(
-    image: Image.Image, labels: Sequence[tuple[NDArray[np.floating], Colour, str]]
-) -> Image.Image:
-    """The image at the pictures' size, with its boxes (in its own pixels) and their texts."""
+def _with_boxes(image: Image.Image, labels: Sequence[_Drawn]) -> Image.Image:
+    """The image at the pictures' size, with its boxes, keypoints and their texts."""
     scale = _LONG_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     panel = image.resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(panel)
     font = _font(_FONT_SIZE)
     # The most confident comes first; it is drawn last, on top.
-    for box, colour, _ in reversed(labels):
-        x0, y0, x1, y1 = (float(edge) * scale for edge in box)
-        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=3)
-    for box, colour, label in reversed(labels):
-        text = one_line(label)
-        x0, y0 = float(box[0]) * scale, float(box[1]) * scale
+    for one in reversed(labels):
+        x0, y0, x1, y1 = (float(edge) * scale for edge in one.box)
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=one.colour, width=3)
+        for point in one.points:
+            x, y = ((float(value) + 0.5) * scale for value in point)
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=one.colour, outline=_PAPER)
+    for one in reversed(labels):
+        text, colour = one_line(one.text), one.colour
+        x0, y0 = float(one.box[0]) * scale, float(one.box[1]) * scale
         _, _, right, bottom = draw.textbbox((0, 0), text, font)
         x = min(max(0.0, x0), max(0.0, panel.width - right - 6))
         # The text goes above the box if it fits, else inside it.

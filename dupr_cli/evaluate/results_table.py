@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.evaluate.statistics import compared_metrics
@@ -21,7 +22,8 @@ _COLUMNS = 7  # of the per-class table, beside the class name
 class DetectionRow(TypedDict):
     """One detection. box: x_min, y_min, x_max, y_max, pixel edges, 0-based and half-open.
 
-    mask: COCO's compressed run lengths, for detectors with masks.
+    mask: COCO's compressed run lengths, for detectors with masks. keypoints: x, y and score of
+    each, for detectors with keypoints; x and y index a pixel, as in COCO's results.
     """
 
     image_id: str
@@ -30,6 +32,7 @@ class DetectionRow(TypedDict):
     score: float
     box: list[float]
     mask: NotRequired[Rle]
+    keypoints: NotRequired[list[float]]
 
 
 def detection_rows(
@@ -47,6 +50,8 @@ def detection_rows(
             }
             if found.masks is not None:
                 row["mask"] = found.masks[i]
+            if found.keypoints is not None:
+                row["keypoints"] = [float(value) for value in found.keypoints[i].reshape(-1)]
             lines.append(json_text(row))
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
@@ -64,9 +69,16 @@ def detections_from_rows(
             np.array([classes.index(row["name"]) for row in found], dtype=np.int64),
             np.array([row["score"] for row in found], dtype=np.float64),
             tuple(row["mask"] for row in found) if found and "mask" in found[0] else None,
+            keypoints=_keypoints_of(found),
         )
         for found in by_image.values()
     ]
+
+
+def _keypoints_of(rows: Sequence[DetectionRow]) -> NDArray[np.float64] | None:
+    if not rows or "keypoints" not in rows[0]:
+        return None
+    return np.array([row["keypoints"] for row in rows], dtype=np.float64).reshape(len(rows), -1, 3)
 
 
 def table(results: Results) -> str:

@@ -23,7 +23,9 @@ PRIMARY = "AP"
 
 
 def compared_metrics(metrics: Collection[str]) -> tuple[str, str, str]:
-    """The metrics to compare weights by; detectors with masks get AP of masks instead of AP75."""
+    """The metrics to compare weights by; masks and keypoints have their AP in the place of AP75."""
+    if "keypoint_AP" in metrics:
+        return ("AP", "AP50", "keypoint_AP")
     if "cityscapes_AP" in metrics:
         return ("AP", "segm_AP", "cityscapes_AP")
     return ("AP", "AP50", "segm_AP") if "segm_AP" in metrics else ("AP", "AP50", "AP75")

@@ -16,12 +16,13 @@ from dupr_cli.artifacts.files import remove_leftovers, write_text
 from dupr_cli.artifacts.results import TrialResult
 from dupr_cli.artifacts.run import CHECKPOINTS, METRICS_FILE, training_files
 from dupr_cli.datasets.labelled import LabelledSet
+from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.detection_data import Batch, test_batches, training_batches
 from dupr_cli.evaluate.features import Features, measured_batches, training_pixels
 from dupr_cli.evaluate.inference import detect_all, positions_of
 from dupr_cli.evaluate.results_table import detection_rows, detections_from_rows
 from dupr_cli.evaluate.training import LossRecord, Trial, measure_batch_norm, train_detector
-from dupr_cli.metrics import Detections, Metric, Scores, score
+from dupr_cli.metrics import COCO_SIGMAS, Detections, Metric, Scores, score
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
 from dupr_cli.parsing import parse_json, validated
@@ -76,7 +77,7 @@ def run_trial(
     else:
         detector, _ = build_detector(
             recipe, compared.architecture, len(classes), compared.weights, seed, world,
-            compared.input,
+            compared.input, train.keypoint_count,
         )  # fmt: skip
         if recipe.detector.frozen is not None:
             _freeze(detector, recipe, recipe.detector.frozen, train, classes)
@@ -153,10 +154,31 @@ def scores_of(
 ) -> Scores:
     """The protocol's metric; that of masks too if the detector has them."""
     truths = [test.truth(i, classes) for i in range(len(test))]
-    return score(metric_of(recipe), truths, detections, classes)
+    sigmas = keypoint_sigmas(recipe, test, classes) if recipe.has_keypoints else COCO_SIGMAS
+    return score(metric_of(recipe), truths, detections, classes, sigmas=sigmas)
+
+
+def keypoint_sigmas(
+    recipe: EvaluateRecipe, test: LabelledSet, classes: Sequence[str]
+) -> Sequence[float] | Mapping[str, Sequence[float]]:
+    """Those of the recipe, or COCO's. Raises UsageError when they do not fit the set."""
+    given, count = recipe.test.keypoint_sigmas, test.keypoint_count
+    if given is None and count == len(COCO_SIGMAS):
+        return COCO_SIGMAS
+    lists = given.values() if isinstance(given, dict) else [given or []]
+    missing = sorted(set(classes) - given.keys()) if isinstance(given, dict) else []
+    if given is None or missing or any(len(each) != count for each in lists):
+        raise UsageError(
+            f"test.keypoint_sigmas: objects of {test.address} have {count} keypoints; give "
+            f"{count} numbers, for all classes or for each of {', '.join(classes)}; 1/{count} for "
+            f"each is usual where nothing was measured. (recipe key: test.keypoint_sigmas)"
+        )
+    return given
 
 
 def metric_of(recipe: EvaluateRecipe) -> Metric:
+    if recipe.has_keypoints:
+        return "coco-keypoints"
     if not recipe.has_masks:
         return recipe.test.metric
     return "cityscapes" if recipe.protocol == "cityscapes" else "coco-segm"

@@ -217,8 +217,8 @@ def coco_json_scores(
 ) -> Scores:
     """COCO's metric on the content of COCO's files. kind: bbox, segm or keypoints.
 
-    sigmas: of keypoints. Annotations may lack iscrowd, area (the box's area is used) and id. Classes
-    without an object to find are left out, as are numbers that COCOeval reports as -1.
+    sigmas: of keypoints. Annotations may lack iscrowd, area (the box's area is used) and id.
+    Classes without an object to find are left out, as are numbers that COCOeval reports as -1.
     Raises ValueError when no class has an object to find.
     """
     precision, stats = _evaluate(*_numbered(content, results, kind), kind, ious, sigmas)

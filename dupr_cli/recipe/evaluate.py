@@ -23,6 +23,7 @@ Model = Literal[
     "mask-rcnn-c4",
     "faster-rcnn-fpn",
     "mask-rcnn-fpn",
+    "keypoint-rcnn-fpn",
     "retinanet-fpn",
     "fcos-fpn",
     "rtdetr-v2",
@@ -58,7 +59,8 @@ class QuerySection(Section):
 class DetectorSection(Section):
     model: Model = "faster-rcnn-c4"
     """C4: res5 is the box head, on regions of res4. FPN: heads on a feature pyramid of res2 to res5
-    (RetinaNet and FCOS: from res3). Mask R-CNN needs labels with masks. RT-DETR v2 and D-FINE: a
+    (RetinaNet and FCOS: from res3). Mask R-CNN needs labels with masks, Keypoint R-CNN such with
+    keypoints, and it is trained on the classes that have them. RT-DETR v2 and D-FINE: a
     transformer on res3 to res5, whose queries become objects; they need transformers."""
     backbone: BackboneOrAuto = "auto"
     """`auto` takes the architecture that the weights name (resnet50 if only `none` is given);
@@ -78,6 +80,11 @@ class DetectorSection(Section):
     """Side of the RoIAlign output that enters the box head, in cells (14 in C4, 7 in FPN)."""
     mask_roi_size: Annotated[int, Field(ge=2, le=28)] = 14
     """Side of the RoIAlign output for the mask head of FPN; masks have twice this side."""
+    keypoint_roi_size: Annotated[int, Field(ge=2, le=28)] = 14
+    """Side of the RoIAlign output for the keypoint head; its heat maps have four times this
+    side."""
+    keypoint_convolutions: Positive = 8
+    """Convolutions of 512 channels before the heat maps of keypoints."""
     anchor_sizes: Annotated[list[Positive], Field(min_length=1)] = [32, 64, 128, 256, 512]
     """Anchor sides, pixels of the resized image. FPN: one per level of the pyramid. FCOS: of 3 or 5
     levels; a level answers for objects that reach 4 to 8 times its size from a cell, the first
@@ -194,6 +201,10 @@ class DetectionDataSection(Section):
     no padding, and one size for all images of a batch."""
     flip: bool = True
     """Horizontal flip with probability 0.5 in training."""
+    keypoint_flips: list[Annotated[int, Field(ge=0)]] | None = None
+    """The number of the keypoint that each becomes in a mirrored image, such as [0, 2, 1] for nose,
+    left eye, right eye. By default as the set says (flip_idx of YOLO's data.yaml), or COCO's for 17
+    keypoints."""
     group_by_aspect: bool = True
     """Form batches of only wide or only tall images, so that less of a batch is padding."""
     test_images: Positive | None = None
@@ -268,6 +279,12 @@ class DetectionTestSection(Section):
     nms_iou: Fraction = 0.5
     """RT-DETR and D-FINE have no non-maximum suppression."""
     detections_per_image: Positive = 100
+    keypoint_sigmas: (
+        list[Annotated[float, Field(gt=0)]] | dict[str, list[Annotated[float, Field(gt=0)]]] | None
+    ) = None
+    """How exactly each keypoint can be placed, for OKS: a share of the square root of the object's
+    area, one for each keypoint, for all classes or for each by its name. By default COCO's for 17
+    keypoints."""
     precise_bn_batches: Annotated[int, Field(ge=0)] = 200
     """Training batches over which batch-norm statistics are re-estimated before testing."""
     pictures: Annotated[int, Field(ge=0)] = 12
@@ -320,6 +337,12 @@ class EvaluateRecipe(Section):
                 f"{self.test.metric}, but {self.detector.model} has masks, which only coco "
                 f"measures",
             )
+        if self.has_keypoints and self.test.metric != "coco":
+            reject(
+                "test.metric",
+                f"{self.test.metric}, but {self.detector.model} has keypoints, which only coco "
+                f"measures",
+            )
         return self
 
     def _queries_have_cells(self) -> None:
@@ -353,6 +376,10 @@ class EvaluateRecipe(Section):
     @property
     def has_masks(self) -> bool:
         return self.detector.model.startswith("mask-rcnn")
+
+    @property
+    def has_keypoints(self) -> bool:
+        return self.detector.model.startswith("keypoint-rcnn")
 
     @property
     def is_frozen(self) -> bool:

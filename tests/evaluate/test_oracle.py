@@ -109,7 +109,7 @@ def detections(
         {"data": {"train_sizes": [32], "test_size": 32, "max_size": max_size}}
     )
     predictor = ToldPredictor()
-    heads = RoIHeads(BlindHead(), predictor, len(CLASSES), False, recipe.detector, recipe.test)
+    heads = RoIHeads(BlindHead(), predictor, len(CLASSES), False, 0, recipe.detector, recipe.test)
     batch = ImageLoading(images, recipe.data, CLASSES, False)(request)
     (target,), (height, width) = batch.targets, batch.images[0].shape[1:]
     predictor.tell(proposals := near(target), moved(target.boxes, width, share), target.labels)

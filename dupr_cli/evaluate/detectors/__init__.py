@@ -183,12 +183,13 @@ def build_detector(
     seed: int,
     world: World,
     taken: NetworkInput | None = None,
+    keypoints: int = 0,
 ) -> tuple[Detector, int]:
     """A detector ready to train, on the device, and how many tensors it took from the weights.
 
     All its randomness follows from the seed, not from the weights: compared weights start from
     the same heads. Without weights the backbone stays random. taken: the network's input; by
-    default that of the weights, or RGB with ImageNet's statistics.
+    default that of the weights, or RGB with ImageNet's statistics. keypoints: of each object.
     Raises UsageError when a tensor of the weights is missing, unknown or of another shape.
     """
     torch.manual_seed(seed)
@@ -200,7 +201,7 @@ def build_detector(
     if recipe.detector.model in DENSE_MODELS:
         network = OneStage(backbone, dense_head(as_backbone(backbone), num_classes, recipe, world))
     else:
-        network = TwoStage(backbone, num_classes, recipe)
+        network = TwoStage(backbone, num_classes, recipe, keypoints)
     precision = getattr(torch, recipe.train.precision)
     detector = Detector(network, taken.mean, taken.std, precision)
     detector.to(memory_format=torch.channels_last)

@@ -1,7 +1,8 @@
-"""The second stage: sample and classify regions, refine their boxes, and predict their masks.
+"""The second stage: sample and classify regions, refine their boxes, predict masks and keypoints.
 
-A `RegionHead` turns regions into vectors and masks, which differs between C4 and FPN; this module
-holds the rest. Classes are 0 to K - 1, the background is K; each class has its own box offsets.
+A `RegionHead` turns regions into vectors, masks and heat maps, which differs between C4 and FPN;
+this module holds the rest. Classes are 0 to K - 1, the background is K; each class has its own box
+offsets.
 Source: Ren et al. 2015, He et al. 2017; detectron2's defaults.
 """
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
+from torchvision.models.detection.roi_heads import keypointrcnn_inference, keypointrcnn_loss
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
 
 from dupr_cli.evaluate.detector_data import HeadOutput, Target
@@ -30,6 +32,10 @@ class RegionHead(Protocol):
 
     def masks(self, features: Sequence[Tensor], boxes: list[Tensor], seen: Tensor | None) -> Tensor:
         """Mask logits (n, K, M, M). seen: what `__call__` returned for these boxes, if it ran."""
+        ...
+
+    def keypoints(self, features: Sequence[Tensor], boxes: list[Tensor]) -> Tensor:
+        """Logits (n, K, S, S) of the place of each keypoint in its box."""
         ...
 
 
@@ -59,13 +65,15 @@ class RoIHeads(nn.Module):
         predictor: BoxPredictor,
         num_classes: int,
         has_masks: bool,
+        keypoints: int,
         detector: DetectorSection,
         test: DetectionTestSection,
     ) -> None:
-        """head: a RegionHead."""
+        """head: a RegionHead. keypoints: of each object, 0 without them."""
         super().__init__()
         self.head, self.box_predictor = head, predictor
         self._num_classes, self._has_masks, self._test = num_classes, has_masks, test
+        self._keypoints = keypoints
         self._coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
         self._matcher = Matcher(0.5, 0.5, allow_low_quality_matches=False)
         self._sampler = BalancedPositiveNegativeSampler(
@@ -96,6 +104,8 @@ class RoIHeads(nn.Module):
         }
         if self._has_masks:
             losses["loss_mask"] = self._mask_loss(features, sampled, targets, seen[positive])
+        if self._keypoints:
+            losses["loss_keypoint"] = self._keypoint_loss(features, sampled, targets)
         return losses
 
     def _sample(self, proposals: Tensor, target: Target) -> _Sampled:
@@ -137,6 +147,22 @@ class RoIHeads(nn.Module):
         of_class = logits[torch.arange(len(labels), device=labels.device), labels]
         return F.binary_cross_entropy_with_logits(of_class, torch.cat(wanted))
 
+    def _keypoint_loss(
+        self, features: Sequence[Tensor], sampled: list[_Sampled], targets: list[Target]
+    ) -> Tensor:
+        """Cross-entropy over the cells of the heat map in which a labelled keypoint lies, the mean
+        over the keypoints inside the regions."""
+        positives = [s.only(s.labels < self._num_classes) for s in sampled]
+        boxes = [p.boxes for p in positives]
+        logits = self._regions.keypoints(features, boxes).float()
+        wanted = []
+        for target in targets:
+            assert target.keypoints is not None
+            wanted.append(target.keypoints)
+        nearest = [p.nearest for p in positives]
+        loss: Tensor = keypointrcnn_loss(logits, boxes, wanted, nearest)
+        return loss
+
     def detect(
         self,
         features: Sequence[Tensor],
@@ -154,6 +180,8 @@ class RoIHeads(nn.Module):
             select_detections(b, s.softmax(1)[:, :-1], size, self._test)
             for b, s, size in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)
         ]
+        if self._keypoints:
+            return self._with_keypoints(features, found)
         if not self._has_masks:
             return found
         logits = self._regions.masks(features, [f.boxes for f in found], None).float()
@@ -164,6 +192,21 @@ class RoIHeads(nn.Module):
             masks = of_image[torch.arange(len(f.labels), device=f.labels.device), f.labels]
             with_masks.append(HeadOutput(f.boxes, f.labels, f.scores, masks.sigmoid()))
         return with_masks
+
+    def _with_keypoints(
+        self, features: Sequence[Tensor], found: list[HeadOutput]
+    ) -> list[HeadOutput]:
+        boxes = [f.boxes for f in found]
+        logits = self._regions.keypoints(features, boxes).float()
+        places, scores = keypointrcnn_inference(logits, boxes)
+        return [
+            HeadOutput(
+                f.boxes, f.labels, f.scores,
+                # torchvision has a constant visibility in the third column, and the score apart.
+                keypoints=torch.cat([place[..., :2], score[..., None]], dim=-1),
+            )
+            for f, place, score in zip(found, places, scores, strict=True)
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)

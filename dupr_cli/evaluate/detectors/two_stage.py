@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN: the heads of their C4 and FPN forms, and the whole network.
+"""Faster, Mask and Keypoint R-CNN: the heads of their C4 and FPN forms, and the whole network.
 
 C4: res2 to res4 process the image. The backbone's own res5, followed by an extra norm, processes
 the regions; the norm is needed because pre-trained res5 features have no particular scale. FPN:
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from dupr_cli.evaluate.detector_data import HeadOutput, Target
@@ -28,6 +29,7 @@ from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS
 from dupr_cli.recipe.evaluate import EvaluateRecipe
 
 _MASK_CHANNELS = 256
+_KEYPOINT_CHANNELS = 512
 _FPN_BOX_WIDTH = 1024
 
 
@@ -55,9 +57,12 @@ class C4Head(nn.Module):
 
 
 class FPNHead(nn.Module):
-    """Processes pyramid regions: two linear layers for boxes, four convolutions for masks."""
+    """Processes pyramid regions: two linear layers for boxes, convolutions for masks and keypoints.
 
-    def __init__(self, num_classes: int, recipe: EvaluateRecipe) -> None:
+    keypoints: of each object, 0 without them.
+    """
+
+    def __init__(self, num_classes: int, keypoints: int, recipe: EvaluateRecipe) -> None:
         super().__init__()
         detector, strides = recipe.detector, [LEVEL_STRIDES[level] for level in LEVELS]
         channels = detector.pyramid_channels
@@ -70,6 +75,9 @@ class FPNHead(nn.Module):
         if recipe.has_masks:
             self.mask_pool = RegionPooling(detector.mask_roi_size, strides)
             self.mask_head = MaskHead(channels, 4, num_classes)
+        if keypoints:
+            self.keypoint_pool = RegionPooling(detector.keypoint_roi_size, strides)
+            self.keypoint_head = KeypointHead(channels, detector.keypoint_convolutions, keypoints)
         self.width = _FPN_BOX_WIDTH
 
     def forward(self, features: Sequence[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -82,6 +90,27 @@ class FPNHead(nn.Module):
     ) -> Tensor:
         logits: Tensor = self.mask_head(self.mask_pool(features, boxes))
         return logits
+
+    def keypoints(self, features: Sequence[Tensor], boxes: list[Tensor]) -> Tensor:
+        logits: Tensor = self.keypoint_head(self.keypoint_pool(features, boxes))
+        return logits
+
+
+class KeypointHead(nn.Module):
+    """Region maps (n, C, S, S) to heat maps (n, K, 4 S, 4 S), one for each keypoint.
+
+    torchvision's head and predictor are those of the paper. Source: He et al. 2017, section 5;
+    detectron2, KRCNNConvDeconvUpsampleHead.
+    """
+
+    def __init__(self, channels: int, convolutions: int, keypoints: int) -> None:
+        super().__init__()
+        self.convolutions = KeypointRCNNHeads(channels, [_KEYPOINT_CHANNELS] * convolutions)
+        self.predictor = KeypointRCNNPredictor(_KEYPOINT_CHANNELS, keypoints)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        logits: Tensor = self.predictor(self.convolutions(regions))
+        return logits.contiguous()  # torchvision's loss takes no channels-last maps
 
 
 class MaskHead(nn.Module):
@@ -111,8 +140,11 @@ class MaskHead(nn.Module):
 class TwoStage(nn.Module):
     """Backbone, proposals and heads. `divisible`: sides of a batch are multiples of this."""
 
-    def __init__(self, backbone: nn.Module, num_classes: int, recipe: EvaluateRecipe) -> None:
-        """backbone: a `Backbone`; a torchvision ResNet in the C4 form."""
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, recipe: EvaluateRecipe, keypoints: int = 0
+    ) -> None:
+        """backbone: a `Backbone`; a torchvision ResNet in the C4 form. keypoints: of each object,
+        for Keypoint R-CNN."""
         super().__init__()
         detector, shape = recipe.detector, as_backbone(backbone)
         self.backbone = backbone
@@ -127,7 +159,7 @@ class TwoStage(nn.Module):
             )
             strides = [*(LEVEL_STRIDES[level] for level in LEVELS), 64]
             sizes: list[list[float]] = [[size] for size in detector.anchor_sizes]
-            head: C4Head | FPNHead = FPNHead(num_classes, recipe)
+            head: C4Head | FPNHead = FPNHead(num_classes, keypoints, recipe)
             channels = detector.pyramid_channels
             centres = [shape.first_centres[level] for level in (*LEVELS, "res5")]
         else:
@@ -140,7 +172,7 @@ class TwoStage(nn.Module):
         self.rpn = make_proposals(channels, anchors, detector)
         predictor = BoxPredictor(head.width, num_classes)
         self.roi_heads = RoIHeads(
-            head, predictor, num_classes, recipe.has_masks, detector, recipe.test
+            head, predictor, num_classes, recipe.has_masks, keypoints, detector, recipe.test
         )
 
     def _features(self, pixels: Tensor) -> OrderedDict[str, Tensor]:
