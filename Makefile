@@ -39,9 +39,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The pages are plain Markdown; this checks that every link between them leads somewhere.
+# The site, in .site/; a broken link or any other warning of MkDocs fails. Its pages are plain Markdown,
+# and those about commands, recipe keys and Python are made from the program.
 docs: setup
-	$(BIN)/pytest tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
+	$(BIN)/pytest tests/test_docs.py tests/test_site.py
 
 bench: setup
 	$(BIN)/pytest tests/benchmarks -s --override-ini addopts= --override-ini norecursedirs=.git
