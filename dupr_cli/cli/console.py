@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dupr_cli.addresses import without_secrets
-from dupr_cli.cli.pace import Pace, duration, fitted
 from dupr_cli.outside_text import json_text, message_text, one_line, several_lines
+from dupr_cli.pace import Pace, duration, fitted
 
 Clock = Callable[[], float]
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dupr_cli.cli.console import ConsoleReporter, _LiveTask
-from dupr_cli.cli.pace import Pace, duration, fitted
+from dupr_cli.pace import Pace, duration, fitted
 from dupr_cli.progress import Task
 
 STATUS = "retrieval res4 34% res5 40%  loss 8.12  image 3.20 + patch 4.92  lr 0.03  512 images/s"
