@@ -18,6 +18,7 @@ METHODS = "dupr.methods"
 BACKBONES = "dupr.backbones"
 SOURCES = "dupr.sources"
 EXPORT_FORMATS = "dupr.export_formats"
+TRACKERS = "dupr.trackers"
 
 # Plugins that ship with dupr: they need no installed metadata, and no package can replace them.
 _BUILT_IN = {
@@ -50,6 +51,11 @@ _BUILT_IN = {
         "d-fine": "dupr_cli.export.formats.detr_formats:DFineFormat",
         "rt-detr": "dupr_cli.export.formats.detr_formats:RtDetrFormat",
         "onnx": "dupr_cli.export.formats.onnx_format:OnnxFormat",
+    },
+    TRACKERS: {
+        "trackio": "dupr_cli.pretrain.trackers:Trackio",
+        "wandb": "dupr_cli.pretrain.trackers:WeightsAndBiases",
+        "mlflow": "dupr_cli.pretrain.trackers:MLflow",
     },
 }
 

@@ -31,6 +31,9 @@ EXTRAS = {
     "hf": (("datasets", "pyarrow"), "hf:// data sets; lists as Parquet"),
     "tiff": (("tifffile", "imagecodecs"), "TIFF images of many channels"),
     "probes": (("scikit-learn",), "dupr evaluate voc07-cls"),
+    "trackio": (("trackio",), "dupr pretrain --track trackio"),
+    "wandb": (("wandb",), "dupr pretrain --track wandb"),
+    "mlflow": (("mlflow-skinny",), "dupr pretrain --track mlflow"),
     "ray": (("ray",), "--engine ray of prepare and study"),
 }
 

@@ -100,6 +100,14 @@ def pretrain(
         ),
     ] = None,
     profile: Profile = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track",
+            metavar="NAME[:PROJECT]",
+            help="Send the metrics to trackio, wandb or mlflow too. Repeatable.",
+        ),
+    ] = None,
     set_: Set = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -153,7 +161,7 @@ def pretrain(
             resolved,
             stage.plan(
                 resolved, data, out, device, processes,
-                overwrite=overwrite, allow_changed=allow_changed or (),
+                overwrite=overwrite, allow_changed=allow_changed or (), track=track or (),
             ),
         )  # fmt: skip
     if processes > 1 and "RANK" not in os.environ:
@@ -166,6 +174,7 @@ def pretrain(
             processes,
             overwrite=overwrite,
             allow_changed=allow_changed or (),
+            track=track or (),
         )
         launch(nproc or 1, nnodes, rendezvous, sys.argv[1:])
         return None
@@ -181,6 +190,7 @@ def pretrain(
             allow_changed=allow_changed or (),
             max_hours=max_hours,
             stop_after=stop_after,
+            track=track or (),
             reporter=reporter,
         )
 

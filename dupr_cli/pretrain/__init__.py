@@ -7,7 +7,7 @@ geometry, losses, queues and checkpoints that they call are modules of their own
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,7 @@ from dupr_cli.pretrain.data import BatchOrder
 from dupr_cli.pretrain.estimate import estimate_run, estimate_warnings, require_memory
 from dupr_cli.pretrain.method import method_class
 from dupr_cli.pretrain.recipe_checks import science_warnings
+from dupr_cli.pretrain.trackers import require_trackers
 from dupr_cli.pretrain.trainer import count_steps, train
 from dupr_cli.pretrain.types import PretrainPlan, PretrainResult
 from dupr_cli.progress import Reporter, SilentReporter
@@ -85,6 +86,7 @@ def plan(
     overrides: Overrides = (),
     overwrite: bool = False,
     allow_changed: Collection[str] = (),
+    track: Sequence[str] = (),
 ) -> PretrainPlan:
     """Check everything that `run` needs and return its plan. Nothing is changed.
 
@@ -93,6 +95,7 @@ def plan(
     recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
     data, out = as_address(data, "data"), as_path(out, "out")
 
+    require_trackers(track)
     _require_fit(recipe, processes)
     _require_parts(recipe)
     _require_init(recipe)
@@ -134,6 +137,7 @@ def run(
     allow_changed: Collection[str] = (),
     max_hours: float | None = None,
     stop_after: int | None = None,
+    track: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> PretrainResult | None:
     """Pre-train, or continue the run in `out` from its newest whole checkpoint.
@@ -143,6 +147,7 @@ def run(
     recipe, overrides: see `dupr_cli.recipe.given`. data: shards, see `open_shards`. device: auto,
     cpu, cuda or cuda:N. allow_changed: recipe keys that may differ from those of the run in `out`.
     max_hours, stop_after: save and stop when this call has run that long or made that many steps.
+    track: trackers that get the metrics too, NAME or NAME:PROJECT each.
     Raises UsageError when the run needs several times the memory that is there, or when `out` holds
     something else or a run of another recipe or other data; RunError and StoppedRunError as
     `trainer.train`.
@@ -150,6 +155,7 @@ def run(
 
     recipe = resolve_recipe(PretrainRecipe, recipe, overrides)
     data, out = as_address(data, "data"), as_path(out, "out")
+    require_trackers(track)
     _require_fit(recipe, world_size())
     _require_parts(recipe)
     if overwrite or not (out / RECIPE_FILE).is_file():
@@ -171,7 +177,8 @@ def run(
                         f"grayscale: these parts of method.augmentation are not applied"
                     )
             world.wait()
-            metrics = train(recipe, shards, out, world, reporter, Limits(max_hours, stop_after))
+            limits = Limits(max_hours, stop_after)
+            metrics = train(recipe, shards, out, world, reporter, limits, track)
         if not world.is_main:
             return None
         checkpoint = newest_checkpoint(out)

@@ -1,4 +1,4 @@
-"""Monitor a run: metrics.jsonl, TensorBoard, the status line, and signs of trouble.
+"""Monitor a run: metrics.jsonl, TensorBoard, trackers, the status line, and signs of trouble.
 
 All processes collect values; at a log step the values are averaged over the processes, and rank 0
 writes them. Between log steps the device is only asked whether a step was finite.
@@ -24,6 +24,7 @@ from dupr_cli.errors import RunError
 from dupr_cli.pretrain.encoders import Embeddings
 from dupr_cli.pretrain.method import Dupr
 from dupr_cli.pretrain.retrieval_check import RETRIEVAL, describe_retrieval, short_retrieval
+from dupr_cli.pretrain.trackers import Trackers
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
@@ -88,7 +89,9 @@ class Monitor:
         done: int,
         world: World,
         reporter: Reporter,
+        trackers: Trackers,
     ) -> None:
+        self._trackers = trackers
         self._out, self._log, self._recipe = out, MetricsLog(out), recipe
         self._world, self._reporter = world, reporter
         self._images, self._steps = images, steps
@@ -216,6 +219,7 @@ class Monitor:
         for name, value in line.items():
             if name != "step":
                 self._board.add_scalar(name, value, step)
+        self._trackers.record(step, {k: v for k, v in line.items() if k != "step"})
         self.latest |= line
 
     def probe(self, step: int, retrieval: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dupr_cli.pretrain.estimate import estimate_run, estimate_warnings
 from dupr_cli.pretrain.monitor import Monitor
 from dupr_cli.pretrain.retrieval_check import patch_retrieval
 from dupr_cli.pretrain.step import Training, start_from_weights
+from dupr_cli.pretrain.trackers import Trackers
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import recipe_digest
 from dupr_cli.recipe.pretrain import PretrainRecipe
@@ -70,8 +71,9 @@ def train(
     world: World,
     reporter: Reporter,
     limits: Limits | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Run or continue a run in `out`; returns the last metrics.
+    """Run or continue a run in `out`; returns the last metrics. track: see `Trackers`.
 
     Raises RunError when too many steps in a row are not finite, and StoppedRunError when it is
     asked to stop before the end; the same call continues.
@@ -93,45 +95,51 @@ def train(
         reporter.warning(warning)
     loader, order = training_batches(shards, recipe, done, world)
     held_out = probe_batches(shards, recipe) if world.is_main else []
-    monitor = Monitor(out, recipe, order.images, steps, done, world, reporter)
+    trackers = Trackers(
+        track if world.is_main else (), out, recipe.model_dump(mode="json"), reporter
+    )
+    monitor = Monitor(out, recipe, order.images, steps, done, world, reporter, trackers)
 
     def probe(step: int) -> None:
         backbone = model.query.backbone
         monitor.probe(step, patch_retrieval(backbone, held_out, recipe.method, world.device))
 
-    if done == 0:
-        start_from_weights(model, recipe)
-        probe(0)
+    with trackers:
+        if done == 0:
+            start_from_weights(model, recipe)
+            probe(0)
 
-    with (
-        Stop(limits, launched=world.size > 1) as stop,
-        closing(loader),  # ends its processes even if an error keeps this frame alive
-        monitor,
-        reporter.task("pretrain", steps, "steps", done) as progress,
-    ):
-        batches = timed(loader)
-        for step in range(done, steps):
-            with phase("data wait"):
-                batch, waited = next(batches)
-            found = training.step(step, batch, stop.code)
-            if found.finite:
-                monitor.good_step()
-                monitor.step(step + 1, found.values, found.pair, model, batch, waited, found.facts)
-            else:
-                monitor.bad_step(step + 1, batch, shards)
+        with (
+            Stop(limits, launched=world.size > 1) as stop,
+            closing(loader),  # ends its processes even if an error keeps this frame alive
+            monitor,
+            reporter.task("pretrain", steps, "steps", done) as progress,
+        ):
+            batches = timed(loader)
+            for step in range(done, steps):
+                with phase("data wait"):
+                    batch, waited = next(batches)
+                found = training.step(step, batch, stop.code)
+                if found.finite:
+                    monitor.good_step()
+                    monitor.step(
+                        step + 1, found.values, found.pair, model, batch, waited, found.facts
+                    )
+                else:
+                    monitor.bad_step(step + 1, batch, shards)
 
-            step_done()
-            progress.advance(1, monitor.status)
-            last, code = step + 1 == steps, found.stop_code
-            stopping = not last and (code or stop.steps_are_done(step + 1 - done))
-            if last or stopping or (step + 1) % recipe.train.checkpoint_every == 0:
-                state.save(
-                    checkpoint_facts(recipe, step + 1, shards.pixels),
-                    recipe.train.keep_checkpoints,
-                    recipe.train.keep_every,
-                )
-            if last or (step + 1) % recipe.train.probe_every == 0:
-                probe(step + 1)
-            if stopping:
-                raise stopped(code, limits, f"step {step + 1} of {steps} is saved in {out}")
+                step_done()
+                progress.advance(1, monitor.status)
+                last, code = step + 1 == steps, found.stop_code
+                stopping = not last and (code or stop.steps_are_done(step + 1 - done))
+                if last or stopping or (step + 1) % recipe.train.checkpoint_every == 0:
+                    state.save(
+                        checkpoint_facts(recipe, step + 1, shards.pixels),
+                        recipe.train.keep_checkpoints,
+                        recipe.train.keep_every,
+                    )
+                if last or (step + 1) % recipe.train.probe_every == 0:
+                    probe(step + 1)
+                if stopping:
+                    raise stopped(code, limits, f"step {step + 1} of {steps} is saved in {out}")
     return monitor.latest

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from dupr_cli.pretrain.monitor import Monitor
+from dupr_cli.pretrain.trackers import Trackers
 from dupr_cli.recipe import PretrainRecipe
 from dupr_cli.runtime.parallel import World
 from tests.support.reporters import Listening
 
 Load = Callable[..., PretrainRecipe]
+NONE = Trackers((), Path(), {}, Listening())
 
 
 def shares(same: float, opposite: float) -> dict[str, float]:
@@ -46,7 +48,7 @@ def test_advice_looks_at_each_case_of_flips(
 ) -> None:
     reporter, world = Listening(), World(torch.device("cpu"))
     recipe = tiny_recipe(f"train.steps={steps}")
-    with Monitor(tmp_path, recipe, 1000, steps, 0, world, reporter) as monitor:
+    with Monitor(tmp_path, recipe, 1000, steps, 0, world, reporter, NONE) as monitor:
         monitor.probe(0, shares(0.05, 0.02))
         monitor.probe(step, shares(*last))
     warnings = [said for said in reporter.said if "untrained" in said]
@@ -59,8 +61,8 @@ def test_status_begins_with_the_last_retrieval_also_after_a_continuation(
     tiny_recipe: Load, tmp_path: Path
 ) -> None:
     world = World(torch.device("cpu"))
-    with Monitor(tmp_path, tiny_recipe(), 1000, 10, 0, world, Listening()) as monitor:
+    with Monitor(tmp_path, tiny_recipe(), 1000, 10, 0, world, Listening(), NONE) as monitor:
         monitor.probe(0, shares(0.05, 0.02))
         monitor.probe(5, shares(0.40, 0.30))
-    with Monitor(tmp_path, tiny_recipe(), 1000, 10, 5, world, Listening()) as monitor:
+    with Monitor(tmp_path, tiny_recipe(), 1000, 10, 5, world, Listening(), NONE) as monitor:
         assert monitor.status == "retrieval res4 35% res5 35%"
