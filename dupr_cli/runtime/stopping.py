@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,12 +80,14 @@ class _Patience:
 
 def _end_now(number: int) -> NoReturn:
     name = signal.Signals(number).name
-    # Bypasses Python's buffers, which the interrupted code may be using.
-    os.write(
-        sys.stderr.fileno(),
-        f"error: {name} came again: ended at once. Unsaved work is lost.\n".encode(),
-    )
+    _say(f"error: {name} came again: ended at once. Unsaved work is lost.")
     os._exit(128 + number)
+
+
+def _say(message: str) -> None:
+    """Write a line to standard error past Python's buffers, which the interrupted code may be
+    using."""
+    os.write(2, f"{message}\n".encode())
 
 
 # The signal that `stoppable` has received, kept in case its exception is swallowed.
@@ -196,6 +197,8 @@ class Stop:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self._patience.is_over() and not self._launched:
             _end_now(number)
+        if not self._number and os.environ.get("RANK", "0") == "0":
+            _say(f"{signal.Signals(number).name}: finishing this step, then saving it")
         self._number = self._number or number
 
     def __exit__(self, *_: object) -> None:

@@ -106,6 +106,9 @@ def test_signals_stop_after_a_step_that_is_saved(
         saved = max(int(p.name.removeprefix("step-")) for p in list_checkpoints(out))
         assert saved < STEPS, "it finished before it was stopped"
         assert f"step {saved} of {STEPS} is saved" in errors
+        at_once = f"{signal.Signals(number).name}: finishing this step, then saving it"
+        assert errors.count(at_once) == 1
+        assert errors.index(at_once) < errors.index("is saved")
     command_line.pretrain(shards, out, "--steps", STEPS, *SELDOM)
     assert_same(out, whole)
 

@@ -17,6 +17,7 @@ from tests.support.processes import Forked
 from tests.support.recipes import TINY
 from tests.support.workspace import signalled
 
+AT_ONCE = "SIGTERM: finishing this step, then saving it\n"
 LOOP = """
 import sys, time
 from dupr_cli.errors import StoppedRunError
@@ -45,7 +46,7 @@ def test_twice_within_a_moment_is_once() -> None:
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20) == (f"code {signal.SIGTERM}\n", "")
+    assert process.communicate(timeout=20) == (f"code {signal.SIGTERM}\n", AT_ONCE)
 
 
 def test_a_third_time_ends_at_once_and_says_so() -> None:
@@ -55,7 +56,7 @@ def test_a_third_time_ends_at_once_and_says_so() -> None:
         time.sleep(0.1)
     out, said = process.communicate(timeout=10)
     assert (out, process.returncode) == ("", 128 + signal.SIGTERM)
-    assert said == "error: SIGTERM came again: ended at once. Unsaved work is lost.\n"
+    assert said == (f"{AT_ONCE}error: SIGTERM came again: ended at once. Unsaved work is lost.\n")
 
 
 @pytest.mark.slow
