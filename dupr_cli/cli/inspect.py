@@ -367,7 +367,7 @@ def show_weights(found: WeightsReport) -> None:
             *(
                 (key, str(value))
                 for key, value in found.metadata.items()
-                if value not in (None, "")
+                if value not in (None, "", ())
             ),
         ]
     )

@@ -123,7 +123,9 @@ def draw_matches(
             rows.append(row)
             patches += found
     levels = network.levels
-    found_share = {v: float((pairs.ranks[v] == 1).double().mean() * 100) for v in levels}
+    found_share: dict[str, float] = {
+        v: float((pairs.ranks[v] == 1).double().mean() * 100) for v in levels
+    }
     heads = ["view 1: the patch", *(f"{v}: similarity in view 2" for v in levels)]
     if len(pairs.names) > 1:
         heads += [f"{v}: similarity in another image" for v in levels]

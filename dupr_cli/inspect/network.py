@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +111,7 @@ def parse_level(name: str | None) -> Level | None:
     """A level by its name. Raises UsageError for others."""
     if name is not None and name not in LEVELS:
         raise UsageError(f"--level {name}: there is no such level. Use one of {', '.join(LEVELS)}.")
-    return cast("Level | None", name)
+    return name
 
 
 def open_frozen(address: str, device: torch.device) -> tuple[ComparedWeights, FrozenBackbone]:
