@@ -20,6 +20,7 @@ from dupr_cli.cli import (
     prepare,
     pretrain,
     recipe,
+    report,
     study,
 )
 from dupr_cli.cli.command import Quiet, Traceback, Verbose, root_globals
@@ -75,6 +76,7 @@ for module in (
     checkpoint,
     bench,
     inspect,
+    report,
     recipe,
     doctor,
 ):
