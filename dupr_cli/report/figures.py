@@ -193,7 +193,7 @@ def _of_labels(curves: LabelCurves, metric: str) -> Figure:
 def difference_figure(differences: Sequence[PairedDifference], names: Sequence[str]) -> Figure:
     """The deciding differences with their intervals; right of 0 the first of a pair is better.
 
-    names: of the pairs, as the page calls them.
+    names: of the pairs, each at most two short lines.
     """
     rows = len(differences)
 
@@ -203,7 +203,9 @@ def difference_figure(differences: Sequence[PairedDifference], names: Sequence[s
             axes.plot([difference.low, difference.high], [row, row], color=shade, linewidth=2)
             axes.plot([difference.mean], [row], "o", color=shade, markersize=6)
         axes.axvline(0, color=_INK, linestyle="--", linewidth=1)
-        axes.set_yticks(range(rows), [plot_label(name) for name in names])
+        axes.set_yticks(
+            range(rows), ["\n".join(map(plot_label, name.split("\n"))) for name in names]
+        )
         axes.set_ylim(rows - 0.5, -0.5)
         axes.set_xlabel(f"difference of {differences[0].metric}, percentage points")
 
@@ -212,7 +214,7 @@ def difference_figure(differences: Sequence[PairedDifference], names: Sequence[s
         "Paired differences",
         f"Mean and {percent} % interval over seeds. Blue: more than chance, after correction for "
         f"the number of pairs.",
-        _svg(draw, (_SIZE[0], 1.0 + 0.32 * rows)),
+        _svg(draw, (_SIZE[0], 1.0 + 0.42 * rows)),
     )
 
 

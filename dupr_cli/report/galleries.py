@@ -68,7 +68,7 @@ def run_gallery(
     if not run.checkpoints:
         raise UsageError(f"{run.path}: it has no checkpoint yet, so no matches can be drawn.")
     found = []
-    name = f"{run.letter} {run.name}"
+    name = f"Run {run.title}"
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture.png"
         if shards is not None:

@@ -44,6 +44,7 @@ from dupr_cli.study.report import ProtocolReport, StudyReport
 GENERATOR = "dupr report"
 _ABSENT = "-"
 _MOST_CELL = 160  # characters of a recipe value in a table
+_MOST_LABEL = 18  # and of a name in a figure
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def render(sources: Sources, galleries: Sequence[Inlined], title: str) -> str:
         written=datetime.now().astimezone().isoformat(timespec="minutes"),
         title=title or f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}",
         findings=_findings(sources),
-        run_keys=_keys([f"{run.name}, {_short(run)}" for run in sources.runs], sources.runs),
+        run_keys=_keys([_short(run) for run in sources.runs], sources.runs),
         overview=_overview(sources.runs),
         retrieval=_retrieval_table(sources.runs),
         figures=run_figures(sources.runs),
@@ -145,7 +146,7 @@ def _keys(names: Sequence[str], runs: Sequence[Run] = ()) -> list[Key]:
 
 
 def _short(run: Run) -> str:
-    return f"{run.recipe.get('method.name', '?')}, {run.recipe.get('model.backbone', '?')}"
+    return f"{run.name}: {run.method}, {run.recipe.get('model.backbone', 'unknown backbone')}"
 
 
 def _overview(runs: Sequence[Run]) -> Table | None:
@@ -164,7 +165,7 @@ def _overview(runs: Sequence[Run]) -> Table | None:
         ["skipped steps", *(_figure(run.last("bad_steps"), ".0f") for run in runs)],
         ["checkpoints kept", *(str(len(run.checkpoints)) for run in runs)],
     ]
-    heads = ["", *(f"{run.letter} {run.name}" for run in runs)]
+    heads = ["", *(run.title for run in runs)]
     return Table("Runs side by side", heads, rows)
 
 
@@ -175,18 +176,16 @@ def _steps(run: Run) -> str:
 
 
 def _queues(run: Run) -> str:
-    places = {name.partition("/")[2] for name in (run.lines[-1] if run.lines else {})
-              if name.startswith("queue_fill/")}  # fmt: skip
-    if not places:
+    filled = run.last_of("queue_fill/")
+    if not filled:
         return _ABSENT
-    if any((run.last(f"queue_fill/{place}") or 0) < 1 for place in places):
+    if min(filled.values()) < 1:
         return "not yet"
-    return f"{max(filling(run, place) for place in places):,.0f}"
+    return f"{max(filling(run, name.removeprefix('queue_fill/')) for name in filled):,.0f}"
 
 
 def _lowest(run: Run) -> float | None:
-    values = [run.last(name) for line in run.lines[-1:] for name in line if "spread/" in name]
-    return min((value for value in values if value is not None), default=None)
+    return min(run.last_of("spread/").values(), default=None)
 
 
 def _mean(run: Run, name: str) -> float | None:
@@ -258,7 +257,7 @@ def _evaluation(named: Named[Results]) -> Part:
     differences = deciding(results)
     figures = []
     if differences:
-        names = [f"{each.first} - {each.second}" for each in differences]
+        names = [f"{_brief(each.first)} -\n{_brief(each.second)}" for each in differences]
         figures.append(difference_figure(differences, names))
     if results.differences:
         tables.append(_differences_table(results))
@@ -275,12 +274,17 @@ def _evaluation(named: Named[Results]) -> Part:
     return Part(named.name, lines, [], figures, tables, _more_tables(results, main))
 
 
+def _brief(name: str) -> str:
+    """A name that leaves room for the figure; the table below it has the whole."""
+    return name if len(name) <= _MOST_LABEL else name[: _MOST_LABEL - 1] + "…"
+
+
 def _origin(entry: WeightsResult) -> str:
     return f"{entry.weights} (baseline)" if _is_baseline(entry) else entry.weights
 
 
 def _with_spread(entry: WeightsResult, metric: str) -> str:
-    value = f"{entry.metrics[metric]:.1f}"
+    value = _figure(entry.metrics.get(metric), ".1f")
     deviation = entry.deviations.get(metric)
     return value if deviation is None else f"{value} ± {deviation:.1f}"
 
@@ -378,7 +382,7 @@ def _protocol(study: str, protocol: ProtocolReport) -> Part:
 
 def _recipe_tables(sources: Sources) -> list[Table]:
     """Keys that differ between runs, and between evaluations; of one alone, all its keys."""
-    of_runs = {f"{run.letter} {run.name}": run.recipe for run in sources.runs}
+    of_runs = {run.title: run.recipe for run in sources.runs}
     of_results = {each.name: recipe_keys(each.content.recipe) for each in sources.results}
     tables = []
     for what, recipes in (("runs", of_runs), ("evaluations", of_results)):
@@ -401,9 +405,7 @@ def _value(recipe: Mapping[str, object], key: str) -> str:
 
 
 def _environment_table(sources: Sources) -> Table | None:
-    of: dict[str, Mapping[str, object]] = {
-        f"{run.letter} {run.name}": run.environment for run in sources.runs
-    }
+    of: dict[str, Mapping[str, object]] = {run.title: run.environment for run in sources.runs}
     of |= {each.name: each.content.environment for each in sources.results}
     facts = {
         name: {key: str(value) for key, value in environment.items() if not _is_nested(value)}

@@ -24,7 +24,7 @@ from dupr_cli.artifacts.run import (
 from dupr_cli.errors import UsageError
 from dupr_cli.inspect.curves import run_names
 from dupr_cli.parsing import ParseError, read_yaml
-from dupr_cli.recipe import recipe_keys
+from dupr_cli.recipe import PretrainRecipe, load_recipe, recipe_keys
 from dupr_cli.study import RECIPE_FILE as STUDY_FILE
 from dupr_cli.study.report import StudyReport
 
@@ -38,10 +38,14 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run of pre-training. letter: its mark in figures. recipe: dotted keys. lines: its log."""
+    """A run of pre-training. letter: its mark in figures. method: its name in the literature.
+
+    recipe: dotted keys. lines: its log.
+    """
 
     letter: str
     name: str
+    method: str
     path: Path
     recipe: dict[str, object]
     environment: dict[str, Any]
@@ -51,6 +55,18 @@ class Run:
     def points(self, name: str) -> list[tuple[float, float]]:
         """Step and value of everything logged under a name."""
         return [(line["step"], line[name]) for line in self.lines if name in line]
+
+    @property
+    def title(self) -> str:
+        """Letter and name."""
+        return f"{self.letter} ({self.name})"
+
+    def last_of(self, prefix: str) -> dict[str, float]:
+        """The last value of everything logged under names that begin so."""
+        found: dict[str, float] = {}
+        for line in self.lines:
+            found |= {name: value for name, value in line.items() if name.startswith(prefix)}
+        return found
 
     def last(self, name: str) -> float | None:
         return next((line[name] for line in reversed(self.lines) if name in line), None)
@@ -94,12 +110,14 @@ def _add(found: Sources, path: Path, name: str) -> None:
         found.studies.append(Named(name, folder, StudyReport.read(folder)))
     elif file == LABELS_SAVED or (not file and (folder / LABELS_SAVED).is_file()):
         curves = LabelCurves.read(folder)
+        if not any(points for of in curves.curves.values() for points in of.values()):
+            raise UsageError(f"{folder / LABELS_SAVED}: it holds no figures.")
         found.labels.append(Named(name, folder, curves))
         for count, within in sorted(curves.folders.items()):
-            results = Results.read(folder / within)
+            results = _results(folder / within)
             found.results.append(Named(f"{name}, {count} labels", folder / within, results))
     elif file == RESULTS or (not file and (folder / RESULTS).is_file()):
-        found.results.append(Named(name, folder, Results.read(folder)))
+        found.results.append(Named(name, folder, _results(folder)))
     elif not file and (folder / RECIPE_FILE).is_file() and _was_started(folder):
         found.runs.append(_run(folder, name, _letter(len(found.runs))))
     else:
@@ -107,6 +125,13 @@ def _add(found: Sources, path: Path, name: str) -> None:
             f"{path} is none of the things that a report is about. Give {_KINDS}. An evaluation "
             f"has its file when it is finished; the same command continues it."
         )
+
+
+def _results(folder: Path) -> Results:
+    results = Results.read(folder)
+    if not results.results:
+        raise UsageError(f"{folder / RESULTS}: it holds no figures of any weights.")
+    return results
 
 
 def _was_started(folder: Path) -> bool:
@@ -127,9 +152,17 @@ def _run(folder: Path, name: str, letter: str) -> Run:
     return Run(
         letter,
         name,
+        _method(folder, recipe),
         folder,
         recipe,
         read_environment(folder),
         [line for line in MetricsLog(folder).read() if "step" in line],
         list_checkpoints(folder),
     )
+
+
+def _method(folder: Path, keys: dict[str, object]) -> str:
+    try:
+        return load_recipe(PretrainRecipe, str(folder / RECIPE_FILE)).method.title
+    except UsageError:  # from another version, or with a method that is not installed
+        return str(keys.get("method.name", "unknown method"))

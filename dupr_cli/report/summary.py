@@ -34,7 +34,7 @@ class Finding:
 @dataclass(frozen=True)
 class RetrievalRow:
     """Held-out patch retrieval of a run at a level, in percent: the untrained network's, and the
-    last. better: whether the last is higher by more than chance. patches: that were compared."""
+    last. better: whether the last is higher by more than chance. patches: of all pairs."""
 
     run: str
     level: str
@@ -57,6 +57,7 @@ def retrieval_rows(run: Run) -> list[RetrievalRow]:
     names = sorted({name for line in run.lines for name in line if name.startswith("retrieval/")})
     for level in (name.partition("/")[2] for name in names):
         pool = run.last(f"retrieval_pool/{level}")
+        half = None if pool is None else pool / 2  # views are mirrored alike in about half of them
         for prefix, case in CASES.items():
             points = run.points(f"{prefix}/{level}")
             if len(points) < 2 or points[0][0] != 0:
@@ -64,14 +65,14 @@ def retrieval_rows(run: Run) -> list[RetrievalRow]:
             first, (step, last) = points[0][1], points[-1]
             rows.append(
                 RetrievalRow(
-                    f"{run.letter} {run.name}",
+                    run.title,
                     level,
                     case,
                     100 * first,
                     100 * last,
                     int(step),
-                    None if pool is None else int(pool),
-                    _is_better(first, last, pool),
+                    None if pool is None or case != CASES["retrieval"] else int(pool),
+                    _is_better(first, last, pool if case == CASES["retrieval"] else half),
                 )
             )
     return rows
@@ -85,7 +86,7 @@ def _is_better(first: float, last: float, pool: float | None) -> bool:
 
 def run_findings(run: Run) -> list[Finding]:
     """Does this run learn?"""
-    name = f"{run.letter} {run.name}"
+    name = f"Run {run.title}"
     if not run.lines:
         return [Finding(OPEN, f"{name} has not logged a step yet.")]
     rows = retrieval_rows(run)
@@ -230,7 +231,7 @@ def study_findings(named: Named[StudyReport]) -> list[Finding]:
 
 def warnings(run: Run) -> list[str]:
     """What is worth a look in the log and the history of a run."""
-    name, found = f"{run.letter} {run.name}", []
+    name, found = f"Run {run.title}", []
     bad = run.last("bad_steps")
     if bad:
         found.append(
@@ -242,9 +243,8 @@ def warnings(run: Run) -> list[str]:
             f"{name}: {unreadable:.0f} times, an image could not be decoded and another took its "
             f"place."
         )
-    for place in sorted(key for line in run.lines[-1:] for key in line if "spread/" in key):
-        value = run.last(place)
-        if value is not None and value < _COLLAPSED:
+    for place, value in run.last_of("spread/").items():
+        if value < _COLLAPSED:
             found.append(
                 f"{name}: the embeddings collapse; {place} is {value:.3f}, and healthy is near 1."
             )

@@ -91,7 +91,7 @@ def _ask(address: str, values: dict[str, Any], method: str = "POST") -> Any:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """A browser with a new profile in this folder. The test is skipped where it is not installed."""
+    """A browser with a new profile in this folder; skips the test where none is installed."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("chromium and chromedriver are not installed (Debian: chromium-driver)")
