@@ -88,14 +88,14 @@ def test_a_run_that_does_not_learn_is_said_not_to(tmp_path: Path, last: float) -
 
 def test_a_mirrored_case_that_is_not_learned_is_named(tmp_path: Path) -> None:
     last = {"retrieval_opposite_flip/res4": 0.02}
-    page = report(tmp_path / "r.html", write_run(tmp_path / "run", **last))
+    page = report(tmp_path / "r.html", write_run(tmp_path / "run", last=last))
     assert "learns: at step 400" in page.text
     assert "where one of two views is mirrored, patches are found no more often" in page.text
 
 
 def test_trouble_in_the_log_is_a_warning(tmp_path: Path) -> None:
     trouble = {"bad_steps": 3.0, "spread/patch/res4": 0.01, "unreadable": 2.0}
-    page = report(tmp_path / "r.html", write_run(tmp_path / "run", **trouble))
+    page = report(tmp_path / "r.html", write_run(tmp_path / "run", last=trouble))
     assert "3 steps had a loss or gradient that was not finite" in page.text
     assert "2 times, an image could not be decoded" in page.text
     assert "the embeddings collapse; spread/patch/res4 is 0.010" in page.text

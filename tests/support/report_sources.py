@@ -24,7 +24,7 @@ def write_run(
     steps: int = 400,
     every: int = 10,
     overrides: Sequence[str] = (),
-    **last: float,
+    last: Mapping[str, float] | None = None,
 ) -> Path:
     """A run directory with the log of a run. retrieval: at the start and at the end, all cases.
 
@@ -54,7 +54,7 @@ def write_run(
                     f"reference/{place}": math.log(1 + 512),
                 }  # fmt: skip
             lines.append(line)
-    lines[-1] |= last
+    lines[-1] |= last or {}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
