@@ -171,12 +171,18 @@ def label_figures(curves: LabelCurves) -> list[Figure]:
 def _of_labels(curves: LabelCurves, metric: str) -> Figure:
     def draw(axes: Axes) -> None:
         counts: list[int] = []
-        for number, points in enumerate(curves.curves[metric].values()):
+        for number, every in enumerate(curves.curves[metric].values()):
+            points = [p for p in every if p.labels > 0 and 0 <= p.mean <= 100]
+            if not points:
+                continue
             counts = [point.labels for point in points]
             means = [point.mean for point in points]
             shade = colour(number)
             axes.plot(counts, means, "o-", color=shade, linewidth=2, markersize=4)
-            lows, highs = [max(0.0, p.low) for p in points], [min(100.0, p.high) for p in points]
+            lows, highs = (
+                [min(100.0, max(0.0, edge)) for edge in edges]
+                for edges in ([p.low for p in points], [p.high for p in points])
+            )
             axes.fill_between(counts, lows, highs, color=shade, alpha=0.15, linewidth=0)
             _mark(axes, counts[-1], means[-1], chr(ord("a") + number % 26), shade)
         axes.set_xscale("log")
@@ -186,8 +192,13 @@ def _of_labels(curves: LabelCurves, metric: str) -> Figure:
         axes.set_ylabel(f"{metric}, %")
         axes.set_ylim(bottom=0)
 
-    percent = round(100 * curves.confidence)
-    return Figure(f"{metric} by number of labels", f"Bands: {percent} % intervals.", _svg(draw))
+    bands = f"Bands: {100 * curves.confidence:.0f} % intervals."
+    return Figure(f"{metric} by number of labels", bands, _svg(draw))
+
+
+def is_drawable(difference: PairedDifference) -> bool:
+    """Whether its figures are percentage points, which those of a damaged file may not be."""
+    return all(abs(v) <= 100 for v in (difference.mean, difference.low, difference.high))
 
 
 def difference_figure(differences: Sequence[PairedDifference], names: Sequence[str]) -> Figure:
@@ -209,12 +220,12 @@ def difference_figure(differences: Sequence[PairedDifference], names: Sequence[s
         axes.set_ylim(rows - 0.5, -0.5)
         axes.set_xlabel(f"difference of {differences[0].metric}, percentage points")
 
-    percent = round(100 * differences[0].confidence)
+    percent = 100 * differences[0].confidence
     return Figure(
         "Paired differences",
-        f"Mean and {percent} % interval over seeds. Blue: more than chance, after correction for "
-        f"the number of pairs.",
-        _svg(draw, (_SIZE[0], 1.0 + 0.42 * rows)),
+        f"Mean and {percent:.0f} % interval over seeds. Blue: more than chance, after correction "
+        f"for the number of pairs.",
+        _svg(draw, (_SIZE[0], 0.7 + 0.42 * rows), left=0.34),
     )
 
 
@@ -251,7 +262,10 @@ def _mark(axes: Axes, x: float, y: float, text: str, shade: str) -> None:
     )  # fmt: skip
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = _SIZE) -> Markup:
+def _svg(
+    draw: Callable[[Axes], None], size: tuple[float, float] = _SIZE, left: float = 0.15
+) -> Markup:
+    """The SVG of what `draw` draws. size: inches. left: margin, as a share of the width."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import MaxNLocator
@@ -264,9 +278,12 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = _SIZE) -> Mar
         "font.size": 9, "path.simplify": True,
     }  # fmt: skip
     with rc_context(style):
-        figure = Canvas(figsize=size, layout="constrained")
+        figure = Canvas(figsize=size)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
+        # Finding the margins of every panel would take most of the time of a page.
+        below = 0.5 / size[1]
+        figure.subplots_adjust(left=left, right=0.95, bottom=below, top=0.97)
         axes.patch.set_alpha(0)
         draw(axes)
         if not axes.get_xlabel():

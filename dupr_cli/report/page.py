@@ -24,6 +24,7 @@ from dupr_cli.report.figures import (
     Figure,
     difference_figure,
     filling,
+    is_drawable,
     label_figures,
     run_figures,
 )
@@ -70,10 +71,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a section: one evaluation, comparison or protocol."""
+    """A part of a section: one evaluation, comparison or protocol. first: tables above figures."""
 
     title: str
     lines: list[str]
+    first: list[Table]
     keys: list[Key]
     figures: list[Figure]
     tables: list[Table]
@@ -142,7 +144,8 @@ def _findings(sources: Sources) -> list[Finding]:
 
 def _keys(names: Sequence[str], runs: Sequence[Run] = ()) -> list[Key]:
     marks = [run.letter for run in runs] or [chr(ord("a") + i % 26) for i in range(len(names))]
-    return [Key(mark, name, i % PALETTE) for i, (mark, name) in enumerate(zip(marks, names))]  # noqa: B905
+    entries = enumerate(zip(marks, names, strict=True))
+    return [Key(mark, name, number % PALETTE) for number, (mark, name) in entries]
 
 
 def _short(run: Run) -> str:
@@ -154,7 +157,7 @@ def _overview(runs: Sequence[Run]) -> Table | None:
     if not runs:
         return None
     rows = [
-        ["images", *(_number(run.environment.get("data", {}).get("images")) for run in runs)],
+        ["images", *(_number((run.environment.get("data") or {}).get("images")) for run in runs)],
         ["steps", *(_steps(run) for run in runs)],
         ["passes over the images", *(_figure(run.last("epoch"), ".2f") for run in runs)],
         ["images/s, mean", *(_figure(_mean(run, "images_per_second"), ",.0f") for run in runs)],
@@ -253,8 +256,9 @@ def _evaluation(named: Named[Results]) -> Part:
     spread = "One seed: a difference may be chance."
     if count > 1:
         spread = f"Means over {count} seeds, with standard deviations."
-    tables = [Table("Results", ["weights", "from", "backbone", *main], rows, 3, spread)]
-    differences = deciding(results)
+    first = [Table("Results", ["weights", "from", "backbone", *main], rows, 3, spread)]
+    tables = []
+    differences = [each for each in deciding(results) if is_drawable(each)]
     figures = []
     if differences:
         names = [f"{_brief(each.first)} -\n{_brief(each.second)}" for each in differences]
@@ -271,7 +275,7 @@ def _evaluation(named: Named[Results]) -> Part:
             if len(values) == 2
         ),
     ]
-    return Part(named.name, lines, [], figures, tables, _more_tables(results, main))
+    return Part(named.name, lines, first, [], figures, tables, _more_tables(results, main))
 
 
 def _brief(name: str) -> str:
@@ -289,18 +293,24 @@ def _with_spread(entry: WeightsResult, metric: str) -> str:
     return value if deviation is None else f"{value} ± {deviation:.1f}"
 
 
+def _signed(value: float) -> str:
+    """With its sign and one decimal; 0.0 has none."""
+    text = f"{value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
+
+
 def _differences_table(results: Results) -> Table:
     rows = [
         [
-            f"{each.first} - {each.second}", each.metric, f"{each.mean:+.1f}",
-            f"{each.low:+.1f} to {each.high:+.1f}",
+            f"{each.first} - {each.second}", each.metric, _signed(each.mean),
+            f"{_signed(each.low)} to {_signed(each.high)}",
             _ABSENT if each.adjusted_p is None else f"{each.adjusted_p:.3f}",
             "" if each.adjusted_p is None else "real" if each.is_real else "may be chance",
         ]
         for each in results.differences
     ]  # fmt: skip
-    percent = round(100 * results.differences[0].confidence)
-    heads = ["difference", "metric", "mean", f"{percent} % interval", "p, corrected", "verdict"]
+    percent = 100 * results.differences[0].confidence
+    heads = ["difference", "metric", "mean", f"{percent:.0f} % interval", "p, corrected", "verdict"]
     note = "Paired by seed. Only the metric that was named beforehand decides (Holm)."
     return Table("Paired differences", heads, rows, 2, note)
 
@@ -348,7 +358,7 @@ def _labels(name: str, curves: LabelCurves) -> Part:
         f"{curves.protocol}: {curves.metric}. {len(curves.seeds)} seeds, {curves.test_images:,} "
         f"images tested; the baseline is {curves.baseline}."
     )
-    return Part(name, [line], _keys(list(first)), label_figures(curves), tables, [])
+    return Part(name, [line], [], _keys(list(first)), label_figures(curves), tables, [])
 
 
 def _study(named: Named[StudyReport]) -> list[Part]:
@@ -362,15 +372,15 @@ def _study(named: Named[StudyReport]) -> list[Part]:
         ]
         table = Table("Top-1 at the end of each run, %", ["run", *levels], rows)
         name = f"{named.name}: held-out patch retrieval"
-        parts.append(Part(name, [], [], [], [table], []))
+        parts.append(Part(name, [], [table], [], [], [], []))
     return parts
 
 
 def _protocol(study: str, protocol: ProtocolReport) -> Part:
     part = _labels(f"{study}: {protocol.name}", protocol.curves)
     rows = [
-        [f"{d.first} - {d.second}", str(count), d.metric, f"{d.mean:+.1f}",
-         f"{d.low:+.1f} to {d.high:+.1f}",
+        [f"{d.first} - {d.second}", str(count), d.metric, _signed(d.mean),
+         f"{_signed(d.low)} to {_signed(d.high)}",
          "" if d.adjusted_p is None else "real" if d.is_real else "may be chance"]
         for count, of in protocol.differences.items() for d in of
     ]  # fmt: skip

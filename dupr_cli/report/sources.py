@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from dupr_cli.artifacts.files import leads_outside
 from dupr_cli.artifacts.label_curves import LABELS_SAVED, LabelCurves
 from dupr_cli.artifacts.results import RESULTS, Results
 from dupr_cli.artifacts.run import (
@@ -29,6 +30,8 @@ from dupr_cli.study import RECIPE_FILE as STUDY_FILE
 from dupr_cli.study.report import StudyReport
 
 T = TypeVar("T")
+
+_LARGEST = 1e15  # no run logs more; NaN compares as neither
 
 _KINDS = (
     f"a run directory ({RECIPE_FILE} and {METRICS_FILE}), an evaluation ({RESULTS}), a comparison "
@@ -110,10 +113,12 @@ def _add(found: Sources, path: Path, name: str) -> None:
         found.studies.append(Named(name, folder, StudyReport.read(folder)))
     elif file == LABELS_SAVED or (not file and (folder / LABELS_SAVED).is_file()):
         curves = LabelCurves.read(folder)
-        if not any(points for of in curves.curves.values() for points in of.values()):
+        if not curves.curves or not all(of and all(of.values()) for of in curves.curves.values()):
             raise UsageError(f"{folder / LABELS_SAVED}: it holds no figures.")
         found.labels.append(Named(name, folder, curves))
         for count, within in sorted(curves.folders.items()):
+            if leads_outside(within):
+                raise UsageError(f"{folder / LABELS_SAVED}: {within} is not in its folder.")
             results = _results(folder / within)
             found.results.append(Named(f"{name}, {count} labels", folder / within, results))
     elif file == RESULTS or (not file and (folder / RESULTS).is_file()):
@@ -156,9 +161,14 @@ def _run(folder: Path, name: str, letter: str) -> Run:
         folder,
         recipe,
         read_environment(folder),
-        [line for line in MetricsLog(folder).read() if "step" in line],
+        [line for line in map(_plausible, MetricsLog(folder).read()) if "step" in line],
         list_checkpoints(folder),
     )
+
+
+def _plausible(line: dict[str, float]) -> dict[str, float]:
+    """The values that a figure can show, which those of a damaged log may not be."""
+    return {name: value for name, value in line.items() if abs(value) < _LARGEST}
 
 
 def _method(folder: Path, keys: dict[str, object]) -> str:

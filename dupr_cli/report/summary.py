@@ -181,8 +181,11 @@ def _pair_finding(name: str, results: Results, pair: PairedDifference) -> Findin
     interval = f"{mean:+.1f} {pair.metric} [{low:+.1f}, {high:+.1f}]"
     of = f"{pair.trials} seeds, {results.train.images} labelled images"
     if pair.is_real:
+        random = {
+            entry.extra.get("folder") for entry in results.results if not entry.weights_sha256
+        }
         return Finding(
-            GOOD,
+            BAD if better in random else GOOD,
             f"{name}: {better} gives a better detector than {worse}: {interval}, {of}. This is "
             f"more than chance.",
         )

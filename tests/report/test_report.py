@@ -15,7 +15,13 @@ from dupr_cli.artifacts.results import Results
 from dupr_cli.report.figures import thinned
 from tests.support.command_line import dupr
 from tests.support.images import noise_image
-from tests.support.report_sources import make_results, write_labels, write_results, write_run
+from tests.support.report_sources import (
+    make_results,
+    write_labels,
+    write_results,
+    write_run,
+    write_study,
+)
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -105,7 +111,7 @@ def test_results_alone_say_what_helps(tmp_path: Path) -> None:
     results = make_results({"ours": [30.0, 32.0, 31.0], "none": [20.0, 21.0, 22.0]})
     page = report(tmp_path / "r.html", write_results(tmp_path / "eval", results))
     require_self_contained(page)
-    assert "ours gives a better detector than none: +10.0 AP [+9.0, +11.0]" in page.text
+    assert "Yes: eval: ours gives a better detector than none: +10.0 AP [+9.0, +11.0]" in page.text
     assert "none (baseline)" in page.text
     assert "31.0 ± 0.5" in page.text
     assert 'id="runs"' not in (tmp_path / "r.html").read_text()
@@ -121,7 +127,7 @@ def test_a_difference_that_may_be_chance_is_not_sold(tmp_path: Path) -> None:
 def test_weights_that_are_worse_are_said_to_be(tmp_path: Path) -> None:
     results = make_results({"ours": [10.0, 11.0], "none": [20.0, 21.0]})
     page = report(tmp_path / "r.html", write_results(tmp_path / "eval", results))
-    assert "none gives a better detector than ours: +10.0 AP" in page.text
+    assert "Look: eval: none gives a better detector than ours: +10.0 AP" in page.text
 
 
 def test_one_seed_is_no_evidence(tmp_path: Path) -> None:
@@ -137,6 +143,15 @@ def test_labels_saved_and_the_evaluations_within_are_shown(tmp_path: Path) -> No
     assert "eval, 40 labels" in page.text
     assert "eval, 80 labels" in page.text
     assert "Drawn afresh for every seed." in page.text
+
+
+def test_a_study_shows_its_curves_and_what_beats_the_baseline(tmp_path: Path) -> None:
+    page = report(tmp_path / "r.html", write_study(tmp_path / "study"))
+    require_self_contained(page)
+    assert "study, frozen, 40 labels: ours minus none is +10.0 [+9.0, +11.0] AP" in page.text
+    assert "more than chance" in page.text
+    assert "study: held-out patch retrieval" in page.text
+    assert "ours-s0" in page.text
 
 
 def test_two_runs_are_side_by_side_with_what_differs_in_their_recipes(tmp_path: Path) -> None:
@@ -204,6 +219,7 @@ def test_secrets_in_addresses_are_left_out(tmp_path: Path) -> None:
     assert "hunter2" not in page.text
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_far_below_ten_megabytes(tmp_path: Path) -> None:
     # 200 epochs of ImageNet in batches of 256, with a line every 20 steps.
     run = write_run(tmp_path / "run", steps=1_000_000, every=20)

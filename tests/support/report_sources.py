@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from dupr_cli.artifacts.label_curves import CurvePoint, LabelCurves, LabelsNeeded
@@ -16,6 +17,7 @@ from dupr_cli.artifacts.results import (
     WeightsResult,
 )
 from dupr_cli.recipe import PretrainRecipe, load_recipe, recipe_yaml
+from dupr_cli.study.report import ProtocolReport, StudyReport
 
 
 def write_run(
@@ -112,6 +114,22 @@ def make_results(
 def write_results(folder: Path, results: Results) -> Path:
     folder.mkdir(parents=True)
     results.write(folder)
+    return folder
+
+
+def write_study(folder: Path) -> Path:
+    """A finished study of one protocol, whose curves are those of `write_labels`."""
+    curves = LabelCurves.read(write_labels(folder / "evaluate"))
+    values = {40: 10.0, 80: 7.0}
+    differences = {
+        count: [PairedDifference("ours", "none", "AP", 2, v, v - 1, v + 1, 0.95, 0.01)]
+        for count, v in values.items()
+    }
+    protocol = ProtocolReport("frozen", "AP", curves, differences, {}, "frozen.png")
+    retrieval = {"ours-s0": {"res4": 14.0, "res5": 12.0}}
+    (folder / "study.yaml").write_text("stage: study\n")
+    study = StudyReport("example", "", "none", [protocol], retrieval, "")
+    (folder / "report.json").write_text(json.dumps(asdict(study)))
     return folder
 
 
