@@ -289,7 +289,7 @@ def _svg(
         if not axes.get_xlabel():
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.margins(x=0.06)
+        axes.margins(x=0.06, y=0.1)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return Markup(_themed(buffer.getvalue()))
