@@ -29,10 +29,11 @@ from dupr_cli.datasets.pixels import IMAGE_ERRORS
 from dupr_cli.errors import UsageError
 from dupr_cli.models.compared import ComparedWeights, open_compared
 from dupr_cli.models.frozen import FrozenBackbone, freeze
+from dupr_cli.parsing import ParseError, read_yaml
 from dupr_cli.pretrain.encoders import Encoder, grid
 from dupr_cli.pretrain.method import method_class
 from dupr_cli.pretrain.retrieval_check import retrieval_levels
-from dupr_cli.recipe import PretrainRecipe, load_recipe
+from dupr_cli.recipe import PretrainRecipe, load_recipe, recipe_keys
 from dupr_cli.recipe.base import LEVEL_STRIDES, LEVELS, Level
 from dupr_cli.recipe.pretrain import (
     AugmentationSection,
@@ -43,6 +44,7 @@ from dupr_cli.recipe.pretrain import (
 from dupr_cli.views.geometry import pool_patches
 
 _PATCH_HEADS = "query.patch_heads."
+_CENTRES = "method.patch.cell_centres"
 _VIEW_SIDES = (32, 1024)  # that a recipe allows
 
 
@@ -132,7 +134,7 @@ def open_network(address: str, device: torch.device) -> Network:
         levels = [v for v in retrieval_levels(method) if v in has] or [has[-1]]
         note = "weights without heads: backbone features are compared"
         return Network(frozen, taken, method, tuple(levels), None, note)
-    recipe = load_recipe(PretrainRecipe, str(folder / RECIPE_FILE))
+    recipe = _recorded_recipe(folder / RECIPE_FILE)
     encoder = _encoder(recipe, Path(address)).to(device)
     if encoder.patch_levels:
         levels, heads, note = encoder.patch_levels, encoder, "embeddings of the patch heads"
@@ -150,6 +152,17 @@ def _run_of(path: Path) -> Path | None:
         place = path.resolve()
         path = place.parent.parent if place.parent.name == CHECKPOINTS else place
     return path if path.is_dir() and (path / RECIPE_FILE).is_file() else None
+
+
+def _recorded_recipe(file: Path) -> PretrainRecipe:
+    """The recipe of a run. Raises UsageError when it cannot be read."""
+    try:
+        keys = recipe_keys(read_yaml(file))
+    except (OSError, ParseError) as error:
+        raise UsageError(f"{file}: the run's recipe cannot be read ({error}).") from error
+    # A run records every key that its dupr had; before this one, bins were pooled so.
+    before = [] if _CENTRES in keys else [f"{_CENTRES}=convention"]
+    return load_recipe(PretrainRecipe, str(file), before)
 
 
 def _default_method(taken: ComparedWeights) -> MethodSection:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,22 @@ def test_a_checkpoint_shows_what_its_run_shows(
     of_checkpoint = matches(tiny_run / "latest", pictures, tmp_path / "n.png")
     assert of_run["patches"] == of_checkpoint["patches"]
     assert of_run["note"] == "embeddings of the patch heads"
+
+
+def test_a_run_from_before_cell_centres_is_pooled_as_it_was_trained(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(tiny_run, old, symlinks=True)
+    recipe = (old / "recipe.yaml").read_text()
+    (old / "recipe.yaml").write_text(re.sub(r" *cell_centres: .*\n", "", recipe))
+    grids = []
+    for run in (tiny_run, old):
+        heads = open_network(str(run), torch.device("cpu")).heads
+        assert heads is not None
+        grids.append(heads.grids["res5"].first)
+    assert grids[1] == 16
+    assert grids[0] != 16
 
 
 def test_weights_without_heads_say_that_features_are_compared(
