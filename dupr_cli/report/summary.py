@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dupr_cli.artifacts.label_curves import LabelCurves
@@ -169,44 +170,59 @@ def _comparison_findings(named: Named[Results]) -> list[Finding]:
                 f"may be chance. `--seeds 5` shows the spread.",
             )
         ]
-    return [_pair_finding(named.name, results, each) for each in differences]
+    real = [_pair_finding(named.name, results, each) for each in differences if each.is_real]
+    return real + _not_told_apart(named.name, results, [d for d in differences if not d.is_real])
+
+
+def _not_told_apart(
+    name: str, results: Results, pairs: Sequence[PairedDifference]
+) -> list[Finding]:
+    """One sentence about all pairs whose difference may be chance."""
+    if not pairs:
+        return []
+    listed = "; ".join(
+        f"{pair.first} minus {pair.second} is {pair.mean:+.1f} [{pair.low:+.1f}, {pair.high:+.1f}]"
+        for pair in pairs
+    )
+    return [
+        Finding(
+            OPEN,
+            f"{name}: these differences of {pairs[0].metric} may be chance, with {pairs[0].trials} "
+            f"seeds and {results.train.images} labelled images: {listed}.",
+        )
+    ]
 
 
 def _pair_finding(name: str, results: Results, pair: PairedDifference) -> Finding:
+    """A difference that is more than chance."""
     better, worse = pair.first, pair.second
     mean, low, high = pair.mean, pair.low, pair.high
     if mean < 0:
         better, worse = worse, better
         mean, low, high = -mean, -high, -low
-    interval = f"{mean:+.1f} {pair.metric} [{low:+.1f}, {high:+.1f}]"
-    of = f"{pair.trials} seeds, {results.train.images} labelled images"
-    if pair.is_real:
-        random = {
-            entry.extra.get("folder") for entry in results.results if not entry.weights_sha256
-        }
-        return Finding(
-            BAD if better in random else GOOD,
-            f"{name}: {better} gives a better detector than {worse}: {interval}, {of}. This is "
-            f"more than chance.",
-        )
+    random = {entry.extra.get("folder") for entry in results.results if not entry.weights_sha256}
     return Finding(
-        OPEN,
-        f"{name}: {better} and {worse} are not told apart: {interval}, {of}. This may be chance.",
+        BAD if better in random else GOOD,
+        f"{name}: {better} gives a better detector than {worse}: {mean:+.1f} {pair.metric} "
+        f"[{low:+.1f}, {high:+.1f}], {pair.trials} seeds, {results.train.images} labelled images. "
+        f"This is more than chance.",
     )
 
 
 def labels_findings(named: Named[LabelCurves]) -> list[Finding]:
-    """How many labels are saved?"""
+    """How many labels are saved, by the first metric and at the largest number of labels?"""
     curves, found = named.content, []
-    for metric, rows in curves.saved.items():
-        for row in rows:
+    metric, rows = next(iter(curves.saved.items()), ("", []))
+    # The largest number says most; the page has the table of all.
+    most = max((row.baseline_labels for row in rows), default=0)
+    for row in rows:
+        if row.baseline_labels == most:
             surely = row.high is not None and row.high < row.baseline_labels
             found.append(
                 Finding(
                     GOOD if surely else OPEN,
-                    f"{named.name}: with {row.baseline_labels} labels {curves.baseline} reaches "
-                    f"{row.target:.1f} {metric}; {row.weights} needs {row.described(curves)} "
-                    f"labels for that.",
+                    f"{named.name}: with {most} labels {curves.baseline} reaches {row.target:.1f} "
+                    f"{metric}; {row.weights} needs {row.described(curves)} labels for that.",
                 )
             )
     return found

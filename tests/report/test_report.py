@@ -120,7 +120,8 @@ def test_results_alone_say_what_helps(tmp_path: Path) -> None:
 def test_a_difference_that_may_be_chance_is_not_sold(tmp_path: Path) -> None:
     results = make_results({"ours": [30.0, 20.0], "none": [24.0, 25.0]}, real=False)
     page = report(tmp_path / "r.html", write_results(tmp_path / "eval", results))
-    assert "ours and none are not told apart" in page.text
+    assert "these differences of AP may be chance" in page.text
+    assert "ours minus none is +0.5 [-0.5, +1.5]" in page.text
     assert "better detector" not in page.text
 
 
