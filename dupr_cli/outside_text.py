@@ -12,6 +12,7 @@ whatever a name in it contains, only a message of dupr begins at the margin.
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
 import unicodedata
@@ -53,6 +54,11 @@ def markdown_text(text: str) -> str:
     # At the start of a line: a heading, a list, a quotation, a rule.
     escaped = re.sub(r"\A(\s*)([#+=-])", r"\1\\\2", escaped)
     return re.sub(r"\A(\s*\d+)([.)])", r"\1\\\2", escaped)
+
+
+def html_text(text: str) -> str:
+    """Text that HTML shows as it is, between tags and in quoted attributes."""
+    return html.escape(one_line(text))
 
 
 def csv_cell(text: str) -> str:

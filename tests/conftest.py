@@ -16,6 +16,7 @@ import torch
 from hypothesis import settings
 
 from dupr_cli.recipe import PretrainRecipe, load_recipe
+from tests.support.command_line import pretrain
 from tests.support.images import SHARED_DATA, noise_image, write_shards
 from tests.support.recipes import TINY
 
@@ -61,6 +62,14 @@ def image_folder(tmp_path: Path) -> Path:
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """90 small images in five shards."""
     return write_shards(tmp_path_factory.mktemp("shards") / "tiny", 90)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a few steps on `tiny_shards`, of a small network."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    pretrain(tiny_shards, run)
+    return run
 
 
 @pytest.fixture

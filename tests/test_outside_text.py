@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dupr_cli.outside_text import (
     csv_cell,
+    html_text,
     json_text,
     latex_text,
     markdown_text,
@@ -25,7 +26,7 @@ from dupr_cli.outside_text import (
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 ANYTHING = st.text(st.characters())  # also controls, format characters and surrogates
-FUNCTIONS = [one_line, markdown_text, csv_cell, latex_text, plot_label, tar_key]
+FUNCTIONS = [one_line, markdown_text, html_text, csv_cell, latex_text, plot_label, tar_key]
 
 
 def hidden(text: str) -> set[str]:
@@ -136,3 +137,8 @@ def test_a_label_is_drawn_as_text(text: str) -> None:
     from matplotlib import cbook
 
     assert not cbook.is_math_text(plot_label(text))
+
+
+def test_html_shows_text_as_it_is_between_tags_and_in_attributes() -> None:
+    text = "<b title='x'>\"a\" & b</b>\x1b"
+    assert html_text(text) == ("&lt;b title=&#x27;x&#x27;&gt;&quot;a&quot; &amp; b&lt;/b&gt;\\x1b")

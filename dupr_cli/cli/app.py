@@ -20,6 +20,7 @@ from dupr_cli.cli import (
     prepare,
     pretrain,
     recipe,
+    report,
     study,
 )
 from dupr_cli.cli.command import Quiet, Traceback, Verbose, root_globals
@@ -36,6 +37,7 @@ _COMMANDS = {
     "study": study,
     "bench": bench,
     "inspect": inspect,
+    "report": report,
     "checkpoint": checkpoint,
     "import": import_,
     "recipe": recipe,

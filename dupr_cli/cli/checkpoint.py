@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,7 +102,7 @@ def diff(
 
 
 def show_list(listed: CheckpointList) -> None:
-    from dupr_cli.cli.console import print_text
+    from dupr_cli.cli.console import print_table, print_text
 
     rows = [
         (
@@ -116,7 +115,7 @@ def show_list(listed: CheckpointList) -> None:
         for facts in listed.checkpoints
     ]
     if rows:
-        _print_table(("step", "size (MB)", "written", "state", ""), rows, numbers=2)
+        print_table(("step", "size (MB)", "written", "state", ""), rows, numbers=2)
     for note in _notes(listed):
         print_text(one_line(note))
 
@@ -149,13 +148,13 @@ def _notes(listed: CheckpointList) -> list[str]:
 
 
 def show_diff(found: CheckpointDiff) -> None:
-    from dupr_cli.cli.console import print_facts, print_text
+    from dupr_cli.cli.console import print_facts, print_table, print_text
 
     print_facts([("first", found.a), ("second", found.b)])
     print_text(f"\n{found.summary}")
     if found.differing:
         rows = [_tensor_row(difference) for difference in found.differing[:_MOST]]
-        _print_table(("tensor", "values differ", "by at most"), rows)
+        print_table(("tensor", "values differ", "by at most"), rows)
         more = len(found.differing) - _MOST
         if more > 0:
             print_text(f" and {more} more; --json lists all")
@@ -165,7 +164,7 @@ def show_diff(found: CheckpointDiff) -> None:
         elif differences:
             print_text(f"\n{title}:")
             rows = [(each.key, str(each.a), str(each.b)) for each in differences]
-            _print_table(("key", "first", "second"), rows)
+            print_table(("key", "first", "second"), rows)
         else:
             print_text(f"\n{title}: the same")
 
@@ -185,18 +184,3 @@ def _mismatch(difference: TensorDifference) -> str:
     if difference.a == ABSENT:
         return "only in second"
     return f"{difference.a}, {difference.b}"
-
-
-def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> None:
-    """Print a table. numbers: this many columns from the left are right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from dupr_cli.cli.console import cell
-
-    table = Table(box=None, header_style="dim")
-    for place, header in enumerate(headers):
-        table.add_column(header, justify="right" if place < numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(cell, row))
-    Console(emoji=False).print(table)

@@ -204,3 +204,13 @@ def print_facts(facts: Sequence[tuple[str, str]], title: str = "") -> None:
     for name, value in facts:
         table.add_row(cell(name), cell(value))
     Console(emoji=False).print(table)
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> None:
+    """Print a table. numbers: this many columns from the left are right-aligned."""
+    table = Table(box=None, header_style="dim")
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="right" if place < numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(cell, row))
+    Console(emoji=False).print(table)

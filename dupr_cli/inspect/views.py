@@ -13,16 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dupr_cli.artifacts.files import atomic_file
-from dupr_cli.artifacts.pixel_formats import ChannelImage, as_picture, how_shown
+from dupr_cli.artifacts.pixel_formats import as_picture, how_shown
 from dupr_cli.artifacts.shards import ShardSet, open_shards
 from dupr_cli.datasets.pixels import IMAGE_ERRORS
 from dupr_cli.errors import UsageError
-from dupr_cli.outside_text import one_line
+from dupr_cli.inspect.sheet import (
+    SIDE,
+    VIEW_COLOURS,
+    as_panel,
+    describe_view,
+    sheet,
+    source_panel,
+    write_picture,
+)
 from dupr_cli.pretrain.data import ViewPairs, decode, held_out
 from dupr_cli.pretrain.retrieval_check import retrieval_levels
 from dupr_cli.recipe import PretrainRecipe
@@ -31,9 +37,6 @@ from dupr_cli.recipe.pretrain import MethodSection
 from dupr_cli.views.augmentation import augment
 from dupr_cli.views.geometry import shared_region_boxes
 
-_SIDE, _MARGIN, _CAPTION, _HEADER = 300, 14, 24, 58
-_COLOURS = ("#ff7f0e", "#1f77b4")  # first and second view
-_INK, _GROUND = "#222222", "#eeeeee"
 _NUMBER = 24  # pixels of the picture that a number needs, in both directions
 
 
@@ -58,21 +61,23 @@ def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) ->
         )
         views = augment(sample.views.clone(), sample.parameters, method.augmentation)
         key = shards[number].key
-        panels = [(_source(image, sample.crops), f"{key}, {image.width} x {image.height} pixels")]
-        sides = (boxes[0, :, 2:] - boxes[0, :, :2]) * (_SIDE / size / bins)
+        panels = [
+            (source_panel(image, sample.crops), f"{key}, {image.width} x {image.height} pixels")
+        ]
+        sides = (boxes[0, :, 2:] - boxes[0, :, :2]) * (SIDE / size / bins)
         every = max(1, math.ceil(_NUMBER / float(sides.min())))  # the same cells in both views
         for view in range(2):
             box, flipped = boxes[0, view], bool(flips[0, view])
             panel = _view(
-                _to_image(views[view], method, shards.pixels is None),
-                box * (_SIDE / size),
+                as_panel(views[view], method.augmentation, shards.pixels is None),
+                box * (SIDE / size),
                 flipped,
                 bins if bool(valid[0]) else 0,
                 every,
-                _COLOURS[view],
+                VIEW_COLOURS[view],
             )
             shared = (box[2:] - box[:2]) / size if bool(valid[0]) else None
-            panels.append((panel, _describe(sample.crops[view], flipped, shared)))
+            panels.append((panel, describe_view(sample.crops[view], flipped, shared)))
         rows.append(panels)
         keys.append(key)
     if not rows:
@@ -81,9 +86,7 @@ def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) ->
     title = f"grid: {bins} x {bins} bins of {level}; the same number and colour is the same place"
     if shards.pixels is not None:
         title += f"; shown: {how_shown(shards.pixels)}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        _sheet(title, heads, rows).save(file, "PNG")
+    write_picture(sheet(title, heads, rows), path)
     return keys
 
 
@@ -112,80 +115,6 @@ def _images(shards: ShardSet, holdout: int, count: int) -> Iterator[tuple[int, I
             continue
         drawn += 1
         yield number, image
-
-
-def _describe(crop: Tensor, flipped: bool, shared: Tensor | None) -> str:
-    width, height = (crop[2:] - crop[:2]).tolist()
-    parts = [f"{width:.0f} x {height:.0f} cropped"]
-    if flipped:
-        parts.append("mirrored")
-    if shared is None:
-        parts.append("too little shared")
-    else:
-        parts.append(f"{shared[0]:.0%} x {shared[1]:.0%} shared")
-    return ", ".join(parts)
-
-
-def _sheet(
-    title: str, heads: tuple[str, ...], rows: list[list[tuple[Image.Image, str]]]
-) -> Image.Image:
-    step = _SIDE + _MARGIN
-    height = _HEADER + len(rows) * (_SIDE + _CAPTION)
-    sheet = Image.new("RGB", (len(heads) * step + _MARGIN, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, 18), one_line(title), _INK, ImageFont.load_default(16), anchor="lm")
-    for column, head in enumerate(heads):
-        place = (_MARGIN + column * step, 44)
-        draw.text(place, head, _INK, ImageFont.load_default(14), anchor="lm")
-    font = ImageFont.load_default(12)
-    for row, panels in enumerate(rows):
-        top = _HEADER + row * (_SIDE + _CAPTION)
-        for column, (panel, caption) in enumerate(panels):
-            left = _MARGIN + column * step
-            sheet.paste(panel, (left, top))
-            place = (left, top + _SIDE + _CAPTION // 2 - 1)
-            draw.text(place, _shortened(one_line(caption), font), _INK, font, anchor="lm")
-    return sheet
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Shorten text wider than a panel at its beginning, because keys differ at their ends."""
-    if font.getlength(text) <= _SIDE:
-        return text
-    while font.getlength(f"...{text}") > _SIDE:
-        text = text[1:]
-    return f"...{text}"
-
-
-def _to_image(pixels: Tensor, method: MethodSection, rgb: bool) -> Image.Image:
-    """A normalised view (C, S, S) as a picture. rgb: C is 3, red, green and blue."""
-    statistics = (method.augmentation.mean, method.augmentation.std)
-    mean, std = (torch.tensor(v)[:, None, None] for v in statistics)
-    values = (pixels * std + mean).clamp(0, 1).permute(1, 2, 0)
-    if rgb:
-        picture = Image.fromarray((values * 255).byte().numpy())
-    else:
-        picture = ChannelImage(values.numpy()).shown()
-    return picture.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-
-
-def _source(image: Image.Image, crops: Tensor) -> Image.Image:
-    """The image centred in its panel, its crops framed and their shared region brightened."""
-    scale = _SIDE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    left, top = ((_SIDE - side) // 2 for side in size)
-    panel = Image.new("RGBA", (_SIDE, _SIDE), _GROUND)
-    panel.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
-    overlay = Image.new("RGBA", panel.size)
-    draw = ImageDraw.Draw(overlay)
-    frames = crops * scale + torch.tensor([left, top, left - 1, top - 1])
-    x0, y0 = frames[:, :2].amax(0).tolist()
-    x1, y1 = frames[:, 2:].amin(0).tolist()
-    if x0 < x1 and y0 < y1:
-        draw.rectangle([x0, y0, x1, y1], fill=(255, 255, 255, 70))
-    for frame, colour in zip(frames, _COLOURS, strict=True):
-        draw.rectangle(frame.tolist(), outline=colour, width=3)
-    return Image.alpha_composite(panel, overlay).convert("RGB")
 
 
 def _view(

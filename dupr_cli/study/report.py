@@ -20,9 +20,12 @@ from dupr_cli.artifacts.files import write_json, write_text
 from dupr_cli.artifacts.label_curves import LABELS_SAVED, LabelCurves
 from dupr_cli.artifacts.results import PairedDifference, Results, TrialResult, WeightsResult
 from dupr_cli.artifacts.run import MetricsLog
+from dupr_cli.artifacts.versions import parse_record
+from dupr_cli.errors import UsageError
 from dupr_cli.evaluate import label_curves
 from dupr_cli.evaluate.statistics import holm, p_value, paired_difference, summed_up
 from dupr_cli.outside_text import csv_cell, markdown_text, several_lines
+from dupr_cli.parsing import ParseError, read_limited, validated
 from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.study import StudyRecipe
 from dupr_cli.study.cells import EVALUATE, PRETRAIN, Start, all_cells, evaluate_recipe, starts
@@ -60,6 +63,18 @@ class StudyReport:
     retrieval: dict[str, dict[str, float]]
     out: str
     format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def read(cls, folder: Path) -> StudyReport:
+        """Read the report of a study from its OUT. Raises UsageError when there is none."""
+        file = folder / f"{REPORT}.json"
+        try:
+            return validated(cls, parse_record(read_limited(file), FORMAT_VERSION, file))
+        except (OSError, ParseError) as error:
+            raise UsageError(
+                f"{file}: not the report of a study ({error}). `dupr study` writes one when all "
+                f"cells are finished; the same command continues an unfinished study."
+            ) from error
 
 
 def missing_cells(recipe: StudyRecipe, out: Path) -> list[str]:

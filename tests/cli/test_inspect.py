@@ -198,7 +198,10 @@ def test_wrong_use_is_one_message_with_exit_code_2(tiny_shards: Path, tmp_path: 
     views(tiny_shards, out, "--count", 0, code=2)
 
 
-@pytest.mark.parametrize("words", [(), ("views",), ("curves",)])
+COMMANDS = ("views", "curves", "matches", "neighbours", "features", "weights")
+
+
+@pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS)])
 def test_help_has_examples(words: tuple[str, ...]) -> None:
     text = dupr("inspect", *words, "--help").stdout
     assert "Usage:" in text

@@ -38,6 +38,7 @@ from dupr_cli.artifacts.results import RESULTS, Results
 from dupr_cli.artifacts.run import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
+    RECIPE_FILE,
     STATE_FILE,
     Checkpoint,
     CheckpointState,
@@ -63,7 +64,10 @@ from dupr_cli.prepare.unfinished import State
 from dupr_cli.recipe import load_recipe
 from dupr_cli.recipe.load import RECIPE_MODELS, shipped_recipes
 from dupr_cli.recipe.prepare import SourceSection
+from dupr_cli.report.page import render
+from dupr_cli.report.sources import open_sources
 from dupr_cli.runtime.output import read_claim
+from dupr_cli.study.report import StudyReport
 from tests.support.images import encode, noise_image, write_shards
 from tests.support.weights import METADATA
 
@@ -316,6 +320,10 @@ def _old(name: str, to: str) -> Callable[[], Mapping[str, bytes]]:
     return lambda: {to: (_OLD / name).read_bytes()}
 
 
+def _page(folder: Path) -> object:
+    return render(open_sources([folder]), [], "")
+
+
 _YOLO = {
     "data__yaml": "path: .\ntrain: train.txt\nval: [train.txt]\nnames: {0: cat, 1: dog}\nnc: 2\n",
     "train__txt": "a.jpg\n./b.jpg\n",
@@ -371,6 +379,19 @@ READERS: dict[str, Reader] = {
     ),
     "label-curves": Reader(
         _json(LABELS_SAVED, vars(_CURVES)), LABELS_SAVED, lambda f: LabelCurves.read(f), json=True
+    ),
+    "report-results": Reader(
+        _old("eval/results.json", RESULTS), RESULTS, _page, json=True
+    ),
+    "report-metrics": Reader(
+        lambda: {RECIPE_FILE: (_OLD / "run/recipe.yaml").read_bytes(),
+                 METRICS_FILE: (_OLD / "run/metrics.jsonl").read_bytes()},
+        METRICS_FILE, _page,
+    ),
+    "study-report": Reader(
+        _json("report.json", {"name": "s", "description": "", "baseline": "a", "out": "",
+                              "protocols": [], "retrieval": {"a": {"res4": 1.0}}}),
+        "report.json", lambda f: StudyReport.read(f), json=True,
     ),
     "state": Reader(
         _json(STATE_FILE, _STATE.to_json()), STATE_FILE, lambda f: Checkpoint.read(f), json=True
