@@ -49,10 +49,14 @@ class CityscapesSplit:
     def image(self, number: int) -> BinaryIO:
         return self._images[number].open("rb")
 
+    def annotation(self, number: int, kind: str) -> Path:
+        """Path of the annotation of an image, such as its instanceIds."""
+        city = self._images[number].parent.name
+        return self._labels / city / f"{self.ids[number]}_gtFine_{kind}.png"
+
     def labels(self, number: int) -> Labels:
         """Raises RunError when the annotation is missing or does not decode."""
-        city = self._images[number].parent.name
-        path = self._labels / city / f"{self.ids[number]}_gtFine_instanceIds.png"
+        path = self.annotation(number, "instanceIds")
         try:
             with Image.open(path) as image:
                 drawn = np.asarray(image)

@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,8 @@ class Annotation:
     width, height: of the upright image, pixels. boxes: (n, 4) float32, x_min, y_min, x_max, y_max.
     names: class of each box. difficult, crowd: (n,) bool. areas: (n,) square pixels, of the
     object's mask if the source gives it, otherwise of the box. outlines: COCO's polygons or run
-    lengths of each object, None if masks were not requested.
+    lengths of each object, None if masks were not requested. mask_sha256: of the class numbers of
+    all pixels, in sets with semantic masks (semantic.py).
     """
 
     image_id: str
@@ -55,6 +56,7 @@ class Annotation:
     crowd: NDArray[np.bool_]
     areas: NDArray[np.float64]
     outlines: tuple[Outline, ...] | None = None
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,23 @@ class LabelledSet:
     @property
     def classes(self) -> list[str]:
         """Names of all objects, sorted."""
-        return sorted({name for annotation in self.annotations for name in annotation.names})
+        return sorted(self.named)
+
+    @property
+    def named(self) -> set[str]:
+        """The classes that the annotations name."""
+        return {name for annotation in self.annotations for name in annotation.names}
 
     @property
     def digest(self) -> str:
-        """sha256 over image ids, file sizes, boxes and classes, which decide training and AP."""
+        """sha256 over image ids, file sizes, boxes, classes and semantic masks, which decide
+        training and metrics."""
         digest = hashlib.sha256()
         for annotation, size in zip(self.annotations, self.sizes, strict=True):
             line = f"{annotation.image_id} {size} {annotation.names}\n"
             digest.update(line.encode("utf-8", "surrogatepass"))
             digest.update(annotation.boxes.tobytes() + annotation.difficult.tobytes())
+            digest.update(annotation.mask_sha256.encode())
         return digest.hexdigest()
 
     @property
@@ -105,7 +114,7 @@ class LabelledSet:
             image_ids_sha256=image_ids_digest(self.ids),
         )
 
-    def subset(self, positions: Sequence[int]) -> LabelledSet:
+    def subset(self, positions: Sequence[int]) -> Self:
         """The images at these positions, in the order given."""
         return dataclasses.replace(
             self,
@@ -116,7 +125,7 @@ class LabelledSet:
 
     def image(self, position: int) -> AnyImage:
         """Upright image. Raises RunError that names it if it cannot be read or decoded."""
-        with _opened(self._source, self._numbers[position], self.pixels) as (picture, _):
+        with opened_image(self._source, self._numbers[position], self.pixels) as (picture, _):
             return _decoded(picture, self.pixels)
 
     def read(self, position: int) -> bytes:
@@ -179,8 +188,15 @@ def _decoded(picture: Picture | ChannelPicture, pixels: PixelFormat | None) -> A
     return picture.image(pixels)
 
 
+def require_range(picture: Picture | ChannelPicture, pixels: PixelFormat | None) -> None:
+    """Raises one of IMAGE_ERRORS when it is unknown which values of the picture are black and
+    white."""
+    if isinstance(picture, ChannelPicture) or picture.is_wide:
+        _decoded(picture, pixels)  # only decoding shows the range of values
+
+
 @contextmanager
-def _opened(
+def opened_image(
     source: LabelSource, number: int, pixels: PixelFormat | None
 ) -> Iterator[tuple[Picture | ChannelPicture, int]]:
     """Open an image without decoding its pixels; also yields the size of its file in bytes."""
@@ -261,9 +277,8 @@ def _read(
 ) -> tuple[Placed, tuple[int, int], int]:
     """The objects of an image, its upright size, and its file's size in bytes. Raises RunError."""
     labels = source.labels(number)
-    with _opened(source, number, pixels) as (picture, size):
-        if isinstance(picture, ChannelPicture) or picture.is_wide:
-            _decoded(picture, pixels)  # only decoding shows whether its range of values is known
+    with opened_image(source, number, pixels) as (picture, size):
+        require_range(picture, pixels)
         stored, orientation, upright = picture.stored, picture.orientation, picture.upright
     try:
         return placed(labels, stored, orientation), upright, size
