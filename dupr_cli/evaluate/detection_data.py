@@ -20,18 +20,19 @@ from PIL import Image
 from torch import Tensor
 
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
-from dupr_cli.evaluate.detector_data import AnyTarget, ImageMaps, Target
+from dupr_cli.evaluate.detector_data import AnyTarget, ImageMaps, SemanticTarget, Target
 from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
 from dupr_cli.runtime.parallel import World
 
 Request = TypeVar("Request")
+TargetT = TypeVar("TargetT", Target, SemanticTarget)
 
 # Streams of random numbers; the last word of the seed separates them.
 _ORDER, _FLIP, _SIZE = range(3)
 
 
 @dataclass(frozen=True)
-class DetectionBatch:
+class ImageBatch(Generic[TargetT]):
     """Images of one step, with their targets.
 
     images: (C, H, W) each, uint8 in RGB, or float32 in 0..1 of own channels. targets: boxes in
@@ -39,11 +40,11 @@ class DetectionBatch:
     """
 
     images: list[Tensor]
-    targets: Sequence[AnyTarget]
+    targets: list[TargetT]
 
-    def pin_memory(self) -> DetectionBatch:
+    def pin_memory(self) -> ImageBatch[TargetT]:
         """The loader calls this for a CUDA device."""
-        return DetectionBatch([image.pin_memory() for image in self.images], self.targets)
+        return ImageBatch([image.pin_memory() for image in self.images], self.targets)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -53,7 +54,7 @@ class DetectionBatch:
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """`DetectionBatch` with the stored features of images in place of their pixels."""
+    """`ImageBatch` with the stored features of images in place of their pixels."""
 
     images: list[ImageMaps]
     targets: Sequence[AnyTarget]
@@ -64,7 +65,9 @@ class FeatureBatch:
         return [image.size for image in self.images]
 
 
-Batch = DetectionBatch | FeatureBatch
+DetectionBatch = ImageBatch[Target]
+SemanticBatch = ImageBatch[SemanticTarget]
+Batch = DetectionBatch | SemanticBatch | FeatureBatch
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,9 @@ def resized_target(
     return Target(torch.from_numpy(boxes), torch.from_numpy(labels[single]))
 
 
-def collate(samples: list[DetectionBatch]) -> DetectionBatch:
+def collate(samples: list[ImageBatch[TargetT]]) -> ImageBatch[TargetT]:
     """One batch of the images of several."""
-    return DetectionBatch(
+    return ImageBatch(
         [image for sample in samples for image in sample.images],
         [target for sample in samples for target in sample.targets],
     )

@@ -20,7 +20,7 @@ from dupr_cli.datasets.labelled import Annotation
 from dupr_cli.datasets.masks import Mask
 from dupr_cli.datasets.placement import Placement
 from dupr_cli.datasets.semantic import SemanticSet
-from dupr_cli.evaluate.detection_data import DetectionBatch
+from dupr_cli.evaluate.detection_data import SemanticBatch
 from dupr_cli.evaluate.detector_data import SemanticTarget
 from dupr_cli.metrics.semantic import IGNORE
 from dupr_cli.recipe import EvaluateRecipe
@@ -100,7 +100,7 @@ class SemanticLoading:
         """masks: whether they are read; without, targets are left out."""
         self._images, self._semantic, self._masks = images, recipe.semantic, masks
 
-    def __call__(self, request: SemanticRequest) -> DetectionBatch:
+    def __call__(self, request: SemanticRequest) -> SemanticBatch:
         """Raises RunError naming an image or mask that cannot be read."""
         image = self._images.image(request.position)
         scale = 1.0 if request.cut is None else request.cut.scale
@@ -124,7 +124,7 @@ class SemanticLoading:
                 mask[:, :width] = mask[:, :width][:, ::-1].copy()
         targets = [] if mask is None else [SemanticTarget(torch.from_numpy(mask))]
         # torch takes neither Pillow's read-only memory nor negative strides.
-        return DetectionBatch([torch.from_numpy(pixels.copy()).permute(2, 0, 1)], list(targets))
+        return SemanticBatch([torch.from_numpy(pixels.copy()).permute(2, 0, 1)], targets)
 
 
 def _resized(image: AnyImage, size: tuple[int, int]) -> np.ndarray:

@@ -31,10 +31,11 @@ from dupr_cli.evaluate.class_maps import (
 )
 from dupr_cli.evaluate.detection_data import (
     Batch,
-    DetectionBatch,
+    ImageBatch,
     ImageLoading,
     ImageRequest,
     PartOfBatches,
+    SemanticBatch,
     TrainingOrder,
     collate,
     resized_size,
@@ -107,10 +108,10 @@ class Task(Protocol):
         """Width and height of the image of `whole`, pixels."""
         ...
 
-    # A loading takes the requests of its own task.
+    # A loading takes the requests of its own task, and gives batches of it.
     def loading(
         self, images: LabelledSet, classes: Sequence[str], labelled: bool
-    ) -> Callable[[Any], DetectionBatch]:
+    ) -> Callable[[Any], ImageBatch[Any]]:
         """Reads the image of a request, with its target if it is `labelled`."""
         ...
 
@@ -162,29 +163,29 @@ def task_of(recipe: EvaluateRecipe) -> Task:
 
 
 def training_batches(
-    task: Task,
     images: LabelledSet,
     recipe: EvaluateRecipe,
     classes: Sequence[str],
     seed: int,
     start: int,
     world: World,
-) -> Generator[DetectionBatch, None, None]:
+) -> Generator[ImageBatch[Any], None, None]:
     """This process's part of the batches of all iterations from `start` on; endless."""
+    task = task_of(recipe)
     order = PartOfBatches(task.order(images, seed, start), world)
     read = task.loading(images, classes, True)
     return load(read, collate, order, recipe.train.workers, world.device)
 
 
 def test_batches(
-    task: Task,
     images: LabelledSet,
     recipe: EvaluateRecipe,
     classes: Sequence[str],
     positions: Sequence[int],
     world: World,
-) -> Generator[DetectionBatch, None, None]:
+) -> Generator[ImageBatch[Any], None, None]:
     """One image at a time, in order: padding to the size of others would change the result."""
+    task = task_of(recipe)
     requests = [[task.whole(position, training=False)] for position in positions]
     read = task.loading(images, classes, False)
     return load(read, collate, requests, recipe.train.workers, world.device)
@@ -356,7 +357,7 @@ class Segmentation:
     def output(self, network: Any, batch: Batch, annotation: Annotation) -> Prediction:
         size, window = (annotation.height, annotation.width), self._recipe.semantic.window
         if window is not None:
-            (image,) = cast(DetectionBatch, batch).images
+            (image,) = cast(SemanticBatch, batch).images
             return class_map_by_windows(network.detect, image, window, size)
         scores: CellScores
         (scores,) = network.detect(batch.images)

@@ -85,12 +85,12 @@ def run_trial(
     def batches_from(start: int) -> Generator[Batch, None, None]:
         if features is not None:
             return features.training_batches(train, recipe, classes, seed, start)
-        return training_batches(task, train, recipe, classes, seed, start, world)
+        return training_batches(train, recipe, classes, seed, start, world)
 
     def test_images() -> Generator[Batch, None, None]:
         if features is not None:
             return features.test_batches(test)
-        return test_batches(task, test, recipe, classes, test_positions, world)
+        return test_batches(test, recipe, classes, test_positions, world)
 
     def tested(reporter: Reporter) -> tuple[Sequence[Found], Scores]:
         with closing(test_images()) as batches:

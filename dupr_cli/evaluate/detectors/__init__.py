@@ -120,7 +120,7 @@ class Detector(nn.Module):
     def losses(self, images: list[Tensor], targets: Sequence[AnyTarget]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode.
 
-        images: (C, H, W) each, see `DetectionBatch`. targets: labels are class numbers from 0.
+        images: (C, H, W) each, see `ImageBatch`. targets: labels are class numbers from 0.
         """
         on_device = [t.to(self._device) for t in targets]
         batch = self.normalised(images)
@@ -132,7 +132,7 @@ class Detector(nn.Module):
     def detect(self, images: list[Tensor]) -> Sequence[AnyOutput]:
         """Detections per image, highest score first; call in evaluation mode.
 
-        images: (C, H, W) each, see `DetectionBatch`. Boxes are in pixels of the image, labels from
+        images: (C, H, W) each, see `ImageBatch`. Boxes are in pixels of the image, labels from
         0.
         """
         batch = self.normalised(images)
