@@ -5,6 +5,7 @@
     images/[<split>/]<id>.jpg   masks/[<split>/]<id>.png   classes.txt                      (plain)
     <split>/images/<id>.jpg     <split>/masks/<id>.png     classes.txt
 
+Images of a plain folder without splits are those of train.
 VOC's split train_aug takes its masks from SegmentationClassAug, where that exists. Masks are placed
 on the upright image like all other labels (`placement.placed_mask`).
 Sources: the VOC development kit; cityscapesScripts, helpers/labels.py; Hariharan et al. 2011
@@ -31,7 +32,7 @@ from dupr_cli.datasets.labelled import (
     opened_image,
     require_range,
 )
-from dupr_cli.datasets.layout import split_folders, split_named, walk
+from dupr_cli.datasets.layout import split_folders, walk
 from dupr_cli.datasets.masks import Mask, read_mask, require_classes
 from dupr_cli.datasets.placement import Labels, placed_mask
 from dupr_cli.datasets.shards import kept_format, require_format
@@ -201,14 +202,14 @@ def _split_of(root: Path, split: str) -> tuple[Path, Path]:
     places.append((root / split / _IMAGES, root / split / _MASKS))
     inner = [folder.name for folder in split_folders(root / _IMAGES)]
     outer = [folder.name for folder in split_folders(root) if (folder / _IMAGES).is_dir()]
-    if not inner and (root / _IMAGES).is_dir() and split == (split_named(root.name) or "train"):
+    if not inner and (root / _IMAGES).is_dir() and split == "train":
         places.append((root / _IMAGES, root / _MASKS))
     for images, masks in places:
         if images.is_dir():
             if not masks.is_dir():
                 raise UsageError(f"{masks}: the folder of masks for {images} does not exist.")
             return images, masks
-    known = sorted({*inner, *outer}) or [split_named(root.name) or "train"]
+    known = sorted({*inner, *outer}) or ["train"]
     advice = "" if len(known) > 1 else " --set data.validation=0.3 tests on a part of one split."
     raise UsageError(f"{root} has no split {split!r}; its splits are {', '.join(known)}.{advice}")
 

@@ -1,6 +1,6 @@
 """Dilates res5, so that its map has the stride of res4: dense predictions need more cells.
 
-The convolutions of res5 that halve the map no longer do, and all later ones are dilated by 2. Each
+The layers of res5 that halve the map no longer do, and all later ones are dilated by 2. Each
 cell that the map had before keeps its value, and new ones come between them ("a trous"); tensors
 keep their names and shapes. With torchvision's ResNets this is `replace_stride_with_dilation`, and
 it also serves its ResNet-18 and 34, which that option refuses. Source: Chen et al. 2015 (DeepLab).
@@ -9,9 +9,8 @@ it also serves its ResNet-18 and 34, which that option refuses. Source: Chen et 
 from __future__ import annotations
 
 import copy
-from typing import cast
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dupr_cli.models.backbone import as_backbone
@@ -20,6 +19,13 @@ from dupr_cli.recipe.base import LEVELS
 # Pixels of the image on which a dilated network is compared with the original.
 _SIDE = 128
 _TOLERANCE = 1e-3
+
+
+class _DensePool(nn.AvgPool2d):
+    """Means of 2 x 2 cells at every cell, as in the shortcuts of ResNet-D."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.avg_pool2d(F.pad(input, (0, 1, 0, 1), mode="replicate"), 2, 1)
 
 
 def dilate(backbone: nn.Module) -> bool:
@@ -59,12 +65,12 @@ def _res5(backbone: nn.Module, images: Tensor) -> Tensor:
 
 
 def _changes(backbone: nn.Module, images: Tensor) -> dict[str, bool]:
-    """Convolutions of res5 to change, by name: to lose their stride, or else to be dilated."""
+    """Layers of res5 to change, by name: to lose their stride, or else to be dilated."""
     within = {id(m) for part in as_backbone(backbone).after("res4") for m in part.modules()}
     names = {
         name: module
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.Conv2d) and id(module) in within
+        if isinstance(module, nn.Conv2d | nn.AvgPool2d) and id(module) in within
     }
     called: list[str] = []
     hooks = [
@@ -76,7 +82,7 @@ def _changes(backbone: nn.Module, images: Tensor) -> dict[str, bool]:
         hook.remove()
     changes: dict[str, bool] = {}
     for name in called:
-        strided = max(names[name].stride) > 1
+        strided = names[name].stride not in (1, (1, 1))
         if strided or changes:
             changes[name] = strided
     return changes
@@ -84,9 +90,14 @@ def _changes(backbone: nn.Module, images: Tensor) -> dict[str, bool]:
 
 def _apply(backbone: nn.Module, changes: dict[str, bool]) -> None:
     for name, strided in changes.items():
-        convolution = cast(nn.Conv2d, backbone.get_submodule(name))
-        if strided:
-            convolution.stride = (1, 1)
-        elif max(convolution.kernel_size) > 1:
-            convolution.dilation = tuple(2 * v for v in convolution.dilation)
-            convolution.padding = tuple(2 * int(v) for v in convolution.padding)
+        module = backbone.get_submodule(name)
+        if isinstance(module, nn.AvgPool2d):
+            if strided:
+                module.__class__ = _DensePool
+        elif isinstance(module, nn.Conv2d):
+            if strided:
+                module.stride = (1, 1)
+            elif max(module.kernel_size) > 1:
+                module.dilation = tuple(2 * side for side in module.dilation)
+                if not isinstance(module.padding, str):  # otherwise it follows the dilation
+                    module.padding = tuple(2 * side for side in module.padding)
