@@ -9,6 +9,7 @@ it also serves its ResNet-18 and 34, which that option refuses. Source: Chen et 
 from __future__ import annotations
 
 import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
