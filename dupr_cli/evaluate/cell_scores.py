@@ -1,9 +1,9 @@
 """Scores of the cells of a feature map, and their place among the pixels of an image.
 
 Cell i is centred at `first_centre + i * stride` pixels (models/backbone.py). Pixels between the
-centres get linear mixtures of their neighbours' scores, so that a mirrored image gives a mirrored
-result. With ResNets this is `align_corners` on images of 16 n + 1 pixels, such as MoCo's crops of
-513. It needs nothing of torchvision.
+centres get linear mixtures of their neighbours' scores; those beyond the last centre get its. With
+ResNets this is `align_corners` on images of 16 n + 1 pixels, such as MoCo's crops of 513; resizing
+the map to the size of the image would move it by half a cell. It needs nothing of torchvision.
 """
 
 from __future__ import annotations
