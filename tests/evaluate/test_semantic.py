@@ -27,14 +27,18 @@ from dupr_cli.evaluate.class_maps import class_map, class_map_by_windows
 from dupr_cli.evaluate.detector_data import SemanticTarget
 from dupr_cli.evaluate.detectors import build_detector
 from dupr_cli.evaluate.detectors.fcn import Fcn
+from dupr_cli.evaluate.features import open_features
 from dupr_cli.evaluate.inference import find_all
 from dupr_cli.evaluate.semantic_data import Cut, SemanticLoading, SemanticOrder, SemanticRequest
 from dupr_cli.evaluate.tasks import Segmentation, training_batches
 from dupr_cli.evaluate.tasks import test_batches as in_batches
 from dupr_cli.models.backbone import as_backbone, make_backbone
+from dupr_cli.models.compared import open_compared
 from dupr_cli.models.dilation import dilate
+from dupr_cli.models.frozen import normalised_batch
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe, load_recipe
+from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.load import RecipeError
 from dupr_cli.runtime.parallel import World
 from tests.support.command_line import dupr
@@ -91,7 +95,9 @@ def head(classes: int = 3) -> Fcn:
 
 def test_loss_is_the_mean_over_labelled_pixels_of_the_batch() -> None:
     network = head().eval()
-    maps = {"res5": torch.randn(2, 512, 5, 7, generator=torch.Generator().manual_seed(0))}
+    maps: dict[Level, Tensor] = {
+        "res5": torch.randn(2, 512, 5, 7, generator=torch.Generator().manual_seed(0))
+    }
     masks = torch.randint(0, 3, (2, 65, 97), dtype=torch.uint8)
     masks[0, :40] = 255
     targets = [SemanticTarget(mask) for mask in masks]
@@ -103,7 +109,7 @@ def test_loss_is_the_mean_over_labelled_pixels_of_the_batch() -> None:
 
 
 def test_batch_without_a_labelled_pixel_has_no_loss() -> None:
-    maps = {"res5": torch.randn(1, 512, 4, 4)}
+    maps: dict[Level, Tensor] = {"res5": torch.randn(1, 512, 4, 4)}
     mask = torch.full((64, 64), 255, dtype=torch.uint8)
     (loss,) = head().losses(maps, [SemanticTarget(mask)]).values()
     assert loss.item() == 0
@@ -289,6 +295,31 @@ def test_interrupted_trial_continues_exactly(frozen: bool, root: Path, tmp_path:
     assert same_trials(tmp_path / "a", tmp_path / "b")
     assert again.results[0].metrics == whole.results[0].metrics
     assert not list((tmp_path / "b" / "features").glob("*"))
+
+
+def test_stored_features_and_masks_are_mirrored_together(root: Path, tmp_path: Path) -> None:
+    frozen = {"model": "fcn", "frozen": "res5", "new_norm": "batch"}
+    settings, images = recipe(detector=frozen), opened(root)
+    (compared,) = open_compared(["none"], "timm:test_resnet")
+    features = open_features(
+        tmp_path / "f", compared, settings, images, images, opened(root, "val"), images.classes,
+        CPU, SilentReporter(),
+    )  # fmt: skip
+    read = SemanticLoading(images, settings, masks=True)
+    mean, std = features.backbone.mean.view(3, 1, 1), features.backbone.std.view(3, 1, 1)
+    batches = features.training_batches(images, settings, images.classes, seed=0, start=0)
+    order, seen = SemanticOrder(8, settings, 0, 0, whole=True), set()
+    for requests, batch in islice(zip(order, batches, strict=False), 3):
+        for request, maps, target in zip(requests, batch.images, batch.targets, strict=True):
+            loaded = read(request)
+            assert isinstance(target, SemanticTarget)
+            assert torch.equal(target.mask, loaded.targets[0].mask)
+            pixels = normalised_batch(loaded.images, mean, std, 32)
+            wanted = features.backbone.maps_of_normalised(pixels, ["res5"])["res5"][0]
+            assert wanted.shape[1:] == (4, 6)  # dilated: 64 x 96 pixels at a stride of 16
+            torch.testing.assert_close(maps.maps["res5"].float(), wanted, rtol=3e-3, atol=3e-3)
+            seen.add(request.flip)
+    assert seen == {False, True}
 
 
 @pytest.mark.slow
