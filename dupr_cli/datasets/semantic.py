@@ -1,4 +1,4 @@
-"""Sets with a semantic mask for every image: VOC's, Cityscapes', and plain folders.
+"""Sets with a semantic mask for every image: VOC's, Cityscapes', plain folders, and shards.
 
     JPEGImages/<id>.jpg  SegmentationClass/<id>.png  ImageSets/Segmentation/<split>.txt       (VOC)
     leftImg8bit/<split>/<city>/<id>_leftImg8bit.png  gtFine/.../<id>_gtFine_labelIds.png
@@ -15,6 +15,7 @@ Sources: the VOC development kit; cityscapesScripts, helpers/labels.py; Harihara
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ import numpy as np
 
 from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.results import DatasetIdentity
+from dupr_cli.artifacts.shard_files import MASK, MASK_CLASSES
+from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED, ShardSet, open_shards
 from dupr_cli.datasets.cityscapes import CityscapesSplit
 from dupr_cli.datasets.labelled import (
     Annotation,
@@ -32,10 +35,10 @@ from dupr_cli.datasets.labelled import (
     opened_image,
     require_range,
 )
-from dupr_cli.datasets.layout import split_folders, walk
+from dupr_cli.datasets.layout import SPLITS, split_folders, walk
 from dupr_cli.datasets.masks import Mask, read_mask, require_classes
 from dupr_cli.datasets.placement import Labels, placed_mask
-from dupr_cli.datasets.shards import kept_format, require_format
+from dupr_cli.datasets.shards import ShardSplit, kept_format, require_format
 from dupr_cli.datasets.splits import JoinedSource, LabelSource
 from dupr_cli.datasets.text import read_text
 from dupr_cli.errors import RunError, UsageError
@@ -196,6 +199,36 @@ class FolderMasks(_WithoutObjects):
         return mask
 
 
+class ShardMasks(_WithoutObjects):
+    """Samples of one split of shards that `dupr prepare` made from a set with masks."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = ShardSplit(shards)
+        self.ids, self.notes, self._samples = self._shards.ids, list[str](), shards
+        named = shards.described(0).info.get(MASK_CLASSES) if len(shards) else None
+        self.classes = [str(name) for name in named] if isinstance(named, list) else []
+
+    def place(self, number: int) -> str:
+        return self._shards.place(number)
+
+    def image(self, number: int) -> BinaryIO:
+        return self._shards.image(number)
+
+    def mask_place(self, number: int) -> str:
+        return f"{self.place(number)}.{MASK}"
+
+    def mask(self, number: int) -> Mask:
+        sample, place = self._samples.described(number), self.mask_place(number)
+        if MASK not in sample.extras:
+            raise RunError(
+                f"{place}: the sample has no mask. Give a set with masks, or the shards that "
+                f"`dupr prepare SET --set source.kind=masks` makes from one."
+            )
+        mask = read_mask(io.BytesIO(sample.extras[MASK]), place)
+        require_classes(mask, len(self.classes) or IGNORE, place)
+        return mask
+
+
 def _split_of(root: Path, split: str) -> tuple[Path, Path]:
     """The folders of images and masks of a split. Raises UsageError when there is none."""
     places = [(root / _IMAGES / split, root / _MASKS / split)]
@@ -212,6 +245,28 @@ def _split_of(root: Path, split: str) -> tuple[Path, Path]:
     known = sorted({*inner, *outer}) or ["train"]
     advice = "" if len(known) > 1 else " --set data.validation=0.3 tests on a part of one split."
     raise UsageError(f"{root} has no split {split!r}; its splits are {', '.join(known)}.{advice}")
+
+
+def holds_masks(path: Path) -> bool:
+    """Whether a folder is Cityscapes, or a plain one with images and masks."""
+    if (path / "leftImg8bit").is_dir():
+        return (path / "gtFine").is_dir()
+    places = (path, *split_folders(path))
+    return any((of / _IMAGES).is_dir() and (of / _MASKS).is_dir() for of in places)
+
+
+def mask_splits(path: Path) -> list[str]:
+    """The splits of a set with masks: train, val and test, or else all of VOC's lists."""
+    trees = _voc_trees(path)
+    if trees:
+        known = {file.stem for tree in trees for file in (tree / _LISTS).glob("*.txt")}
+        return [split for split in SPLITS if split in known] or sorted(known)
+    folders = {"gtFine": path / "gtFine", _IMAGES: path / _IMAGES, "": path}
+    for folder in folders.values():
+        found = [of.name for of in split_folders(folder)]
+        if found:
+            return found
+    return ["train"]
 
 
 def _class_names(root: Path) -> list[str]:
@@ -258,6 +313,8 @@ class _Joined(JoinedSource):
 
 def _open_split(address: str, split: str) -> MaskSource:
     path = Path(address)
+    if any((path / name).exists() for name in (MANIFEST, UNFINISHED)):
+        return ShardMasks(open_shards(address, split))
     trees = _voc_trees(path)
     if trees:
         return VocMasks(trees, split, address)
@@ -269,8 +326,9 @@ def _open_split(address: str, split: str) -> MaskSource:
         raise UsageError(f"{address}: the folder does not exist.")
     raise UsageError(
         f"{address}: not a set with semantic masks. Give a VOC tree with ImageSets/Segmentation, "
-        f"Cityscapes (leftImg8bit and gtFine), or a folder with images and masks "
-        f"({_IMAGES}/train/a.jpg and {_MASKS}/train/a.png)."
+        f"Cityscapes (leftImg8bit and gtFine), a folder with images and masks "
+        f"({_IMAGES}/train/a.jpg and {_MASKS}/train/a.png), or the shards with a {MANIFEST} that "
+        f"`dupr prepare` makes from one of these."
     )
 
 
