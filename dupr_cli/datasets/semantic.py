@@ -37,7 +37,7 @@ from dupr_cli.datasets.labelled import (
 )
 from dupr_cli.datasets.layout import SPLITS, split_folders, walk
 from dupr_cli.datasets.masks import Mask, read_mask, require_classes
-from dupr_cli.datasets.placement import Labels, placed_mask
+from dupr_cli.datasets.placement import Labels, placed_mask, summarise_notes
 from dupr_cli.datasets.shards import ShardSplit, kept_format, require_format
 from dupr_cli.datasets.splits import JoinedSource, LabelSource
 from dupr_cli.datasets.text import read_text
@@ -382,16 +382,17 @@ def open_semantic(
     require_format(address, kept_format(address), pixels, reporter)
     source = open_masks(address, splits)
     annotations, sizes, numbers = list[Annotation](), list[int](), list[int]()
-    errors, counts = list[RunError](), list[Integers]()
+    errors, counts, notes = list[RunError](), list[Integers](), list[tuple[str, str]]()
     named = " + ".join(splits)
     with reporter.task(f"read {named}", len(source.ids), "images") as task:
         for number, image_id in enumerate(source.ids):
             try:
-                found, annotation, size = _read(source, number, image_id, pixels)
+                found, annotation, size, note = _read(source, number, image_id, pixels)
             except RunError as error:
                 errors.append(error)
                 continue
             counts.append(found)
+            notes += [(image_id, note)] if note else []
             annotations.append(annotation)
             sizes.append(size)
             numbers.append(number)
@@ -399,8 +400,8 @@ def open_semantic(
     where = f"{address}, split {named}"
     if not annotations:
         raise UsageError(f"{where}: no image can be used; the first of {len(errors)}: {errors[0]}")
-    for note in source.notes:
-        reporter.warning(note)
+    for warning in (*source.notes, *(f"{where}: {text}" for text in summarise_notes(notes))):
+        reporter.warning(warning)
     if errors:
         reporter.warning(
             f"{where}: {len(errors)} of {len(source.ids)} images were left out; the first: "
@@ -416,9 +417,9 @@ def open_semantic(
 
 def _read(
     source: MaskSource, number: int, image_id: str, pixels: PixelFormat | None
-) -> tuple[Integers, Annotation, int]:
-    """Pixels of each class number, the annotation without its names, and the file's size in bytes.
-    Raises RunError."""
+) -> tuple[Integers, Annotation, int, str]:
+    """Pixels of each class number, the annotation without its names, the file's size in bytes, and
+    a note if it is in doubt how the mask lies. Raises RunError."""
     with opened_image(source, number, pixels) as (picture, size):
         require_range(picture, pixels)
         stored, orientation, upright = picture.stored, picture.orientation, picture.upright
@@ -438,7 +439,14 @@ def _read(
         areas=np.zeros(0, dtype=np.float64),
         mask_sha256=hashlib.sha256(mask.tobytes()).hexdigest(),
     )
-    return counts, annotation, size
+    note = ""
+    if orientation != 1 and upright == stored:
+        note = (
+            f"orientation in doubt: EXIF orientation {orientation}, and the mask's size does not "
+            f"show whether it was drawn on the upright image; it is taken as drawn on the stored "
+            f"one"
+        )
+    return counts, annotation, size, note
 
 
 def _with_names(annotation: Annotation, counts: Integers, names: Sequence[str]) -> Annotation:

@@ -113,8 +113,11 @@ def test_mask_is_turned_with_its_image(orientation: int, upright: bool, tmp_path
     expected = np.array(ImageOps.exif_transpose(turned))
     if upright and orientation >= 5:
         Image.fromarray(expected).save(root / "masks" / "train" / "train0.png")
-    found = opened(root, "train")
+    reporter = Listening()
+    found = open_semantic(str(root), ["train"], reporter)
     assert np.array_equal(found.mask(0), expected)
+    in_doubt = any("orientation in doubt" in warning for warning in reporter.warnings)
+    assert in_doubt == (orientation in (2, 3, 4))
     shown = np.array(found.image(0))
     colours = np.array(drawn(expected))
     assert np.array_equal(shown, colours)
