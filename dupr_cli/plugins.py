@@ -38,6 +38,7 @@ _BUILT_IN = {
         "voc": "dupr_cli.prepare.sources.voc:VocSource",
         "coco": "dupr_cli.prepare.sources.coco:CocoSource",
         "yolo": "dupr_cli.prepare.sources.yolo:YoloSource",
+        "masks": "dupr_cli.prepare.sources.masks:MaskFolderSource",
         "list": "dupr_cli.prepare.sources.address_list:ListSource",
         "hf": "dupr_cli.prepare.sources.hugging_face:HuggingFaceSource",
     },

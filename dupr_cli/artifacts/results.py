@@ -16,8 +16,8 @@ FORMAT_VERSION = 2
 RESULTS = "results.json"
 _EXPECTED = (
     "A finished folder of `dupr evaluate "
-    "voc|coco|yolo|cityscapes|knn|linear|voc07-cls|patch-retrieval` holds one; the same command "
-    "finishes an unfinished folder."
+    "voc|coco|yolo|cityscapes|semantic|knn|linear|voc07-cls|patch-retrieval` holds one; the same "
+    "command finishes an unfinished folder."
 )
 
 
@@ -28,7 +28,10 @@ def image_ids_digest(image_ids: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class DatasetIdentity:
-    """The images that were used: the address as given, the split, and what they resolved to."""
+    """The images that were used: the address as given, the split, and what they resolved to.
+
+    objects: 0 if every pixel has a class.
+    """
 
     address: str
     split: str

@@ -1,6 +1,7 @@
 """One shard: a plain WebDataset tar, and the index beside it for random access.
 
-    train-000000.tar         <key>.jpg, <key>.json, with labels also <key>.boxes.json
+    train-000000.tar         <key>.jpg, <key>.json, with labels also <key>.boxes.json or
+                             <key>.mask.png
     train-000000.index.json  key, offset and length of every member
 
 Tars hold no times, users or modes of the machine, so the same samples give the same bytes. An index
@@ -39,6 +40,9 @@ from dupr_cli.parsing import ParseError, read_limited, validated
 FORMAT_VERSION = 1  # of the index
 # Fields that dupr writes into <key>.json; all other fields of a source's own <key>.json are kept.
 _INFO = ("source", "width", "height", "sha256", "class")
+# The member that holds the class number of every pixel, and the field of <key>.json that names the
+# classes by number. Without that field, the member is another tool's, and may be anything.
+MASK, MASK_CLASSES = "mask.png", "mask_classes"
 _PIXELS = "pixels"  # another one, if its value has the form that dupr gives it
 
 

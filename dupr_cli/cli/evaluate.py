@@ -259,7 +259,47 @@ def cityscapes(
     return _carry_out(recipe, weights, data, out, options, common, reporter)
 
 
-_PROTOCOLS = (("voc", voc), ("coco", coco), ("yolo", yolo), ("cityscapes", cityscapes))
+def semantic(
+    weights: WeightsArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="MASKS",
+            help="A VOC tree with SegmentationClass, Cityscapes, or a folder with images and masks "
+            "of class numbers.",
+        ),
+    ],
+    out: Out,
+    options: FineTuning,
+    common: Common,
+    *,
+    reporter: Reporter,
+) -> Results | LabelCurves | Planned | None:
+    """Train an FCN from each of the weights and compare the mean IoU of semantic segmentation.
+
+    The metric is that of VOC and Cityscapes. Without --recipe, the shipped semantic-tiny is used,
+    with small images and minutes on a CPU.
+
+    [bold]Examples[/]
+
+      dupr evaluate semantic runs/a none --data VOCdevkit/VOC2012 --frozen --out eval/
+
+      dupr evaluate semantic runs/a -r voc-fcn-r50-20k --data VOCdevkit --nproc 8 --out eval/
+
+      dupr evaluate semantic runs/a -r cityscapes-fcn-r50-40k --data cityscapes/ --out eval/
+    """
+    recipe = _resolve("semantic", options, common)
+    return _carry_out(recipe, weights, data, out, options, common, reporter)
+
+
+_PROTOCOLS = (
+    ("voc", voc),
+    ("coco", coco),
+    ("yolo", yolo),
+    ("cityscapes", cityscapes),
+    ("semantic", semantic),
+)
 
 
 def _resolve(protocol: str, options: FineTuning, common: Common) -> EvaluateRecipe:

@@ -57,10 +57,15 @@ class CityscapesSplit:
     def image(self, number: int) -> BinaryIO:
         return self._images[number].open("rb")
 
+    def annotation(self, number: int, kind: str) -> Path:
+        """Path of the annotation of an image, such as its instanceIds."""
+        city = self._images[number].parent.name
+        return self._labels / city / f"{self.ids[number]}_gtFine_{kind}.png"
+
     def labels(self, number: int) -> Labels:
         """Raises RunError when the annotation is missing or does not decode."""
         drawn = self._drawn(number)
-        distances = self._distances.get(self._annotation(number).name, {})
+        distances = self._distances.get(self.annotation(number, "instanceIds").name, {})
         boxes = []
         for value in np.unique(drawn).tolist():
             name = _CITYSCAPES.get(value // 1000 if value >= 1000 else value)
@@ -81,12 +86,8 @@ class CityscapesSplit:
         coded = coco_mask.encode(np.asfortranarray(np.isin(self._drawn(number), _VOID)))
         return Rle(size=list(coded["size"]), counts=coded["counts"].decode())
 
-    def _annotation(self, number: int) -> Path:
-        city = self._images[number].parent.name
-        return self._labels / city / f"{self.ids[number]}_gtFine_instanceIds.png"
-
     def _drawn(self, number: int) -> NDArray[np.int32]:
-        path = self._annotation(number)
+        path = self.annotation(number, "instanceIds")
         try:
             with Image.open(path) as image:
                 return np.asarray(image).astype(np.int32)

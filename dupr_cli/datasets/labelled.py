@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,7 @@ class Annotation:
     lengths of each object, None if masks were not requested. distances: (n, 2) median distance in
     metres, and the share of pixels that have one; None where the source gives none. keypoints:
     (n, K, 3) x, y and COCO's visibility, see `Truth`; None if they were not requested.
+    mask_sha256: of the class numbers of all pixels, in sets with semantic masks (semantic.py).
     """
 
     image_id: str
@@ -60,6 +61,7 @@ class Annotation:
     outlines: tuple[Outline, ...] | None = None
     distances: NDArray[np.float64] | None = None
     keypoints: NDArray[np.float64] | None = None
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,17 @@ class LabelledSet:
     @property
     def classes(self) -> list[str]:
         """Names of all objects, sorted."""
-        return sorted({name for annotation in self.annotations for name in annotation.names})
+        return sorted(self.named)
+
+    @property
+    def named(self) -> set[str]:
+        """The classes that the annotations name."""
+        return {name for annotation in self.annotations for name in annotation.names}
 
     @property
     def digest(self) -> str:
-        """sha256 over image ids, file sizes, boxes and classes, which decide training and AP."""
+        """sha256 over image ids, file sizes, boxes, classes and semantic masks, which decide
+        training and metrics."""
         digest = hashlib.sha256()
         for annotation, size in zip(self.annotations, self.sizes, strict=True):
             line = f"{annotation.image_id} {size} {annotation.names}\n"
@@ -100,6 +108,7 @@ class LabelledSet:
             digest.update(annotation.boxes.tobytes() + annotation.difficult.tobytes())
             if annotation.keypoints is not None:
                 digest.update(annotation.keypoints.tobytes())
+            digest.update(annotation.mask_sha256.encode())
         return digest.hexdigest()
 
     @property
@@ -123,7 +132,7 @@ class LabelledSet:
         """The number of each keypoint in a mirrored image, if the set says so."""
         return self._source.keypoint_flips
 
-    def subset(self, positions: Sequence[int]) -> LabelledSet:
+    def subset(self, positions: Sequence[int]) -> Self:
         """The images at these positions, in the order given."""
         return dataclasses.replace(
             self,
@@ -134,7 +143,7 @@ class LabelledSet:
 
     def image(self, position: int) -> AnyImage:
         """Upright image. Raises RunError that names it if it cannot be read or decoded."""
-        with _opened(self._source, self._numbers[position], self.pixels) as (picture, _):
+        with opened_image(self._source, self._numbers[position], self.pixels) as (picture, _):
             return _decoded(picture, self.pixels)
 
     def read(self, position: int) -> bytes:
@@ -201,8 +210,15 @@ def _decoded(picture: Picture | ChannelPicture, pixels: PixelFormat | None) -> A
     return picture.image(pixels)
 
 
+def require_range(picture: Picture | ChannelPicture, pixels: PixelFormat | None) -> None:
+    """Raises one of IMAGE_ERRORS when it is unknown which values of the picture are black and
+    white."""
+    if isinstance(picture, ChannelPicture) or picture.is_wide:
+        _decoded(picture, pixels)  # only decoding shows the range of values
+
+
 @contextmanager
-def _opened(
+def opened_image(
     source: LabelSource, number: int, pixels: PixelFormat | None
 ) -> Iterator[tuple[Picture | ChannelPicture, int]]:
     """Open an image without decoding its pixels; also yields the size of its file in bytes."""
@@ -289,9 +305,8 @@ def _read(
 ) -> tuple[Placed, tuple[int, int], int]:
     """The objects of an image, its upright size, and its file's size in bytes. Raises RunError."""
     labels = source.labels(number)
-    with _opened(source, number, pixels) as (picture, size):
-        if isinstance(picture, ChannelPicture) or picture.is_wide:
-            _decoded(picture, pixels)  # only decoding shows whether its range of values is known
+    with opened_image(source, number, pixels) as (picture, size):
+        require_range(picture, pixels)
         stored, orientation, upright = picture.stored, picture.orientation, picture.upright
     try:
         return placed(labels, stored, orientation), upright, size

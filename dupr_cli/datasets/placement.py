@@ -90,6 +90,25 @@ def placed(labels: Labels, stored: Size, orientation: int, new: Size | None = No
     return Placed(tuple(moved), tuple(notes))
 
 
+def placed_mask(
+    mask: NDArray[np.uint8], stored: Size, orientation: int, new: Size | None = None
+) -> NDArray[np.uint8]:
+    """Place the class numbers of all pixels on an image like `placed`; (height, width).
+
+    Raises RunError unless the mask has the size of the image, as stored or upright.
+    """
+    upright = stored[::-1] if orientation >= 5 else stored
+    size = mask.shape[1], mask.shape[0]
+    if size not in (stored, upright):
+        raise RunError(
+            f"its mask has {_text(size)} pixels, but the image has {_text(upright)}; give the mask "
+            f"that was drawn on this image"
+        )
+    turned = size == stored
+    placement = Placement(orientation if turned else 1, *size, *(new or upright))
+    return np.ascontiguousarray(placement.values(mask))
+
+
 def summarise_notes(notes: Sequence[tuple[str, str]]) -> list[str]:
     """Summarise (image, note) pairs: one line per kind, with the number of notes and the first."""
     first: dict[str, str] = {}
@@ -248,7 +267,11 @@ class Placement:
                 f"a mask has {list(pixels.shape)} pixels (height x width), but the image has "
                 f"{[self.height, self.width]}"
             )
-        turned = {
+        return encode_mask(self.values(pixels))
+
+    def values(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """Turn an array (height, width), and scale it by nearest neighbour: no value is mixed."""
+        turned: NDArray[Any] = {
             1: lambda m: m,
             2: lambda m: m[:, ::-1],
             3: lambda m: m[::-1, ::-1],
@@ -260,7 +283,8 @@ class Placement:
         }[self.orientation](pixels)
         rows = ((np.arange(self.new_height) + 0.5) / self.scale[1]).astype(int)
         columns = ((np.arange(self.new_width) + 0.5) / self.scale[0]).astype(int)
-        return encode_mask(turned[rows][:, columns])
+        scaled: NDArray[Any] = turned[rows][:, columns]
+        return scaled
 
 
 def decode_mask(rle: Mapping[str, Any]) -> NDArray[Any]:

@@ -66,6 +66,10 @@ class JoinedSource:
                     f"each counts once; the first is {twice[0]}"
                 )
 
+    def entry(self, number: int) -> tuple[LabelSource, int]:
+        """The source of an image, and its number there."""
+        return self._entries[number]
+
     def place(self, number: int) -> str:
         part, i = self._entries[number]
         return part.place(i)

@@ -1,13 +1,13 @@
-"""The comparison: fine-tune and test all given weights alike, and save each result when it is done.
+"""The comparison: train and test all given weights alike, and save each result when it is done.
 
     OUT/evaluation.json             what all results in OUT share: recipe, data, device
     OUT/labels.json                 the training images, if they are a subset; it lies in the trial
                                     if every seed draws its own
     OUT/features/                   of frozen backbones, until all trials are finished
     OUT/01-NAME/seed-0/             a trial: metrics.jsonl, checkpoints until it is finished,
-                                    detections.json, and result.json, written last
+                                    detections.json or predictions.zip, and result.json, last
     OUT/01-NAME/analysis/           curves, confusion and errors of its first trial
-    OUT/results.json  table.txt  detections.png  curves.png
+    OUT/results.json  table.txt  detections.png or predictions.png  curves.png
 
 A trial whose result exists under the same fingerprint is not computed again, so an interrupted
 evaluation continues with the unfinished trials, and more weights or seeds can be added.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +26,10 @@ from dupr_cli.artifacts.files import write_text
 from dupr_cli.artifacts.results import RESULTS, Results, WeightsResult
 from dupr_cli.artifacts.run import training_files
 from dupr_cli.artifacts.weights import SUPERVISED
-from dupr_cli.datasets.labelled import LabelledSet, open_labelled
+from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.datasets.pixel_statistics import measured_input
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.architectures import check_architecture
-from dupr_cli.evaluate.detection_data import keypoint_flips
+from dupr_cli.evaluate.architectures import check_architecture, dilation_notes
 from dupr_cli.evaluate.features import (
     FEATURES_FOLDER,
     Features,
@@ -46,9 +44,9 @@ from dupr_cli.evaluate.learning_rates import (
     validation_fold,
     with_rate,
 )
-from dupr_cli.evaluate.pictures import draw_curves, draw_detections
+from dupr_cli.evaluate.pictures import draw_curves
 from dupr_cli.evaluate.results_table import table
-from dupr_cli.evaluate.statistics import PRIMARY, all_differences, summed_up
+from dupr_cli.evaluate.statistics import all_differences, summed_up
 from dupr_cli.evaluate.subsets import (
     LABELS_FILE,
     choose_labels,
@@ -57,20 +55,16 @@ from dupr_cli.evaluate.subsets import (
     with_objects,
     write_labels,
 )
+from dupr_cli.evaluate.tasks import Detection, Segmentation, Task, task_of
 from dupr_cli.evaluate.trials import (
-    DETECTIONS_FILE,
     Outcome,
-    keypoint_sigmas,
-    metric_of,
     read_outcome,
     remove_checkpoints,
     run_trial,
     write_outcome,
 )
 from dupr_cli.evaluate.types import EvaluatePlan
-from dupr_cli.metrics import METRIC_NAMES, Points
-from dupr_cli.metrics.analysis import analyse
-from dupr_cli.metrics.drawing import ANALYSIS_FILES, write_analysis
+from dupr_cli.metrics.drawing import ANALYSIS_FILES
 from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights, open_compared, taking
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import (
@@ -94,7 +88,6 @@ CLAIM_FILE = "evaluation.json"
 # How masks are pasted, in the record of an output: those of an older dupr are not comparable.
 _MASKS = "masks pasted"
 TABLE_FILE = "table.txt"
-DETECTIONS_PICTURE = "detections.png"
 CURVES_PICTURE = "curves.png"
 ANALYSIS_FOLDER = "analysis"
 
@@ -146,15 +139,15 @@ class Comparison:
         return self.recipe.name or self.recipe.protocol
 
     @property
-    def metric_name(self) -> str:
-        return METRIC_NAMES[metric_of(self.recipe)]
+    def task(self) -> Task:
+        return task_of(self.recipe)
 
     def plan(self) -> EvaluatePlan:
         train = self.recipe.train
         return EvaluatePlan(
             protocol=self.protocol,
             changes=changes_to_protocol(self.recipe),
-            metric=self.metric_name,
+            metric=self.task.metric_name,
             weights=[compared.address for compared in self.weights],
             architectures=[compared.architecture for compared in self.weights],
             loaded=[compared.loaded for compared in self.weights],
@@ -249,21 +242,21 @@ def prepare_comparison(
     Raises UsageError for unusable input, RunError for damaged data.
     """
     reporter, processes = reporter or SilentReporter(), processes or world_size()
+    task, metric = task_of(recipe), recipe.primary_metric
     notes = [*notes, *_batch_notes(recipe, processes)]
     compared = open_compared(weights, recipe.detector.backbone)
-    for architecture in {one.architecture for one in compared}:
+    architectures = {one.architecture for one in compared}
+    for architecture in architectures:
         check_architecture(recipe, architecture)
+    notes += dilation_notes(recipe, architectures)
     splits, tested = recipe.data.train_splits, recipe.data.test_splits
     compared = taking(compared, lambda: measured_input(data))
     pixels = compared[0].input.pixels
-    labels_of = partial(
-        open_labelled, data, reporter=reporter, masks=recipe.has_masks,
-        keypoints=recipe.has_keypoints, pixels=pixels,
-    )  # fmt: skip
-    train = labels_of(splits=splits)
+    train = task.open(data, splits, pixels, reporter)
     labelled = train.subset(with_objects(train))
     if not len(labelled):
-        raise UsageError(f"{data}: no image of the split {train.split!r} has an object.")
+        what = "a labelled pixel" if recipe.is_semantic else "an object"
+        raise UsageError(f"{data}: no image of the split {train.split!r} has {what}.")
     test = train
     if recipe.data.validation is not None:
         labelled, test = validation_fold(
@@ -275,25 +268,22 @@ def prepare_comparison(
             f"on: a figure to choose settings by, not to report (data.validation)."
         )
     elif tested != splits:
-        test = labels_of(splits=tested)
-    unseen = sorted(set(test.classes) - set(train.classes))
+        test = task.open(data, tested, pixels, reporter)
+    unseen = sorted(test.named - train.named)
     if unseen:
         reporter.warning(
-            f"{data}: {', '.join(unseen)}: these classes are in the split {test.split} only, so no "
-            f"detector can learn them; their AP of 0 counts in the mean."
+            f"{data}: {', '.join(unseen)}: these classes are in the split {test.split} only, so "
+            f"they cannot be learned; their {metric} of 0 counts in the mean."
         )
     shared = set(train.ids) & set(test.ids)
     if shared:
         reporter.warning(
             f"{data}: {len(shared)} images, the first is {min(shared)}, are in both "
-            f"{train.split} and {test.split}: AP will include images that were trained on."
+            f"{train.split} and {test.split}: {metric} will include images that were trained on."
         )
     test = test.subset(range(len(test))[: recipe.data.test_images])
     require_objects(test, f"the split {test.split!r}")
-    classes = sorted({*train.classes, *test.classes})
-    if recipe.has_keypoints:
-        keypoint_flips(train, recipe.data)
-        keypoint_sigmas(recipe, test, classes)
+    classes = task.classes(train, test)
     whole = Comparison(
         recipe, compared, labelled, {}, labelled, test, classes, device, processes, out,
         out / FEATURES_FOLDER, notes,
@@ -349,7 +339,8 @@ def _batch_notes(recipe: EvaluateRecipe, processes: int) -> list[str]:
         return []
     return [
         f"batch norm is trained with statistics of {images} images (16 in the protocols): they are "
-        f"noisy, and AP is lower for all weights. detector.norm=frozen avoids this."
+        f"noisy, and {recipe.primary_metric} is lower for all weights. detector.norm=frozen avoids "
+        f"this."
     ]
 
 
@@ -410,7 +401,8 @@ class _Trials:
         if recipe.train.lr_grid:
             first = self.comparison.seeds[0]
             rate = choose_rate(recipe, self.comparison.train, self.folder, first, self._of_rate)
-            shown = ", ".join(f"{lr:.3g}: AP {ap:.1f}" for lr, ap in rate.scores.items())
+            metric = recipe.primary_metric
+            shown = ", ".join(f"{lr:.3g}: {metric} {v:.1f}" for lr, v in rate.scores.items())
             self.reporter.info(f"{self.compared.folder}: lr {rate.lr:.3g} ({shown})")
             recipe = with_rate(recipe, rate.lr)
         return [self._of_seed(recipe, seed, rate) for seed in self.comparison.seeds], rate
@@ -446,8 +438,11 @@ class _Trials:
         sets: tuple[LabelledSet, LabelledSet],
     ) -> Outcome:
         """The result in `folder`, or that of a trial that runs now. sets: to train and test on."""
-        compared, classes, (train, test) = self.compared, self.comparison.classes, sets
-        outcome = read_outcome(folder, fingerprint, compared.address, test, classes)
+        comparison, compared, (train, test) = self.comparison, self.compared, sets
+        classes = comparison.classes
+        outcome = read_outcome(
+            comparison.task, folder, fingerprint, compared.address, test, classes
+        )
         self.world.wait()
         if outcome is not None:
             kind, _, value = folder.name.partition("-")
@@ -468,7 +463,7 @@ class _Trials:
             self.limits, self._features_for(test),
         )  # fmt: skip
         if self.world.is_main:
-            write_outcome(folder, fingerprint, outcome, test, classes)
+            write_outcome(comparison.task, folder, fingerprint, outcome, test, classes)
         self.world.wait()
         return outcome
 
@@ -509,13 +504,14 @@ def output_files(out: Path) -> Iterator[Path]:
     trials = trials or [t for kind in kinds for t in out.glob(f"[0-9][0-9]-*/{kind}")]
     for trial in trials:
         yield trial / RESULT_FILE
-        yield trial / DETECTIONS_FILE
+        yield from (trial / task.found_file for task in (Detection, Segmentation))
         yield trial / LABELS_FILE
         yield from training_files(trial)
     for folder in {trial.parent / ANALYSIS_FOLDER for trial in trials}:
         yield from (folder / name for name in ANALYSIS_FILES)
     yield from feature_files(out / FEATURES_FOLDER)
-    names = (RESULTS, TABLE_FILE, LABELS_FILE, DETECTIONS_PICTURE, CURVES_PICTURE, CLAIM_FILE)
+    pictures = (Detection.picture, Segmentation.picture, CURVES_PICTURE)
+    names = (RESULTS, TABLE_FILE, LABELS_FILE, *pictures, CLAIM_FILE)
     yield from (out / name for name in names)
 
 
@@ -533,7 +529,7 @@ def _write_results(
     ]
     results = Results(
         protocol=comparison.protocol,
-        metric=comparison.metric_name,
+        metric=comparison.task.metric_name,
         train=comparison.train.identity,
         test=comparison.test.identity,
         classes=comparison.classes,
@@ -555,17 +551,16 @@ def _write_results(
         ],
     )
     first = {name: of[0] for name, of in zip(names, outcomes, strict=True)}
-    _write_analyses(comparison, first)
+    task, test, classes = comparison.task, comparison.test, comparison.classes
+    for name, outcome in first.items():
+        folder = out / name / ANALYSIS_FOLDER
+        folder.mkdir(exist_ok=True)
+        task.analyse(folder, test, classes, outcome.found)
     write_text(out / TABLE_FILE, table(results))
-    draw_curves(out / CURVES_PICTURE, first)
+    draw_curves(out / CURVES_PICTURE, first, recipe.primary_metric)
     if recipe.test.pictures:
-        draw_detections(
-            out / DETECTIONS_PICTURE,
-            comparison.test,
-            comparison.classes,
-            {name: outcome.detections for name, outcome in first.items()},
-            recipe.test.pictures,
-        )
+        found = {name: outcome.found for name, outcome in first.items()}
+        task.draw(out / task.picture, test, classes, found, recipe.test.pictures)
     results.write(out)
 
 
@@ -589,28 +584,19 @@ def _notes_on_rates(
     train = comparison.recipe.train
     return [
         f"lr was chosen for each of the weights from {sorted(train.lr_grid)} times {train.lr:g}, "
-        f"by AP on {train.lr_validation:.0%} of the training labels: {', '.join(chosen)}."
+        f"by {comparison.recipe.primary_metric} on {train.lr_validation:.0%} of the training "
+        f"labels: {', '.join(chosen)}."
     ]
 
 
 def _notes_on_supervised(comparison: Comparison, rows: Sequence[WeightsResult]) -> list[str]:
-    """A plain warning if weights that were trained with labels have the highest AP."""
-    best = max(range(len(rows)), key=lambda i: rows[i].metrics[PRIMARY])
+    """A plain warning if weights that were trained with labels have the highest result."""
+    metric = comparison.recipe.primary_metric
+    best = max(range(len(rows)), key=lambda i: rows[i].metrics[metric])
     weights = comparison.weights[best].weights
     if len(rows) < 2 or weights is None or weights.metadata.encoder != SUPERVISED:
         return []
     return [
         f"{rows[best].weights} was trained with the labels of another data set and has the highest "
-        f"{PRIMARY} here: none of the other weights replaces it for this detector."
+        f"{metric} here: none of the other weights replaces it for this detector."
     ]
-
-
-def _write_analyses(comparison: Comparison, outcomes: Mapping[str, Outcome]) -> None:
-    """Analyse the first trial of each of the weights."""
-    test, classes = comparison.test, comparison.classes
-    truths = [test.truth(i, classes) for i in range(len(test))]
-    points: Points = "voc07" if comparison.recipe.test.metric == "voc07" else "voc10"
-    for name, outcome in outcomes.items():
-        folder = comparison.out / name / ANALYSIS_FOLDER
-        folder.mkdir(exist_ok=True)
-        write_analysis(folder, analyse(truths, outcome.detections, classes, points))

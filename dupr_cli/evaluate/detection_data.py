@@ -8,9 +8,10 @@ they are on the training device; images that keep their channels are floats from
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,29 +21,31 @@ from torch import Tensor
 
 from dupr_cli.datasets.labelled import Annotation, LabelledSet
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.detector_data import ImageMaps, Target
+from dupr_cli.evaluate.detector_data import AnyTarget, ImageMaps, SemanticTarget, Target
 from dupr_cli.recipe.evaluate import DetectionDataSection, EvaluateRecipe
-from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.parallel import World
+
+Request = TypeVar("Request")
+TargetT = TypeVar("TargetT", Target, SemanticTarget)
 
 # Streams of random numbers; the last word of the seed separates them.
 _ORDER, _FLIP, _SIZE = range(3)
 
 
 @dataclass(frozen=True)
-class DetectionBatch:
-    """Images of one step, with their objects.
+class ImageBatch(Generic[TargetT]):
+    """Images of one step, with their targets.
 
     images: (C, H, W) each, uint8 in RGB, or float32 in 0..1 of own channels. targets: boxes in
-    pixels of that image, class numbers from 0.
+    pixels of that image, or its mask; class numbers from 0.
     """
 
     images: list[Tensor]
-    targets: list[Target]
+    targets: list[TargetT]
 
-    def pin_memory(self) -> DetectionBatch:
+    def pin_memory(self) -> ImageBatch[TargetT]:
         """The loader calls this for a CUDA device."""
-        return DetectionBatch([image.pin_memory() for image in self.images], self.targets)
+        return ImageBatch([image.pin_memory() for image in self.images], self.targets)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -52,10 +55,10 @@ class DetectionBatch:
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """`DetectionBatch` with the stored features of images in place of their pixels."""
+    """`ImageBatch` with the stored features of images in place of their pixels."""
 
     images: list[ImageMaps]
-    targets: list[Target]
+    targets: Sequence[AnyTarget]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -63,7 +66,9 @@ class FeatureBatch:
         return [image.size for image in self.images]
 
 
-Batch = DetectionBatch | FeatureBatch
+DetectionBatch = ImageBatch[Target]
+SemanticBatch = ImageBatch[SemanticTarget]
+Batch = DetectionBatch | SemanticBatch | FeatureBatch
 
 
 @dataclass(frozen=True)
@@ -136,13 +141,13 @@ class TrainingOrder:
         return np.random.default_rng([self._seed, epoch, stream])
 
 
-class PartOfBatches:
+class PartOfBatches(Generic[Request]):
     """The equal part of every batch that one of several processes takes, in rank order."""
 
-    def __init__(self, batches: Iterable[list[ImageRequest]], world: World) -> None:
+    def __init__(self, batches: Iterable[Sequence[Request]], world: World) -> None:
         self._batches, self._world = batches, world
 
-    def __iter__(self) -> Iterator[list[ImageRequest]]:
+    def __iter__(self) -> Iterator[Sequence[Request]]:
         for batch in self._batches:
             size = len(batch) // self._world.size
             yield batch[self._world.rank * size : (self._world.rank + 1) * size]
@@ -237,36 +242,9 @@ def resized_target(
     )
 
 
-def collate(samples: list[DetectionBatch]) -> DetectionBatch:
+def collate(samples: list[ImageBatch[TargetT]]) -> ImageBatch[TargetT]:
     """One batch of the images of several."""
-    return DetectionBatch(
+    return ImageBatch(
         [image for sample in samples for image in sample.images],
         [target for sample in samples for target in sample.targets],
     )
-
-
-def training_batches(
-    images: LabelledSet,
-    recipe: EvaluateRecipe,
-    classes: Sequence[str],
-    seed: int,
-    start: int,
-    world: World,
-) -> Generator[DetectionBatch, None, None]:
-    """This process's part of the batches of all iterations from `start` on; endless."""
-    order = PartOfBatches(TrainingOrder(images, recipe, seed, start), world)
-    read = ImageLoading(images, recipe.data, classes, recipe.has_masks)
-    return load(read, collate, order, recipe.train.workers, world.device)
-
-
-def test_batches(
-    images: LabelledSet,
-    recipe: EvaluateRecipe,
-    classes: Sequence[str],
-    positions: Sequence[int],
-    world: World,
-) -> Generator[DetectionBatch, None, None]:
-    """One image at a time, in order: padding to the size of others would change the result."""
-    requests = [[ImageRequest(position, recipe.data.test_size)] for position in positions]
-    read = ImageLoading(images, recipe.data, classes, masks=False)
-    return load(read, collate, requests, recipe.train.workers, world.device)

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dupr_cli.evaluate.cell_scores import CellScores
 from dupr_cli.recipe.base import Level
 
 # Levels of the detectors with a pyramid over all but the finest, and of stored features.
 DENSE_LEVELS: tuple[Level, ...] = ("res3", "res4", "res5")
+# The level that an FCN is on.
+SEMANTIC_LEVELS: tuple[Level, ...] = ("res5",)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,21 @@ class Target:
         masks = None if self.masks is None else self.masks.to(device)
         keypoints = None if self.keypoints is None else self.keypoints.to(device)
         return Target(self.boxes.to(device), self.labels.to(device), masks, keypoints)
+
+
+@dataclass(frozen=True)
+class SemanticTarget:
+    """The class number of every pixel of one image, (H, W) uint8."""
+
+    mask: Tensor
+
+    def to(self, device: torch.device) -> SemanticTarget:
+        return SemanticTarget(self.mask.to(device, non_blocking=True))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, pixels."""
+        return int(self.mask.shape[0]), int(self.mask.shape[1])
 
 
 @dataclass(frozen=True)
@@ -55,3 +73,7 @@ class ImageMaps:
 
     maps: dict[Level, Tensor]
     size: tuple[int, int]
+
+
+AnyTarget = Target | SemanticTarget
+AnyOutput = HeadOutput | CellScores

@@ -13,33 +13,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dupr_cli.artifacts.files import atomic_file, remove_leftovers
-from dupr_cli.datasets.labelled import LabelledSet
+from dupr_cli.datasets.labelled import Annotation, LabelledSet
 from dupr_cli.errors import RunError
-from dupr_cli.evaluate.detection_data import (
-    FeatureBatch,
-    ImageLoading,
-    ImageRequest,
-    TrainingOrder,
-    collate,
-    resized_size,
-    resized_target,
-)
-from dupr_cli.evaluate.detector_data import DENSE_LEVELS, ImageMaps
+from dupr_cli.evaluate.detection_data import FeatureBatch, collate
+from dupr_cli.evaluate.detector_data import ImageMaps
+from dupr_cli.evaluate.tasks import Request, Task, task_of
 from dupr_cli.models.compared import RANDOM_WEIGHTS, ComparedWeights
 from dupr_cli.models.frozen import FrozenBackbone, freeze, normalised_batch
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.base import LEVEL_STRIDES, Level
-from dupr_cli.recipe.evaluate import DetectionDataSection
 from dupr_cli.runtime.loader import load
 from dupr_cli.runtime.stopping import raise_if_stopped
 
@@ -64,16 +58,16 @@ class FeatureSet:
         self,
         file: Path,
         images: LabelledSet,
-        short_side: int,
-        data: DetectionDataSection,
-        channels: Mapping[Level, int],
+        size: Callable[[Annotation], tuple[int, int]],
+        levels: Mapping[Level, tuple[int, int]],
         mirrored: bool,
     ) -> None:
-        """file: read at the first use. mirrored: each image is followed by its mirror image."""
+        """file: read at the first use. size: width and height of an image, pixels. levels: channels
+        and stride of each. mirrored: each image is followed by its mirror image."""
         self.file, self.mirrored = file, mirrored
-        self._channels, self._places, offset = channels, {}, 0
+        self._levels, self._places, offset = levels, {}, 0
         for annotation in images.annotations:
-            width, height = resized_size(annotation.width, annotation.height, short_side, data)
+            width, height = size(annotation)
             self._places[annotation.image_id] = _Place(offset, (height, width))
             offset += self._values((height, width)) * (2 if mirrored else 1)
         self.values = offset
@@ -87,12 +81,8 @@ class FeatureSet:
         """(C, h, w) of the maps of an image of (height, width) pixels, padded."""
         height, width = (-(-side // _MULTIPLE) * _MULTIPLE for side in size)
         return {
-            level: (
-                self._channels[level],
-                height // LEVEL_STRIDES[level],
-                width // LEVEL_STRIDES[level],
-            )
-            for level in DENSE_LEVELS
+            level: (channels, height // stride, width // stride)
+            for level, (channels, stride) in self._levels.items()
         }
 
     def _values(self, size: tuple[int, int]) -> int:
@@ -133,31 +123,20 @@ class Features:
         start: int,
     ) -> Generator[FeatureBatch, None, None]:
         """The batches of all iterations from `start` on, as of images; endless."""
-        for requests in TrainingOrder(images, recipe, seed, start):
-            yield _batch(self.train, images, requests, classes)
+        task = task_of(recipe)
+        for requests in task.order(images, seed, start):
+            maps, targets = [], []
+            for request in requests:
+                of_image = self.train.maps(images.ids[request.position], request.flip)
+                size = of_image.size[::-1]
+                maps.append(of_image)
+                targets.append(task.target(images, request.position, classes, size, request.flip))
+            yield FeatureBatch(maps, targets)
 
-    def test_batches(
-        self, images: LabelledSet, classes: Sequence[str]
-    ) -> Generator[FeatureBatch, None, None]:
-        """One image at a time, in order."""
-        for position in range(len(images)):
-            yield _batch(self.test, images, [ImageRequest(position, 0)], classes)
-
-
-def _batch(
-    features: FeatureSet,
-    images: LabelledSet,
-    requests: Sequence[ImageRequest],
-    classes: Sequence[str],
-) -> FeatureBatch:
-    maps, targets = [], []
-    for request in requests:
-        annotation = images.annotations[request.position]
-        of_image = features.maps(annotation.image_id, request.flip)
-        height, width = of_image.size
-        maps.append(of_image)
-        targets.append(resized_target(annotation, classes, width, height, request.flip))
-    return FeatureBatch(maps, targets)
+    def test_batches(self, images: LabelledSet) -> Generator[FeatureBatch, None, None]:
+        """One image at a time, in order, without targets."""
+        for image_id in images.ids:
+            yield FeatureBatch([self.test.maps(image_id)], [])
 
 
 def measured_batches(recipe: EvaluateRecipe, images: LabelledSet) -> int:
@@ -170,9 +149,9 @@ def training_pixels(
     recipe: EvaluateRecipe, images: LabelledSet, classes: Sequence[str], count: int
 ) -> Iterator[list[torch.Tensor]]:
     """`count` batches of resized training images (C, H, W), the same for all weights."""
-    order = TrainingOrder(images, recipe, seed=0)
-    requests = [batch for _, batch in zip(range(count), order, strict=False)]
-    read = ImageLoading(images, recipe.data, classes, masks=False)
+    task = task_of(recipe)
+    requests = list(islice(task.order(images, seed=0), count))
+    read = task.loading(images, classes, labelled=False)
     with closing(load(read, collate, requests, recipe.train.workers)) as batches:
         for batch in batches:
             yield batch.images
@@ -198,45 +177,43 @@ def open_features(
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    backbone = freeze(compared, recipe.seed, device, getattr(torch, recipe.train.precision))
-    channels = {level: backbone.shape.channels[level] for level in DENSE_LEVELS}
-    data = recipe.data
+    task, data = task_of(recipe), recipe.data
+    precision = getattr(torch, recipe.train.precision)
+    backbone = freeze(compared, recipe.seed, device, precision, recipe.dilates)
+    shape = backbone.shape
+    levels = {level: (shape.channels[level], shape.strides[level]) for level in task.levels}
     known = {
         "weights": compared.sha256 or f"{RANDOM_WEIGHTS}, seed {recipe.seed}",
         "architecture": compared.architecture,
-        "levels": list(DENSE_LEVELS),
+        "levels": levels,
         "batch norm": [labelled.digest, data.train_sizes, measured_batches(recipe, labelled)],
         "batches": [recipe.train.batch_size, data.flip, data.group_by_aspect],
         "max_size": data.max_size,
         "square": data.square,
         "precision": recipe.train.precision,
         "device": device.type,
+        **({"short side": recipe.semantic.short_side} if recipe.is_semantic else {}),
         **({"pixels": str(train.pixels)} if train.pixels else {}),
     }
 
-    def of(images: LabelledSet, side: int, mirrored: bool) -> FeatureSet:
+    def of(images: LabelledSet, training: bool) -> FeatureSet:
+        mirrored, side = training and data.flip, data.train_sizes[0] if training else data.test_size
         facts = {**known, "images": images.digest, "side": side, "mirrored": mirrored}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         file = folder / f"{digest[:24]}{_SUFFIX}"
-        return FeatureSet(file, images, side, data, channels, mirrored)
+        return FeatureSet(file, images, partial(task.size, training=training), levels, mirrored)
 
-    found = Features(
-        backbone,
-        of(train, data.train_sizes[0], data.flip),
-        of(test, data.test_size, mirrored=False),
-    )
+    found = Features(backbone, of(train, training=True), of(test, training=False))
     missing = [
-        (kind, features, images, side)
-        for kind, features, images, side in (
-            ("training", found.train, train, data.train_sizes[0]),
-            ("test", found.test, test, data.test_size),
+        (kind, features, images)
+        for kind, features, images in (
+            ("training", found.train, train),
+            ("test", found.test, test),
         )
         if not features.is_whole()
-    ]  # fmt: skip
-    wanted, free = (
-        sum(features.bytes for _, features, _, _ in missing),
-        shutil.disk_usage(folder).free,
-    )
+    ]
+    wanted = sum(features.bytes for _, features, _ in missing)
+    free = shutil.disk_usage(folder).free
     if wanted > free:
         raise RunError(
             f"{folder}: No space left on device for the features of {compared.address}: they take "
@@ -245,18 +222,19 @@ def open_features(
         )
     if missing:
         count = measured_batches(recipe, labelled)
-        with reporter.task(f"batch norm {compared.folder}", count, "batches") as task:
+        with reporter.task(f"batch norm {compared.folder}", count, "batches") as progress:
 
             def normalised() -> Iterator[torch.Tensor]:
                 for images in training_pixels(recipe, labelled, classes, count):
                     raise_if_stopped()
                     yield _normalised(images, backbone)
-                    task.advance()
+                    progress.advance()
 
             backbone.measure_on_normalised(normalised())
-    for kind, features, images, side in missing:
+    for kind, features, images in missing:
         name = f"{kind} features {compared.folder}"
-        _compute(features, images, side, recipe, backbone, name, reporter)
+        requests = [task.whole(position, kind == "training") for position in range(len(images))]
+        _compute(features, images, requests, task, recipe, backbone, name, reporter)
     return found
 
 
@@ -268,27 +246,28 @@ def _normalised(images: Sequence[torch.Tensor], backbone: FrozenBackbone) -> tor
 def _compute(
     features: FeatureSet,
     images: LabelledSet,
-    side: int,
+    requests: Sequence[Request],
+    task: Task,
     recipe: EvaluateRecipe,
     backbone: FrozenBackbone,
     name: str,
     reporter: Reporter,
 ) -> None:
     """Compute the features of all images into their file. name: for progress and messages."""
-    requests = [[ImageRequest(position, side)] for position in range(len(images))]
-    read = ImageLoading(images, recipe.data, images.classes, masks=False)
+    read = task.loading(images, images.classes, labelled=False)
+    one_by_one = [[request] for request in requests]
     with (
         atomic_file(features.file) as file,
-        reporter.task(name, len(images), "images") as task,
-        closing(load(read, collate, requests, recipe.train.workers)) as batches,
+        reporter.task(name, len(images), "images") as progress,
+        closing(load(read, collate, one_by_one, recipe.train.workers)) as batches,
     ):
         for image_id, batch in zip(images.ids, batches, strict=True):
             raise_if_stopped()
             (pixels,) = batch.images
             views = [pixels, pixels.flip(2)] if features.mirrored else [pixels]
-            maps = backbone.maps_of_normalised(_normalised(views, backbone), DENSE_LEVELS)
+            maps = backbone.maps_of_normalised(_normalised(views, backbone), task.levels)
             for view in range(len(views)):
-                for level in DENSE_LEVELS:
+                for level in task.levels:
                     values = maps[level][view].half().cpu().contiguous()
                     if not bool(values.isfinite().all()):
                         raise RunError(
@@ -297,7 +276,7 @@ def _compute(
                             f"batch norm was never trained."
                         )
                     file.write(values.numpy().tobytes())
-            task.advance()
+            progress.advance()
 
 
 def feature_files(folder: Path) -> list[Path]:

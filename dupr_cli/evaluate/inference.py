@@ -1,9 +1,9 @@
-"""Testing: detections of a trained detector on every test image, in pixels of that image."""
+"""Testing: what a trained network finds in every test image, in pixels of that image."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,39 +24,42 @@ if TYPE_CHECKING:
     from dupr_cli.evaluate.detectors import Detector, FrozenDetector
 
 
+Found = TypeVar("Found")
+
+
 def positions_of(world: World, images: int) -> list[int]:
     """Test images of this process."""
     return list(range(world.rank, images, world.size))
 
 
-def detect_all(
+def find_all(
+    output: Callable[[Any, Batch, Annotation], Found],
     detector: Detector | FrozenDetector,
     batches: Iterable[Batch],
     images: LabelledSet,
     name: str,
     world: World,
     reporter: Reporter,
-) -> list[Detections]:
-    """Detections of each image of the set, in its order, highest score first, in all processes.
+) -> list[Found]:
+    """What the network finds in each image of the set, in its order, in all processes.
 
-    batches: this process's images one by one, see `test_batches`. name: for progress.
+    output: what it finds in a batch of one image, see `Task`. batches: this process's images one by
+    one, see `test_batches`. name: for progress.
     """
     detector.eval()
     positions = positions_of(world, len(images))
-    found: list[Detections] = []
+    found: list[Found] = []
     with torch.inference_mode(), reporter.task(f"test {name}", len(positions), "images") as task:
         for position, batch in zip(positions, batches, strict=True):
-            (detections,) = cast(Any, detector).detect(batch.images)  # its batches fit it
-            ((height, width),) = batch.sizes
-            found.append(in_source_pixels(detections, images.annotations[position], width, height))
+            found.append(output(detector, batch, images.annotations[position]))
             task.advance()
     return _gather_all(found, len(images), world)
 
 
-def _gather_all(found: list[Detections], images: int, world: World) -> list[Detections]:
+def _gather_all(found: list[Found], images: int, world: World) -> list[Found]:
     if world.size == 1:
         return found
-    gathered: list[list[Detections]] = [[] for _ in range(world.size)]
+    gathered: list[list[Found]] = [[] for _ in range(world.size)]
     dist.all_gather_object(gathered, found)
     return [gathered[i % world.size][i // world.size] for i in range(images)]
 

@@ -30,7 +30,7 @@ from dupr_cli.errors import UsageError
 from dupr_cli.evaluate.comparison import Comparison, compare, output_files, with_labels
 from dupr_cli.evaluate.features import FEATURES_FOLDER, feature_files
 from dupr_cli.evaluate.results_table import shortened
-from dupr_cli.evaluate.statistics import CONFIDENCE
+from dupr_cli.evaluate.statistics import CONFIDENCE, compared_metrics
 from dupr_cli.models.compared import RANDOM_WEIGHTS
 from dupr_cli.outside_text import csv_cell, latex_text, one_line, plot_label
 from dupr_cli.progress import Reporter
@@ -46,7 +46,6 @@ TEXT, TABLE_CSV, TABLE_TEX, PLOT = (
     "labels-saved.tex",
     "labels-saved.png",
 )
-METRICS = ("AP", "AP50")
 _DRAWS = 2000
 _FEWEST = 3  # seeds; fewer give no interval of the labels needed
 _WIDTH, _COLUMNS = 80, 5
@@ -150,13 +149,14 @@ def curves_of(
     baseline: folder name of its weights.
     """
     first = next(iter(results.values()))
+    metrics = curve_metrics(first.results[0])
     names = {str(entry.extra["folder"]): entry.weights for entry in first.results}
     curves = {
         metric: {
             name: [_curve_point(count, of.results[i], metric) for count, of in results.items()]
             for i, name in enumerate(names)
         }
-        for metric in METRICS
+        for metric in metrics
     }
     return LabelCurves(
         protocol=first.protocol,
@@ -165,12 +165,17 @@ def curves_of(
         confidence=CONFIDENCE,
         weights=names,
         curves=curves,
-        saved={metric: labels_needed(curves[metric], baseline) for metric in METRICS},
+        saved={metric: labels_needed(curves[metric], baseline) for metric in metrics},
         folders=dict(folders),
         test_images=first.test.images,
         seeds=first.seeds,
         notes=[note for of in results.values() for note in of.notes],
     )
+
+
+def curve_metrics(entry: WeightsResult) -> tuple[str, str]:
+    """The metrics that curves are drawn of; the first decides."""
+    return compared_metrics(entry.metrics)[:2]
 
 
 def _curve_point(labels: int, entry: WeightsResult, metric: str) -> CurvePoint:
@@ -333,7 +338,8 @@ def table_csv(curves: LabelCurves) -> str:
 
 def table_tex(curves: LabelCurves) -> str:
     """A LaTeX table (booktabs) of each metric by number of labels."""
-    counts = [point.labels for point in curves.curves["AP"][curves.baseline]]
+    first = next(iter(curves.curves.values()))
+    counts = [point.labels for point in first[curves.baseline]]
     lines = [
         f"% {one_line(curves.protocol)}: {one_line(curves.metric)}; {len(curves.seeds)} seeds",
         f"\\begin{{tabular}}{{ll{'r' * len(counts)}}}",

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from dupr_cli.datasets.labelled import LabelledSet
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.statistics import PRIMARY
 from dupr_cli.evaluate.subsets import require_objects, stratified
 from dupr_cli.evaluate.trials import Outcome
 from dupr_cli.recipe import EvaluateRecipe
@@ -21,7 +20,8 @@ from dupr_cli.recipe import EvaluateRecipe
 
 @dataclass(frozen=True)
 class ChosenRate:
-    """The rate that the trials of some weights use. scores: AP on the validation part, by lr."""
+    """The rate that the trials of some weights use. scores: the metric that decides, on the
+    validation part, by lr."""
 
     lr: float
     scores: dict[float, float]
@@ -64,7 +64,7 @@ def choose_rate(
     seed: int,
     finished: Callable[[RateTrial], Outcome],
 ) -> ChosenRate:
-    """Try each factor of the grid, and take the rate with the highest AP, the lowest of equals.
+    """Try each factor of the grid, and take the rate with the highest result, the lowest of equals.
 
     labelled: the images that the trials train on. folder: of the weights. seed: of these trials.
     finished: runs a trial, or reads its result.
@@ -75,7 +75,7 @@ def choose_rate(
     for factor in sorted(train.lr_grid):
         tried = with_rate(recipe, train.lr * factor)
         trial = RateTrial(tried, folder / f"lr-{factor:g}-seed-{seed}", fold)
-        scores[tried.train.lr] = finished(trial).result.metrics[PRIMARY]
+        scores[tried.train.lr] = finished(trial).result.metrics[recipe.primary_metric]
     return ChosenRate(max(scores, key=lambda lr: (scores[lr], -lr)), scores)
 
 

@@ -1,4 +1,5 @@
-"""Pictures of an evaluation: detections beside the ground truth, and curves of losses and AP."""
+"""Pictures of an evaluation: what was found beside the ground truth, and curves of losses and
+metric."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.pixel_formats import as_picture
 from dupr_cli.datasets.labelled import LabelledSet
+from dupr_cli.datasets.semantic import SemanticSet
+from dupr_cli.evaluate.class_maps import Prediction, counted
 from dupr_cli.metrics.arrays import pair_iou
+from dupr_cli.metrics.semantic import IGNORE, MEAN_IOU, semantic_scores
 from dupr_cli.metrics.types import Detections, Truth
 from dupr_cli.outside_text import one_line, plot_label
 
@@ -32,6 +36,8 @@ _FONT_SIZE = 14
 _SCORE = 0.3  # lower-scoring detections are not drawn
 _MOST = 8  # detections drawn per picture
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
+_WRONG = np.array([[220, 20, 20]])
+_CAPTION_LETTERS = 60
 
 
 def draw_detections(
@@ -45,12 +51,77 @@ def draw_detections(
 
     count: images drawn: a third best and a third worst for the first weights, a third random.
     """
-    positions, kinds = _chosen(images, classes, next(iter(detections.values())), count)
+    first = next(iter(detections.values()))
+    quality = {
+        i: _quality(images.truth(i, classes), first[i])
+        for i, annotation in enumerate(images.annotations)
+        if annotation.names
+    }
     rows = [
         _row(images, position, classes, detections, kind)
-        for position, kind in zip(positions, kinds, strict=True)
+        for position, kind in _chosen(quality, count)
     ]
-    titles = ["ground truth", *detections]
+    _draw_sheet(path, ["ground truth", *detections], rows)
+
+
+def draw_class_maps(
+    path: Path,
+    images: SemanticSet,
+    classes: Sequence[str],
+    predictions: Mapping[str, Sequence[Prediction]],
+    count: int,
+) -> None:
+    """A PNG with one row per image: the image, its mask, then for each weights, by name, the
+    predicted classes and the pixels that are wrong, in red.
+
+    count: as of `draw_detections`; an image is as good as its mean IoU.
+    """
+    first = next(iter(predictions.values()))
+    quality = {
+        i: semantic_scores(counted(images, i, first[i], len(classes)), classes).metrics[MEAN_IOU]
+        for i, annotation in enumerate(images.annotations)
+        if annotation.names
+    }
+    colours = np.array([_colour(number, len(classes)) for number in range(len(classes))])
+    rows = []
+    for position, kind in _chosen(quality, count):
+        image, mask = as_picture(images.image(position)), images.mask(position)
+        panels = [
+            (_small(image), f"{kind}: {images.ids[position]}"),
+            (_small(_coloured(image, mask, colours)), _named_classes(mask, classes)),
+        ]
+        for of_weights in predictions.values():
+            found = of_weights[position].numbers()
+            wrong = (found != mask) & (mask != IGNORE)
+            share = 100 * wrong.sum() / max(1, (mask != IGNORE).sum())
+            marked = np.where(wrong, 0, IGNORE).astype(np.uint8)
+            panels += [
+                (_small(_coloured(image, found, colours)), _named_classes(found, classes)),
+                (_small(_coloured(image, marked, _WRONG)), f"{share:.1f} % wrong"),
+            ]
+        rows.append(_joined(panels))
+    titles = [title for name in predictions for title in (name, f"{name}: errors")]
+    _draw_sheet(path, ["image", "ground truth", *titles], rows)
+
+
+def _coloured(
+    image: Image.Image, numbers: NDArray[np.uint8], colours: NDArray[np.int64]
+) -> Image.Image:
+    """The image in grey under the colours of its pixels' classes; none where they are IGNORE."""
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=2)
+    shown = numbers != IGNORE
+    grey[shown] = 0.4 * grey[shown] + 0.6 * colours[numbers[shown]]
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _named_classes(numbers: NDArray[np.uint8], classes: Sequence[str]) -> str:
+    """The classes with the most pixels."""
+    counts = np.bincount(numbers.reshape(-1), minlength=IGNORE + 1)[: len(classes)]
+    most = [i for i in np.argsort(-counts, kind="stable")[:3] if counts[i]]
+    return ", ".join(classes[i] for i in most)
+
+
+def _draw_sheet(path: Path, titles: Sequence[str], rows: Sequence[Image.Image]) -> None:
     width = _GAP + len(titles) * (_LONG_SIDE + _GAP)
     sheet = Image.new("RGB", (width, _HEADER + sum(r.height + _GAP for r in rows)), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -65,20 +136,15 @@ def draw_detections(
         sheet.save(file, "PNG")
 
 
-def _chosen(
-    images: LabelledSet, classes: Sequence[str], found: Sequence[Detections], count: int
-) -> tuple[list[int], list[str]]:
-    """Positions of the images to draw, and why each is drawn."""
-    with_objects = [i for i, annotation in enumerate(images.annotations) if annotation.names]
-    quality = {i: _quality(images.truth(i, classes), found[i]) for i in with_objects}
-    ranked = sorted(with_objects, key=lambda i: (-quality[i], i))
+def _chosen(quality: Mapping[int, float], count: int) -> list[tuple[int, str]]:
+    """Positions of the images to draw, and why each is drawn. quality: by position."""
+    ranked = sorted(quality, key=lambda i: (-quality[i], i))
     third = min(count, len(ranked)) // 3
     chosen = [(i, "best") for i in ranked[:third]]
     chosen += [(i, "worst") for i in ranked[len(ranked) - third :]]
     left = ranked[third : len(ranked) - third] if third else ranked
     random = np.random.default_rng(0).permutation(left)[: min(count, len(ranked)) - 2 * third]
-    chosen += [(int(i), "random") for i in random]
-    return [i for i, _ in chosen], [kind for _, kind in chosen]
+    return [*chosen, *((int(i), "random") for i in random)]
 
 
 def _quality(truth: Truth, found: Detections) -> float:
@@ -139,13 +205,19 @@ def _row(
             for name in [classes[found.labels[i]]]
         ]
         panels.append((_with_boxes(image, labels), _caption(found, len(shown), classes)))
+    return _joined(panels)
+
+
+def _joined(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Panels of one size side by side, each over its caption."""
     height = panels[0][0].height
     row = Image.new("RGB", (len(panels) * (_LONG_SIDE + _GAP) - _GAP, height + _CAPTION), _PAPER)
     draw = ImageDraw.Draw(row)
     for column, (panel, caption) in enumerate(panels):
         left = column * (_LONG_SIDE + _GAP)
         row.paste(panel, (left, 0))
-        draw.text((left, height + _CAPTION // 2), one_line(caption), _INK, _font(12), anchor="lm")
+        text = one_line(caption)[:_CAPTION_LETTERS]
+        draw.text((left, height + _CAPTION // 2), text, _INK, _font(12), anchor="lm")
     return row
 
 
@@ -161,8 +233,7 @@ def _caption(found: Detections, shown: int, classes: Sequence[str]) -> str:
 def _with_boxes(image: Image.Image, labels: Sequence[_Drawn]) -> Image.Image:
     """The image at the pictures' size, with its boxes, keypoints and their texts."""
     scale = _LONG_SIDE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    panel = image.resize(size, Image.Resampling.BICUBIC)
+    panel = _small(image)
     draw = ImageDraw.Draw(panel)
     font = _font(_FONT_SIZE)
     # The most confident comes first; it is drawn last, on top.
@@ -185,6 +256,13 @@ def _with_boxes(image: Image.Image, labels: Sequence[_Drawn]) -> Image.Image:
     return panel
 
 
+def _small(image: Image.Image) -> Image.Image:
+    """The image at the pictures' size."""
+    scale = _LONG_SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def _colour(number: int, total: int) -> Colour:
     """Hues spread evenly over the classes, and alternating in brightness."""
     value = (1.0, 0.8)[number % 2]
@@ -196,8 +274,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def draw_curves(path: Path, outcomes: Mapping[str, Outcome]) -> None:
-    """A PNG of the training losses, their sum and parts, and of AP during training and at the end.
+def draw_curves(path: Path, outcomes: Mapping[str, Outcome], metric: str) -> None:
+    """A PNG of the training losses, their sum and parts, and of the metric during training and at
+    the end.
 
     One line per weights, by name.
     """
@@ -219,12 +298,15 @@ def draw_curves(path: Path, outcomes: Mapping[str, Outcome]) -> None:
         total.plot(iterations, [r.total for r in records], marker=marker, label=plot_label(name))
         for part, axis in small.items():
             axis.plot(iterations, [r.losses[part] for r in records], marker=marker)
-        curve = [(line["step"], line["AP"]) for line in outcome.result.curve]
-        curve.append((iterations[-1], outcome.result.metrics["AP"]))
+        curve = [(line["step"], line[metric]) for line in outcome.result.curve]
+        curve.append((iterations[-1], outcome.result.metrics[metric]))
         score.plot(
-            [step for step, _ in curve], [ap for _, ap in curve], marker="o", label=plot_label(name)
+            [step for step, _ in curve],
+            [value for _, value in curve],
+            marker="o",
+            label=plot_label(name),
         )
-    titles = {"training loss": total, "AP": score, **small}
+    titles = {"training loss": total, metric: score, **small}
     for title, axis in titles.items():
         axis.set_title(title.replace("_", " "), fontsize=10)
         axis.set_ylim(bottom=0)

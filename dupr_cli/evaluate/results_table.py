@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.evaluate.statistics import compared_metrics
+from dupr_cli.metrics.semantic import MEAN_IOU
 from dupr_cli.metrics.types import Detections, Rle
 from dupr_cli.outside_text import json_text, one_line
 
@@ -176,15 +177,18 @@ def _cells(values: Sequence[float | None]) -> str:
 
 
 def _describe(used: DatasetIdentity) -> str:
-    return f"{used.images} images, {used.objects} objects: {used.address}, split {used.split}"
+    objects = f", {used.objects} objects" if used.objects else ""
+    return f"{used.images} images{objects}: {used.address}, split {used.split}"
 
 
 def _class_table(results: Results, names: Sequence[str], columns: range) -> list[str]:
-    """AP of each class; a dash if the test images have no object of that class to find."""
-    lines = [f"{'AP of class':<{_NAME_WIDTH}}{_numbers(names, columns)}"]
+    """AP or IoU of each class; a dash if the test images have nothing of that class to find."""
+    metric = "IoU" if MEAN_IOU in results.results[0].metrics else "AP"
+    head = f"{metric} of class"
+    lines = [f"{head:<{_NAME_WIDTH}}{_numbers(names, columns)}"]
     for name in results.classes:
         found = [results.results[i].per_class.get(name) for i in columns]
-        cells = [None if of is None else of["AP"] for of in found]
+        cells = [None if of is None else of[metric] for of in found]
         lines.append(f"{shortened(name):<{_NAME_WIDTH}}{_cells(cells)}")
     return lines
 

@@ -76,5 +76,8 @@ def limited(recipe: EvaluateRecipe, limit: int) -> tuple[EvaluateRecipe, str]:
         "train": train.model_copy(update=shorter),
         "data": data.model_copy(update=changed),
     }
-    note = f"limited to {iterations} iterations and {images} test images: its AP is not a result"
+    note = (
+        f"limited to {iterations} iterations and {images} test images: its {recipe.primary_metric} "
+        f"is not a result"
+    )
     return recipe.model_copy(update=cut), note

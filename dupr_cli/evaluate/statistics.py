@@ -15,15 +15,19 @@ from itertools import combinations
 from statistics import fmean, stdev
 
 from dupr_cli.artifacts.results import PairedDifference, TrialResult, WeightsResult
+from dupr_cli.metrics.semantic import CLASS_ACCURACY, MEAN_IOU, PIXEL_ACCURACY
 
 CONFIDENCE = 0.95
-# The metric that decides. The others are not independent of it: each would be one more chance to
-# call noise a difference.
-PRIMARY = "AP"
 
 
 def compared_metrics(metrics: Collection[str]) -> tuple[str, str, str]:
-    """The metrics to compare weights by; masks and keypoints have their AP in the place of AP75."""
+    """The metrics to compare weights by; masks and keypoints have their AP in the place of AP75.
+
+    The first decides. The others are not independent of it: each would be one more chance to call
+    noise a difference.
+    """
+    if MEAN_IOU in metrics:
+        return (MEAN_IOU, PIXEL_ACCURACY, CLASS_ACCURACY)
     if "keypoint_AP" in metrics:
         return ("AP", "AP50", "keypoint_AP")
     if "cityscapes_AP" in metrics:
@@ -115,7 +119,7 @@ def all_differences(
 ) -> list[PairedDifference]:
     """Every pair of weights, in the order given, by `compared_metrics`. names: of the weights.
 
-    The p-values of `PRIMARY` are corrected for the number of pairs.
+    The p-values of the metric that decides are corrected for the number of pairs.
     """
     found = [
         paired_difference(results[a], results[b], metric, (names[a], names[b]))
@@ -123,7 +127,8 @@ def all_differences(
         for metric in compared_metrics(results[0].metrics)
     ]
     differences = [difference for difference in found if difference is not None]
-    deciding = [i for i, difference in enumerate(differences) if difference.metric == PRIMARY]
+    primary = compared_metrics(results[0].metrics)[0]
+    deciding = [i for i, difference in enumerate(differences) if difference.metric == primary]
     adjusted = holm([p_value(differences[i]) for i in deciding])
     for i, value in zip(deciding, adjusted, strict=True):
         differences[i] = replace(differences[i], adjusted_p=value)

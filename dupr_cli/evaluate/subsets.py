@@ -77,9 +77,10 @@ def draw_note(labelled: LabelledSet, drawn: LabelledSet, data: DetectionDataSect
     def objects(of: LabelledSet) -> float:
         return float(np.mean([(~annotation.crowd).sum() for annotation in of.annotations]))
 
+    what = "classes" if labelled.annotations[0].mask_sha256 else "objects"
     return (
         f"the {len(drawn)} labelled images are drawn so that every class keeps its share: they "
-        f"hold {objects(drawn):.1f} objects per image, and all labelled images "
+        f"hold {objects(drawn):.1f} {what} per image, and all labelled images "
         f"{objects(labelled):.1f}. Published few-label results use data.labels_draw=random."
     )
 

@@ -1,4 +1,4 @@
-"""Training of detectors: warm-up and a schedule, then a new measurement of batch-norm statistics.
+"""Training on labels: warm-up and a schedule, then a new measurement of batch-norm statistics.
 
 A trial is a folder with metrics.jsonl and checkpoints, like a run's, from which it resumes exactly
 after an interruption. Region sampling draws random numbers that depend only on the iteration, so
@@ -151,7 +151,7 @@ def train_detector(
         return
     parameters = [p for p in detector.parameters() if p.requires_grad]
     detector.train()
-    shown = _newest_score(trial)
+    shown = _shown(trial, trial.log.latest())
     with (
         _delayed(detector) as train_backbone,
         Stop(limits, launched=world.size > 1) as stop,
@@ -199,7 +199,7 @@ def train_detector(
                 detector.train()
                 if world.is_main:
                     trial.log.append({"step": count, **scores})
-                shown = _shown(scores)
+                shown = _shown(trial, scores)
             if stopping:
                 place = f"iteration {count} of {train.iterations} of {trial.name} is saved"
                 raise stopped(code, limits, f"{place} in {trial.folder}")
@@ -223,12 +223,9 @@ def _delayed(detector: nn.Module) -> Iterator[Callable[[bool], None]]:
         switch(True)
 
 
-def _shown(scores: Mapping[str, float]) -> str:
-    return f", AP {scores['AP']:.1f}" if "AP" in scores else ""
-
-
-def _newest_score(trial: Trial) -> str:
-    return _shown(trial.log.latest())
+def _shown(trial: Trial, scores: Mapping[str, float]) -> str:
+    metric = trial.recipe.primary_metric
+    return f", {metric} {scores[metric]:.1f}" if metric in scores else ""
 
 
 class _Sums:

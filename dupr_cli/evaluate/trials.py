@@ -1,4 +1,4 @@
-"""One trial: fine-tune a detector from one of the weights with one seed, and test it.
+"""One trial: train a detector or an FCN from one of the weights with one seed, and test it.
 
 The result is kept in the trial's folder and reused if it is whole and of the same evaluation.
 """
@@ -12,20 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dupr_cli.artifacts.files import remove_leftovers, write_text
+from dupr_cli.artifacts.files import remove_leftovers
 from dupr_cli.artifacts.results import TrialResult
 from dupr_cli.artifacts.run import CHECKPOINTS, METRICS_FILE, training_files
 from dupr_cli.datasets.labelled import LabelledSet
-from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.detection_data import Batch, test_batches, training_batches
+from dupr_cli.evaluate.detection_data import Batch
 from dupr_cli.evaluate.features import Features, measured_batches, training_pixels
-from dupr_cli.evaluate.inference import detect_all, positions_of
-from dupr_cli.evaluate.results_table import detection_rows, detections_from_rows
+from dupr_cli.evaluate.inference import find_all, positions_of
+from dupr_cli.evaluate.tasks import Found, Task, task_of, test_batches, training_batches
 from dupr_cli.evaluate.training import LossRecord, Trial, measure_batch_norm, train_detector
-from dupr_cli.metrics import COCO_SIGMAS, Detections, Metric, Scores, score
+from dupr_cli.metrics import Scores
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
-from dupr_cli.parsing import parse_json, validated
+from dupr_cli.parsing import validated
 from dupr_cli.progress import Reporter, SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
 from dupr_cli.recipe.base import Level
@@ -36,8 +35,6 @@ from dupr_cli.runtime.stopping import Limits
 if TYPE_CHECKING:
     from dupr_cli.evaluate.detectors import Detector, FrozenDetector
 
-DETECTIONS_FILE = "detections.json"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -45,7 +42,7 @@ class Outcome:
 
     result: TrialResult
     losses: list[LossRecord]
-    detections: list[Detections]
+    found: Sequence[Found]
 
 
 def run_trial(
@@ -71,6 +68,7 @@ def run_trial(
 
     reporter = reporter if world.is_main else SilentReporter()
     name = compared.folder if recipe.trials == 1 else f"{compared.folder} seed {seed}"
+    task = task_of(recipe)
     detector: Detector | FrozenDetector
     if features is not None:
         detector = build_frozen_detector(recipe, features.backbone, len(classes), seed, world)
@@ -91,13 +89,13 @@ def run_trial(
 
     def test_images() -> Generator[Batch, None, None]:
         if features is not None:
-            return features.test_batches(test, classes)
+            return features.test_batches(test)
         return test_batches(test, recipe, classes, test_positions, world)
 
-    def tested(reporter: Reporter) -> tuple[list[Detections], Scores]:
+    def tested(reporter: Reporter) -> tuple[Sequence[Found], Scores]:
         with closing(test_images()) as batches:
-            found = detect_all(detector, batches, test, name, world, reporter)
-        return found, scores_of(recipe, test, classes, found)
+            found = find_all(task.output, detector, batches, test, name, world, reporter)
+        return found, task.scores(test, classes, found)
 
     started = time.perf_counter()
     train_detector(
@@ -108,7 +106,7 @@ def run_trial(
         with closing(batches_from(recipe.train.iterations)) as batches:
             measure_batch_norm(trial, batches, reporter)
     measured = time.perf_counter()
-    detections, scores = tested(reporter)
+    found, scores = tested(reporter)
     ended = time.perf_counter()
     losses = trial.losses()
     return Outcome(
@@ -122,10 +120,10 @@ def run_trial(
                 "test": ended - measured,
             },
             extra={"final_loss": losses[-1].total if losses else None},
-            curve=[line for line in trial.log.read() if "AP" in line],
+            curve=[line for line in trial.log.read() if recipe.primary_metric in line],
         ),
         losses,
-        detections,
+        found,
     )
 
 
@@ -146,45 +144,8 @@ def _freeze(
     freeze_up_to(detector.backbone, level)
 
 
-def scores_of(
-    recipe: EvaluateRecipe,
-    test: LabelledSet,
-    classes: Sequence[str],
-    detections: Sequence[Detections],
-) -> Scores:
-    """The protocol's metric; that of masks too if the detector has them."""
-    truths = [test.truth(i, classes) for i in range(len(test))]
-    sigmas = keypoint_sigmas(recipe, test, classes) if recipe.has_keypoints else COCO_SIGMAS
-    return score(metric_of(recipe), truths, detections, classes, sigmas=sigmas)
-
-
-def keypoint_sigmas(
-    recipe: EvaluateRecipe, test: LabelledSet, classes: Sequence[str]
-) -> Sequence[float] | Mapping[str, Sequence[float]]:
-    """Those of the recipe, or COCO's. Raises UsageError when they do not fit the set."""
-    given, count = recipe.test.keypoint_sigmas, test.keypoint_count
-    if given is None and count == len(COCO_SIGMAS):
-        return COCO_SIGMAS
-    lists = given.values() if isinstance(given, dict) else [given or []]
-    missing = sorted(set(classes) - given.keys()) if isinstance(given, dict) else []
-    if given is None or missing or any(len(each) != count for each in lists):
-        raise UsageError(
-            f"test.keypoint_sigmas: objects of {test.address} have {count} keypoints; give "
-            f"{count} numbers, for all classes or for each of {', '.join(classes)}; 1/{count} for "
-            f"each is usual where nothing was measured. (recipe key: test.keypoint_sigmas)"
-        )
-    return given
-
-
-def metric_of(recipe: EvaluateRecipe) -> Metric:
-    if recipe.has_keypoints:
-        return "coco-keypoints"
-    if not recipe.has_masks:
-        return recipe.test.metric
-    return "cityscapes" if recipe.protocol == "cityscapes" else "coco-segm"
-
-
 def read_outcome(
+    task: Task,
     folder: Path,
     fingerprint: Mapping[str, object],
     address: str,
@@ -201,25 +162,24 @@ def read_outcome(
     try:
         result = validated(TrialResult, values["result"])
         losses = validated(list[LossRecord], values["losses"])
-        # Masks of COCO's images are hundreds of megabytes, and the file is our own.
-        rows = parse_json((folder / DETECTIONS_FILE).read_bytes())
-        detections = detections_from_rows(rows, test.ids, classes)
+        found = task.read(folder, test, classes)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged_result(folder, error) from error
-    return Outcome(result, losses, detections)
+    return Outcome(result, losses, found)
 
 
 def write_outcome(
+    task: Task,
     folder: Path,
     fingerprint: Mapping[str, object],
     outcome: Outcome,
     test: LabelledSet,
     classes: Sequence[str],
 ) -> None:
-    """Write the detections and the result, then delete the checkpoints: they are not needed."""
+    """Write what was found and the result, then delete the checkpoints: they are not needed."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    write_text(folder / DETECTIONS_FILE, detection_rows(outcome.detections, test.ids, classes))
+    task.write(folder, outcome.found, test, classes)
     write_result(
         folder,
         fingerprint,

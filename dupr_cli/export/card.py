@@ -144,7 +144,7 @@ def _is_trial(results: Results) -> bool:
 def _eval_results(own: WeightsResult, results: Results) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="object-detection",
+            task_type="image-segmentation" if metric == "mIoU" else "object-detection",
             dataset_type=one_line(results.protocol),
             dataset_name=one_line(f"{results.protocol}, {results.test.split}"),
             metric_type=metric,
@@ -152,7 +152,7 @@ def _eval_results(own: WeightsResult, results: Results) -> list[EvalResult]:
             metric_value=round(value, 3),
         )
         for metric, value in own.metrics.items()
-        if metric in ("AP", "AP50", "AP75", "segm_AP")
+        if metric in ("AP", "AP50", "AP75", "segm_AP", "mIoU")
     ]
 
 
@@ -234,7 +234,7 @@ def _tables(evaluations: Sequence[tuple[WeightsResult, Results]]) -> list[str]:
         return []
     parts = ["## Evaluation"]
     for own, results in evaluations:
-        names = [m for m in ("AP", "AP50", "AP75", "segm_AP") if m in own.metrics]
+        names = [m for m in ("AP", "AP50", "AP75", "segm_AP", "mIoU") if m in own.metrics]
         rows = [f"| weights | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
         for entry in results.results:
             title = "**this**" if entry is own else markdown_text(Path(entry.weights).name)

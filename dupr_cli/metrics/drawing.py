@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import numpy as np
 
 from dupr_cli.artifacts.files import atomic_file, write_json
 from dupr_cli.metrics.analysis import Analysis
+from dupr_cli.metrics.types import Integers
 from dupr_cli.outside_text import plot_label
 
 if TYPE_CHECKING:
@@ -28,6 +30,14 @@ def write_analysis(folder: Path, analysis: Analysis) -> None:
     ):  # fmt: skip
         _save(draw(analysis), folder / name)
     write_json(folder / ANALYSIS, {"format_version": 1, **asdict(analysis)})
+
+
+def write_semantic_analysis(folder: Path, matrix: Integers, classes: Sequence[str]) -> None:
+    """Write the confusion of pixels, in numbers and as a picture, into an existing folder."""
+    figure = _matrix(matrix, classes, "predicted", "labelled", "pixels of each class, by row")
+    _save(figure, folder / "confusion.png")
+    content = {"classes": list(classes), "confusion": matrix.tolist()}
+    write_json(folder / ANALYSIS, {"format_version": 1, **content})
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -55,23 +65,27 @@ def _curves(analysis: Analysis) -> Figure:
 
 
 def _confusion(analysis: Analysis) -> Figure:
+    title = f"detections with score {analysis.confusion_score:g} or more, IoU over {analysis.iou:g}"
+    names = [*analysis.classes, "background"]
+    return _matrix(np.array(analysis.confusion), names, "found", "object", title)
+
+
+def _matrix(
+    counts: Integers, classes: Sequence[str], found: str, labelled: str, title: str
+) -> Figure:
     """Colours are shares of a row: of a class's objects, or of the detections on background."""
     from matplotlib.figure import Figure
 
-    counts = np.array(analysis.confusion)
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    names = [*map(plot_label, analysis.classes), "background"]
+    names = [*map(plot_label, classes)]
     side = 3 + 0.4 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set(xlabel="found", ylabel="object")
-    axis.set_title(
-        f"detections with score {analysis.confusion_score:g} or more, IoU over {analysis.iou:g}",
-        fontsize=9,
-    )
+    axis.set(xlabel=found, ylabel=labelled)
+    axis.set_title(title, fontsize=9)
     if len(names) <= _WRITTEN_CELLS:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"

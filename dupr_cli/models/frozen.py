@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dupr_cli.models.backbone import Backbone, as_backbone, load_backbone, make_backbone
 from dupr_cli.models.batch_norm import measured_statistics
 from dupr_cli.models.compared import ComparedWeights
+from dupr_cli.models.dilation import dilate
 from dupr_cli.recipe.base import Level
 
 
@@ -78,14 +79,19 @@ class FrozenBackbone:
         return torch.autocast(self.device.type, self.precision)
 
 
-def normalised_batch(images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int) -> Tensor:
+def normalised_batch(
+    images: Sequence[Tensor], mean: Tensor, std: Tensor, multiple: int, least: int = 0
+) -> Tensor:
     """Images (N, C, H, W) float32 on the device of mean, padded at the right and bottom to one
     size, a multiple of `multiple`, so that a level's cells are exactly a stride apart.
+
+    least: the size is at least this.
 
     images: (C, h, w) each, uint8 or float32 in [0, 1]. mean, std: (C, 1, 1), of pixels in [0, 1].
     """
     height, width = (
-        -(-max(image.shape[side] for image in images) // multiple) * multiple for side in (1, 2)
+        -(-max(least, *(image.shape[side] for image in images)) // multiple) * multiple
+        for side in (1, 2)
     )
     pixels = torch.zeros(len(images), len(mean), height, width, device=mean.device)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -98,14 +104,21 @@ def normalised_batch(images: Sequence[Tensor], mean: Tensor, std: Tensor, multip
 
 
 def freeze(
-    compared: ComparedWeights, seed: int, device: torch.device, precision: torch.dtype
+    compared: ComparedWeights,
+    seed: int,
+    device: torch.device,
+    precision: torch.dtype,
+    dilated: bool = False,
 ) -> FrozenBackbone:
-    """The backbone with the given weights; a random one follows from the seed."""
+    """The backbone with the given weights; a random one follows from the seed. dilated: if it can
+    be, see `dilate`."""
     torch.manual_seed(seed)
     taken = compared.input
     network = make_backbone(compared.architecture, taken.channels)
     if compared.weights is not None:
         load_backbone(network, compared.weights)
+    if dilated:
+        dilate(network)
     network.requires_grad_(False).eval()
     network.to(device).to(memory_format=torch.channels_last)
     return FrozenBackbone(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,12 +22,12 @@ from dupr_cli.addresses import public_address, without_secrets
 from dupr_cli.artifacts.hashes import perceptual_hash
 from dupr_cli.artifacts.pixel_formats import PixelFormat, resized
 from dupr_cli.artifacts.reading import UnfitImageError, require_size
-from dupr_cli.artifacts.shard_files import Sample
+from dupr_cli.artifacts.shard_files import MASK, Sample
 from dupr_cli.artifacts.shards import Skipped
 from dupr_cli.datasets.channels import ChannelError, ChannelPicture, open_channels
 from dupr_cli.datasets.copies import ImageHashes, hash_image
 from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture, UnknownRangeError, open_picture
-from dupr_cli.datasets.placement import Placed, Size, placed
+from dupr_cli.datasets.placement import Placed, Size, placed, placed_mask
 from dupr_cli.errors import DuprError, StoppedRunError
 from dupr_cli.prepare.exclusion import ExcludedImages
 from dupr_cli.prepare.sources import Entry, RawImage
@@ -163,11 +163,23 @@ def _ingest(entry: Entry, raw: RawImage, recipe: PrepareRecipe, look: bool) -> I
         found.boxes if found else None,
         raw.label,
         raw.info,
-        raw.extras,
+        _extras(raw, picture.stored, orientation, size),
         sha256.hexdigest() if stays else "",
     )
     perceptual = _perceptual_hash(pixels, raw.data) if look else 0
     return Ingested(sample, sha256.digest(), perceptual, found.notes if found else raw.remarks)
+
+
+def _extras(raw: RawImage, stored: Size, orientation: int, size: Size) -> Mapping[str, bytes]:
+    """The further members of the sample, with the mask turned and scaled like the image.
+
+    Raises RunError when the mask belongs to an image of another size.
+    """
+    if raw.mask is None:
+        return raw.extras
+    buffer = io.BytesIO()
+    Image.fromarray(placed_mask(raw.mask, stored, orientation, size)).save(buffer, "PNG")
+    return {**raw.extras, MASK: buffer.getvalue()}
 
 
 def _require_data(raw: RawImage, recipe: PrepareRecipe) -> None:
@@ -220,7 +232,7 @@ def _ingest_channels(
         found.boxes if found else None,
         raw.label,
         raw.info,
-        raw.extras,
+        _extras(raw, picture.stored, orientation, size),
         sha256.hexdigest() if stays else "",
         pixels,
         picture.depth,

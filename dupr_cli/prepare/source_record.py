@@ -75,6 +75,8 @@ def stamp_of_content(source: ImageSource, entry: Entry) -> str:
     known = [boxes, raw.label, raw.size, dict(raw.info)]
     digest = hashlib.sha256(raw.data)
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    if raw.mask is not None:
+        digest.update(raw.mask.tobytes())
     for suffix, data in sorted(raw.extras.items()):
         digest.update(suffix.encode() + data)
     return f"sha256:{digest.hexdigest()}"

@@ -1,4 +1,4 @@
-"""The recipe of a transfer protocol: the detector, its training schedule and its test."""
+"""The recipe of a transfer protocol: the network on the backbone, its training and its test."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dupr_cli.recipe.base import (
     Seed,
     reject,
 )
+from dupr_cli.recipe.semantic import SemanticSection
 
 Positive = Annotated[int, Field(ge=1)]
 Model = Literal[
@@ -28,6 +29,7 @@ Model = Literal[
     "fcos-fpn",
     "rtdetr-v2",
     "d-fine",
+    "fcn",
 ]
 LabelList = Annotated[
     list[Positive | Annotated[str, Field(pattern=r"^(all|\d+(\.\d+)?%)$")]], Field(min_length=2)
@@ -61,7 +63,8 @@ class DetectorSection(Section):
     """C4: res5 is the box head, on regions of res4. FPN: heads on a feature pyramid of res2 to res5
     (RetinaNet and FCOS: from res3). Mask R-CNN needs labels with masks, Keypoint R-CNN such with
     keypoints, and it is trained on the classes that have them. RT-DETR v2 and D-FINE: a
-    transformer on res3 to res5, whose queries become objects; they need transformers."""
+    transformer on res3 to res5, whose queries become objects; they need transformers. fcn: semantic
+    segmentation with a few convolutions on res5; it needs labels with a class for every pixel."""
     backbone: BackboneOrAuto = "auto"
     """`auto` takes the architecture that the weights name (resnet50 if only `none` is given);
     otherwise as model.backbone of `dupr pretrain`."""
@@ -69,13 +72,14 @@ class DetectorSection(Section):
     """The backbone up to this level keeps the given weights, with batch-norm statistics that are
     measured once on the labelled training images; later levels are fine-tuned. res5: all of it is
     frozen, so its features are computed once per image and shared by seeds and numbers of labels
-    (retinanet-fpn, fcos-fpn, rtdetr-v2 and d-fine)."""
+    (retinanet-fpn, fcos-fpn, rtdetr-v2, d-fine and fcn)."""
     norm: Literal["sync", "batch", "frozen"] = "sync"
     """Batch norm of the backbone: trained with statistics of the whole batch over all devices
     (sync) or of each device's part (batch), or frozen."""
     new_norm: Literal["sync", "batch", "group", "none"] = "sync"
     """Norm of new layers: after res5 in C4, after the convolutions of the pyramid in FPN, in the
-    encoder of RT-DETR and D-FINE (sync or batch). group: 32 groups, independent of the batch."""
+    encoder of RT-DETR and D-FINE (sync or batch), after the head's convolutions in an FCN. group:
+    32 groups, independent of the batch."""
     roi_size: Annotated[int, Field(ge=2, le=28)] = 14
     """Side of the RoIAlign output that enters the box head, in cells (14 in C4, 7 in FPN)."""
     mask_roi_size: Annotated[int, Field(ge=2, le=28)] = 14
@@ -158,7 +162,7 @@ class DetectorSection(Section):
 
     @model_validator(mode="after")
     def _frozen_fits(self) -> DetectorSection:
-        if self.frozen == "res5" and self.model not in DENSE_MODELS:
+        if self.frozen == "res5" and self.model not in (*DENSE_MODELS, "fcn"):
             reject(
                 "frozen",
                 f"res5, but {self.model} works on images; give detector.model = fcos-fpn, or "
@@ -270,9 +274,10 @@ class DetectionTrainSection(Section):
 
 
 class DetectionTestSection(Section):
-    metric: Literal["voc07", "voc10", "coco"] = "voc07"
+    metric: Literal["voc07", "voc10", "coco", "miou"] = "voc07"
     """VOC's average precision at 11 recall points (VOC 2007) or as area under the curve (from
-    2010), or COCO's for boxes and, if the detector has them, masks."""
+    2010), or COCO's for boxes and, if the detector has them, masks. miou: mean intersection over
+    union, for semantic segmentation."""
     every: Annotated[int, Field(ge=0)] = 0
     """Iterations between tests, for the learning curve; 0: only at the end."""
     score_threshold: Fraction = 0.05
@@ -293,16 +298,18 @@ class DetectionTestSection(Section):
 
 
 class EvaluateRecipe(Section):
-    """Fine-tunes a detector on a labelled set and tests it with the protocol's metric."""
+    """Fine-tunes a detector or an FCN on a labelled set and tests it with the protocol's metric."""
 
     stage: Literal["evaluate"] = "evaluate"
     description: str = ""
     """One line for `dupr recipe list`."""
     name: str = ""
     """Name of the protocol in the results."""
-    protocol: Literal["voc", "coco", "yolo", "cityscapes"] = "voc"
+    protocol: Literal["voc", "coco", "yolo", "cityscapes", "semantic"] = "voc"
     """The `dupr evaluate` command that runs it."""
     detector: DetectorSection = DetectorSection()
+    semantic: SemanticSection = SemanticSection()
+    """Only for detector.model = fcn."""
     data: DetectionDataSection = DetectionDataSection()
     train: DetectionTrainSection = DetectionTrainSection()
     test: DetectionTestSection = DetectionTestSection()
@@ -320,7 +327,8 @@ class EvaluateRecipe(Section):
                 f"side of {largest}; raise it to at least {largest}",
             )
         self._queries_have_cells()
-        if self.is_frozen and len(self.data.train_sizes) > 1:
+        self._semantic_fits()
+        if self.is_frozen and not self.is_semantic and len(self.data.train_sizes) > 1:
             reject(
                 "data.train_sizes",
                 f"{self.data.train_sizes}, but the features of a frozen backbone are computed "
@@ -344,6 +352,42 @@ class EvaluateRecipe(Section):
                 f"measures",
             )
         return self
+
+    def _semantic_fits(self) -> None:
+        """The keys of detectors' images have no meaning for an FCN, nor its own for detectors."""
+        if not self.is_semantic:
+            if self.semantic != SemanticSection():
+                reject(
+                    "semantic",
+                    f"set, but {self.detector.model} finds objects; remove it, or give "
+                    f"detector.model = fcn",
+                )
+            if self.test.metric == "miou" or self.protocol == "semantic":
+                key = "protocol" if self.protocol == "semantic" else "test.metric"
+                reject(
+                    key,
+                    f"{self.protocol if key == 'protocol' else 'miou'}, but "
+                    f"{self.detector.model} finds objects; give detector.model = fcn",
+                )
+            return
+        if self.protocol != "semantic":
+            reject("protocol", f"{self.protocol}, but the model is fcn; give semantic")
+        if self.test.metric != "miou":
+            reject("test.metric", f"{self.test.metric}, but the model is fcn; give miou")
+        for key in ("train_sizes", "test_size", "max_size", "square", "group_by_aspect"):
+            value = getattr(self.data, key)
+            if value != DetectionDataSection.model_fields[key].default:
+                reject(
+                    f"data.{key}",
+                    f"{value}, which has no meaning for fcn; give semantic.short_side, "
+                    f"semantic.scale and semantic.crop",
+                )
+        if self.is_frozen and self.semantic.window is not None:
+            reject(
+                "semantic.window",
+                f"{self.semantic.window}, but features of a frozen backbone are those of whole "
+                f"images; leave it out",
+            )
 
     def _queries_have_cells(self) -> None:
         model, data = self.detector.model, self.data
@@ -380,6 +424,21 @@ class EvaluateRecipe(Section):
     @property
     def has_keypoints(self) -> bool:
         return self.detector.model.startswith("keypoint-rcnn")
+
+    @property
+    def is_semantic(self) -> bool:
+        """Whether it gives every pixel a class, in place of finding objects."""
+        return self.detector.model == "fcn"
+
+    @property
+    def dilates(self) -> bool:
+        """Whether res5 gets the stride of res4."""
+        return self.is_semantic and self.semantic.output_stride < LEVEL_STRIDES["res5"]
+
+    @property
+    def primary_metric(self) -> str:
+        """The metric that decides."""
+        return "mIoU" if self.is_semantic else "AP"
 
     @property
     def is_frozen(self) -> bool:

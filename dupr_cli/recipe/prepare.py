@@ -26,7 +26,7 @@ Channels = Annotated[Literal["rgb"] | int, BeforeValidator(_rgb_or_number)]
 class SourceSection(Section):
     kind: str = "auto"
     """Kind of SOURCE: auto detects it from the contents; otherwise folder, classes, archive,
-    shards, voc, coco, yolo, hf, list, or a source of another package."""
+    shards, voc, coco, yolo, masks, hf, list, or a source of another package."""
     splits: list[str] | None = None
     """Splits of the source to prepare; by default all. For a VOC tree, names of files in
     ImageSets/Main, also of a single year (2007/test); by default those of train, val and test that

@@ -21,15 +21,16 @@ class StudyMethodSection(Section):
 
 class StudyProtocolSection(Section):
     recipe: str
-    """A recipe of `dupr evaluate voc|coco|yolo|cityscapes`: a file or a shipped one's name."""
+    """A recipe of `dupr evaluate voc|coco|yolo|cityscapes|semantic`: a file or a shipped one's
+    name."""
     set: list[str] = []
     """Overrides of its keys, as --set takes them."""
     seeds: Annotated[int, Field(ge=1)] = 5
     """Trials of each start."""
     labels: LabelList | None = None
     """Numbers and shares of labelled images, such as [50, 100, all]; all of them by default."""
-    metric: Literal["AP", "AP50"] = "AP"
-    """The metric that decides in the report, named beforehand."""
+    metric: Literal["AP", "AP50", "mIoU"] = "AP"
+    """The metric that decides in the report, named beforehand. mIoU for semantic segmentation."""
 
 
 class StudyResourcesSection(Section):

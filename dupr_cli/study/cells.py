@@ -128,6 +128,12 @@ def evaluate_recipe(recipe: StudyRecipe, protocol: str) -> EvaluateRecipe:
     if section.labels is not None:
         given.append(f"data.labels={section.labels}")
     loaded = load_recipe(EvaluateRecipe, section.recipe, given)
+    if loaded.is_semantic != (section.metric == "mIoU"):
+        raise UsageError(
+            f"protocols.{protocol}.metric is {section.metric}, but {section.recipe} measures "
+            f"{loaded.primary_metric}; give metric: {loaded.primary_metric}. "
+            f"(recipe key: protocols.{protocol}.metric)"
+        )
     if loaded.detector.backbone != "auto":
         return loaded
     seed = recipe.pretrain_seeds[0]

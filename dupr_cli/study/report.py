@@ -176,7 +176,7 @@ def _differences(
         paired_difference(entry, base, metric, (kind, baseline))
         for kind, entry in zip(kinds, results, strict=True)
         if kind != baseline
-        for metric in label_curves.METRICS
+        for metric in label_curves.curve_metrics(entry)
     ]
     return [difference for difference in found if difference is not None]
 
@@ -219,7 +219,7 @@ def markdown(report: StudyReport) -> str:
 
 def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
     curves = protocol.curves
-    counts = [point.labels for point in next(iter(curves.curves["AP"].values()))]
+    counts = [point.labels for point in next(iter(next(iter(curves.curves.values())).values()))]
     percent = round(100 * curves.confidence)
     lines = [
         f"## {markdown_text(protocol.name)}",

@@ -34,8 +34,9 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import v2
 
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
-from dupr_cli.evaluate.detection_data import DetectionBatch, training_batches
+from dupr_cli.evaluate.detection_data import DetectionBatch
 from dupr_cli.evaluate.detectors import build_detector
+from dupr_cli.evaluate.tasks import training_batches
 from dupr_cli.evaluate.training import Trial, train_detector
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe, load_recipe

@@ -17,14 +17,12 @@ from dupr_cli.evaluate.detection_data import (
     ImageRequest,
     TrainingOrder,
     resized_size,
-    training_batches,
-)
-from dupr_cli.evaluate.detection_data import (
-    test_batches as in_batches,
 )
 from dupr_cli.evaluate.detectors import Detector, HeadOutput
-from dupr_cli.evaluate.inference import detect_all
+from dupr_cli.evaluate.inference import find_all
 from dupr_cli.evaluate.subsets import choose_labels
+from dupr_cli.evaluate.tasks import Detection, training_batches
+from dupr_cli.evaluate.tasks import test_batches as in_batches
 from dupr_cli.metrics import score
 from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe
@@ -84,7 +82,8 @@ def test_oracle_scores_100_through_resize_and_back(tmp_path: Path) -> None:
     sizes = recipe(test_size=576, max_size=1000)
     batches = in_batches(images, sizes, CLASSES, range(len(images)), ALONE)
     oracle = cast("Detector", ColourOracle())
-    detections = detect_all(oracle, batches, images, "oracle", ALONE, SilentReporter())
+    output = Detection(sizes).output
+    detections = find_all(output, oracle, batches, images, "oracle", ALONE, SilentReporter())
     truths = [images.truth(i, CLASSES) for i in range(len(images))]
     scores = score("voc07", truths, detections, CLASSES)
     assert scores.metrics == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})

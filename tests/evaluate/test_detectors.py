@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from itertools import cycle, islice
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 from dupr_cli.artifacts.weights import Weights, WeightsMetadata
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.evaluate.detection_data import DetectionBatch
-from dupr_cli.evaluate.detectors import Detector, Target, build_detector
+from dupr_cli.evaluate.detectors import Detector, HeadOutput, Target, build_detector
 from dupr_cli.evaluate.detectors.names import detectron2_names
 from dupr_cli.evaluate.detectors.regions import RegionPooling
 from dupr_cli.evaluate.detectors.roi_heads import select_detections
@@ -228,7 +229,7 @@ def test_every_detector_learns_one_batch_by_heart(model: str, tmp_path: Path) ->
     measure_batch_norm(trial, iter([shown]), SilentReporter())
     detector.eval()
     with torch.inference_mode():
-        found = detector.detect(shown.images)
+        found = cast("list[HeadOutput]", detector.detect(shown.images))
     for target, of_image in zip(shown.targets, found, strict=True):
         for number, (box, label) in enumerate(zip(target.boxes, target.labels, strict=True)):
             iou = box_iou(box[None], of_image.boxes)[0]
@@ -308,7 +309,8 @@ def test_learning_rate_rises_and_falls() -> None:
 def test_detections_stay_inside_the_image() -> None:
     detector = built(recipe(test={"score_threshold": 0.0})).eval()
     with torch.inference_mode():
-        (found,) = detector.detect([torch.zeros(3, 50, 70, dtype=torch.uint8)])
+        image = torch.zeros(3, 50, 70, dtype=torch.uint8)
+        (found,) = cast("list[HeadOutput]", detector.detect([image]))
     assert len(found.boxes)
     assert found.boxes.min() >= 0
     assert (found.boxes.amax(0) <= torch.tensor([70, 50, 70, 50])).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,17 +16,13 @@ from torchvision.models.detection.image_list import ImageList
 from dupr_cli import evaluate
 from dupr_cli.datasets.labelled import LabelledSet, open_labelled
 from dupr_cli.errors import StoppedRunError, UsageError
-from dupr_cli.evaluate.detection_data import (
-    DetectionBatch,
-    ImageLoading,
-    ImageRequest,
-    training_batches,
-)
+from dupr_cli.evaluate.detection_data import DetectionBatch, ImageLoading, ImageRequest
 from dupr_cli.evaluate.detectors import Target, build_detector
 from dupr_cli.evaluate.detectors.fcos import Fcos, _NoBackbone
 from dupr_cli.evaluate.detectors.norms import freeze_up_to
 from dupr_cli.evaluate.features import Features, open_features
 from dupr_cli.evaluate.scaling import limited
+from dupr_cli.evaluate.tasks import training_batches
 from dupr_cli.evaluate.training import Trial, learning_rate, make_optimizer, train_detector
 from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.compared import open_compared
@@ -174,7 +171,7 @@ def test_stored_features_are_those_of_the_backbone(tree: Path, tmp_path: Path) -
         drawn = next(batches)
         assert all(
             float(t.boxes[:, 2].max()) <= size[1]
-            for t, size in zip(drawn.targets, drawn.sizes, strict=True)
+            for t, size in zip(cast("list[Target]", drawn.targets), drawn.sizes, strict=True)
         )
 
 

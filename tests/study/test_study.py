@@ -17,6 +17,7 @@ from dupr_cli.study.report import missing_cells
 from tests.support.command_line import dupr
 from tests.support.images import write_shards
 from tests.support.labelled_scenes import make_tree
+from tests.support.mask_sets import plain_folder, scenes
 from tests.support.ray_cluster import only_ray_test, small_cluster
 from tests.support.recipes import TINY
 from tests.support.trees import file_digests, tree_bytes
@@ -254,6 +255,29 @@ def test_wrong_studies_say_what_to_do(study: Path) -> None:
     done = dupr("study", tiny, "--out", study / "full", code=2)
     assert "not empty and holds no study" in done.stderr
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_segmentation_is_a_protocol_like_others(study: Path, tmp_path: Path) -> None:
+    plain_folder(tmp_path / "masks", scenes(train=4, val=2))
+    recipe = yaml.safe_load((study / "tiny.yaml").read_text())
+    del recipe["methods"]["moco"]
+    recipe |= {"data": str(tmp_path / "masks"), "pretrain_seeds": [0], "controls": ["none"]}
+    small = [
+        "semantic.short_side=64", "train.iterations=3", "train.batch_size=2", "train.workers=0",
+        "train.warmup=0", "test.precise_bn_batches=1", "test.pictures=0",
+    ]  # fmt: skip
+    fcn = {"recipe": "semantic-frozen-tiny", "set": small, "seeds": 2, "metric": "mIoU"}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**recipe, "protocols": {"fcn": fcn}}))
+    dupr("study", file, "--out", tmp_path / "out", "--device", "cpu")
+    (protocol,) = json.loads((tmp_path / "out" / "report.json").read_text())["protocols"]
+    assert set(protocol["curves"]["curves"]) == {"mIoU", "pixAcc"}
+    decided = [d for of in protocol["differences"].values() for d in of if d["adjusted_p"]]
+    assert {d["metric"] for d in decided} == {"mIoU"}
+    file.write_text(yaml.safe_dump({**recipe, "protocols": {"fcn": {**fcn, "metric": "AP"}}}))
+    done = dupr("study", file, "--out", tmp_path / "other", code=2)
+    assert "measures mIoU; give metric: mIoU" in done.stderr
 
 
 @pytest.mark.parametrize("name", shipped_recipes("study"))

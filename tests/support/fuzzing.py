@@ -48,6 +48,7 @@ from dupr_cli.artifacts.run import (
 from dupr_cli.artifacts.shards import MANIFEST, open_shards
 from dupr_cli.artifacts.weights import read_weights
 from dupr_cli.datasets.coco import read_coco
+from dupr_cli.datasets.masks import read_mask
 from dupr_cli.datasets.pixels import IMAGE_ERRORS
 from dupr_cli.datasets.shards import labels_of
 from dupr_cli.datasets.tensors import decode_tensor
@@ -69,6 +70,7 @@ from dupr_cli.report.sources import open_sources
 from dupr_cli.runtime.output import read_claim
 from dupr_cli.study.report import StudyReport
 from tests.support.images import encode, noise_image, write_shards
+from tests.support.mask_sets import save_palette, scene
 from tests.support.weights import METADATA
 
 SECONDS, BYTES = 10, 1 << 30  # limits of one example; the time is that of the processor
@@ -154,6 +156,12 @@ def _shards() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as made:
         folder = write_shards(Path(made) / "shards", 6, per_shard=3)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _mask() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as made:
+        save_palette(scene(0), Path(made) / "mask.png")
+        return {"mask.png": (Path(made) / "mask.png").read_bytes()}
 
 
 def _index_only() -> dict[str, bytes]:
@@ -348,6 +356,7 @@ READERS: dict[str, Reader] = {
         _json("c.json", _COCO), "c.json", lambda folder: read_coco(folder / "c.json"), json=True
     ),
     "voc": Reader(_text(a__xml=_VOC), "a.xml", _read_voc),
+    "mask": Reader(_mask, "mask.png", lambda folder: read_mask(folder / "mask.png", "mask.png")),
     "yolo-data": Reader(_text(**_YOLO), "data.yaml", _read_yolo),
     "yolo-labels": Reader(_text(**_YOLO), "a.txt", _read_yolo),
     "yolo-list": Reader(_text(**_YOLO), "train.txt", _read_yolo),

@@ -81,6 +81,24 @@ def frozen_recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:
     return EvaluateRecipe.model_validate({**sections, **overrides})
 
 
+def semantic_recipe(iterations: int = 2, **overrides: object) -> EvaluateRecipe:
+    """An FCN at its smallest, on the smallest network."""
+    sections: dict[str, object] = {
+        "protocol": "semantic",
+        "detector": {"model": "fcn", "backbone": "timm:test_resnet", "new_norm": "batch"},
+        "semantic": {"channels": 16, "dilation": 2, "short_side": 64, "crop": 64},
+        "train": {
+            "iterations": iterations,
+            "batch_size": 4,
+            "milestones": [],
+            "workers": 0,
+            "warmup": 0,
+        },
+        "test": {"metric": "miou", "precise_bn_batches": 2, "pictures": 3},
+    }
+    return EvaluateRecipe.model_validate({**sections, **overrides})
+
+
 # Overrides with which a detector of any recipe is trained and tested in seconds.
 SMALL_DETECTOR = [
     "data.train_sizes=[64]", "data.test_size=64", "data.max_size=128", "train.iterations=2",

@@ -1,14 +1,14 @@
-"""The detectors of the transfer protocols: R-CNN in its C4 and FPN forms, RetinaNet, FCOS, RT-DETR
-v2 and D-FINE.
+"""The networks of the transfer protocols: R-CNN in its C4 and FPN forms, RetinaNet, FCOS, RT-DETR
+v2, D-FINE, and the FCN of semantic segmentation.
 
-They are built from torchvision's detection parts wherever those follow the protocols, and the last
-two from transformers'.
+Detectors are built from torchvision's detection parts wherever those follow the protocols, and
+RT-DETR v2 and D-FINE from transformers'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torchvision.models.detection.image_list import ImageList
 
 from dupr_cli.artifacts.pixel_formats import NetworkInput
 from dupr_cli.artifacts.weights import Weights
-from dupr_cli.evaluate.detector_data import HeadOutput, ImageMaps, Target
+from dupr_cli.evaluate.detector_data import AnyOutput, AnyTarget, HeadOutput, ImageMaps, Target
 from dupr_cli.evaluate.detectors.detr import QueryHead
+from dupr_cli.evaluate.detectors.fcn import Fcn
 from dupr_cli.evaluate.detectors.fcos import Fcos
 from dupr_cli.evaluate.detectors.norms import replace_batch_norms
 from dupr_cli.evaluate.detectors.one_stage import DenseHead, OneStage
@@ -29,6 +30,7 @@ from dupr_cli.models.backbone import (
     load_backbone,
     make_backbone,
 )
+from dupr_cli.models.dilation import dilate
 from dupr_cli.models.frozen import FrozenBackbone, normalised_batch
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import DENSE_MODELS, QUERY_MODELS, EvaluateRecipe
@@ -59,13 +61,13 @@ class FrozenDetector(nn.Module):
         self.register_buffer("mean", frozen.mean.view(-1, 1, 1).clone(), persistent=False)
         self.register_buffer("std", frozen.std.view(-1, 1, 1).clone(), persistent=False)
 
-    def losses(self, images: list[ImageMaps], targets: list[Target]) -> dict[str, Tensor]:
+    def losses(self, images: list[ImageMaps], targets: Sequence[AnyTarget]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode. targets: labels are class numbers from 0."""
         on_device = [t.to(self.mean.device) for t in targets]
         with _autocast(self.mean.device, self._precision):
             return cast(DenseHead, self.head).losses(self._batch(images), on_device)
 
-    def detect(self, images: list[ImageMaps]) -> list[HeadOutput]:
+    def detect(self, images: list[ImageMaps]) -> Sequence[AnyOutput]:
         """Detections per image, highest score first, in pixels of the resized image; call in
         evaluation mode."""
         with _autocast(self.mean.device, self._precision):
@@ -98,10 +100,12 @@ class Detector(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         precision: torch.dtype,
+        least_side: int = 0,
     ) -> None:
-        """mean, std: of the input's channels, in 0..1. precision: of the network's arithmetic."""
+        """mean, std: of the input's channels, in 0..1. precision: of the network's arithmetic.
+        least_side: smaller training batches are padded to it."""
         super().__init__()
-        self.network, self._precision = network, precision
+        self.network, self._precision, self._least_side = network, precision, least_side
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -113,20 +117,22 @@ class Detector(nn.Module):
     def architecture(self) -> str:
         return as_backbone(self.backbone).architecture
 
-    def losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
+    def losses(self, images: list[Tensor], targets: Sequence[AnyTarget]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode.
 
-        images: (C, H, W) each, see `DetectionBatch`. targets: labels are class numbers from 0.
+        images: (C, H, W) each, see `ImageBatch`. targets: labels are class numbers from 0.
         """
         on_device = [t.to(self._device) for t in targets]
         batch = self.normalised(images)
+        # A network gets the targets of its own task.
         with _autocast(self._device, self._precision):
-            return self.network.losses(batch, on_device)
+            losses: dict[str, Tensor] = cast(Any, self.network).losses(batch, on_device)
+            return losses
 
-    def detect(self, images: list[Tensor]) -> list[HeadOutput]:
+    def detect(self, images: list[Tensor]) -> Sequence[AnyOutput]:
         """Detections per image, highest score first; call in evaluation mode.
 
-        images: (C, H, W) each, see `DetectionBatch`. Boxes are in pixels of the image, labels from
+        images: (C, H, W) each, see `ImageBatch`. Boxes are in pixels of the image, labels from
         0.
         """
         batch = self.normalised(images)
@@ -139,7 +145,8 @@ class Detector(nn.Module):
 
     def normalised(self, images: list[Tensor]) -> ImageList:
         """Images on the device, normalised and padded; see `normalised_batch`."""
-        pixels = normalised_batch(images, self.mean, self.std, self.network.divisible)
+        least = self._least_side if self.training else 0
+        pixels = normalised_batch(images, self.mean, self.std, self.network.divisible, least)
         return ImageList(pixels, [(int(i.shape[1]), int(i.shape[2])) for i in images])
 
 
@@ -151,6 +158,8 @@ def dense_head(
     backbone: Backbone, num_classes: int, recipe: EvaluateRecipe, world: World
 ) -> nn.Module:
     """The recipe's `DenseHead`. backbone: only its levels' shapes are looked at."""
+    if recipe.is_semantic:
+        return Fcn(backbone, num_classes, recipe, world)
     if recipe.detector.model in QUERY_MODELS:
         return QueryHead(backbone, num_classes, recipe, world)
     if recipe.detector.model == "fcos-fpn":
@@ -196,13 +205,16 @@ def build_detector(
     taken = taken or (weights.metadata.input if weights is not None else NetworkInput())
     backbone = make_backbone(architecture, taken.channels)
     loaded = 0 if weights is None else load_backbone(backbone, weights)
+    if recipe.dilates:
+        dilate(backbone)
     replace_batch_norms(backbone, recipe.detector.norm)
     network: TwoStage | OneStage
-    if recipe.detector.model in DENSE_MODELS:
+    if recipe.detector.model in DENSE_MODELS or recipe.is_semantic:
         network = OneStage(backbone, dense_head(as_backbone(backbone), num_classes, recipe, world))
     else:
         network = TwoStage(backbone, num_classes, recipe, keypoints)
     precision = getattr(torch, recipe.train.precision)
-    detector = Detector(network, taken.mean, taken.std, precision)
+    least_side = recipe.semantic.crop if recipe.is_semantic else 0
+    detector = Detector(network, taken.mean, taken.std, precision, least_side)
     detector.to(memory_format=torch.channels_last)
     return detector.to(world.device), loaded

@@ -1,4 +1,4 @@
-"""One-stage detectors: a backbone, and a dense head on the maps of its levels res3 to res5.
+"""One-stage networks: a backbone, and a dense head on the maps of some of its levels.
 
 The head takes maps, not images, so the same head trains on a backbone that is fine-tuned and on
 features of a frozen one that were computed once.
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
-from dupr_cli.evaluate.detector_data import DENSE_LEVELS, HeadOutput, Target
+from dupr_cli.evaluate.detector_data import DENSE_LEVELS, AnyOutput, AnyTarget
 from dupr_cli.evaluate.detectors.norms import make_norm
-from dupr_cli.models.backbone import Backbone
-from dupr_cli.recipe.base import LEVEL_STRIDES, Level
+from dupr_cli.models.backbone import Backbone, as_backbone
+from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.evaluate import DetectorSection
 
 DENSE_STRIDES = (8, 16, 32, 64, 128)
@@ -32,11 +32,13 @@ class DenseHead(Protocol):
 
     levels: tuple[Level, ...]
 
-    def losses(self, maps: Mapping[Level, Tensor], targets: list[Target]) -> dict[str, Tensor]: ...
+    def losses(
+        self, maps: Mapping[Level, Tensor], targets: Sequence[AnyTarget]
+    ) -> dict[str, Tensor]: ...
 
     def detect(
         self, maps: Mapping[Level, Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[HeadOutput]: ...
+    ) -> list[AnyOutput]: ...
 
 
 class OneStage(nn.Module):
@@ -45,14 +47,14 @@ class OneStage(nn.Module):
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.divisible = LEVEL_STRIDES["res5"]
+        self.divisible = as_backbone(backbone).strides["res5"]
 
-    def losses(self, images: ImageList, targets: list[Target]) -> dict[str, Tensor]:
+    def losses(self, images: ImageList, targets: Sequence[AnyTarget]) -> dict[str, Tensor]:
         """Losses of a batch; call in training mode."""
         head = cast(DenseHead, self.head)
         return head.losses(self._maps(images), targets)
 
-    def detect(self, images: ImageList) -> list[HeadOutput]:
+    def detect(self, images: ImageList) -> list[AnyOutput]:
         """Detections of a batch; call in evaluation mode."""
         head = cast(DenseHead, self.head)
         return head.detect(self._maps(images), images.image_sizes)

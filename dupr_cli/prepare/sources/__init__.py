@@ -22,7 +22,7 @@ from dupr_cli.recipe.prepare import SourceSection
 __all__ = ["Entry", "ImageSource", "RawImage", "make_source", "recognise"]
 
 # Kinds with more specific requirements are tried first.
-_ORDER = ("hf", "list", "voc", "coco", "yolo", "archive", "shards", "classes", "folder")
+_ORDER = ("hf", "list", "voc", "coco", "yolo", "masks", "archive", "shards", "classes", "folder")
 
 
 def recognise(address: str, advice: str = " Name the kind with --set source.kind=KIND.") -> str:
@@ -43,7 +43,7 @@ def recognise(address: str, advice: str = " Name the kind with --set source.kind
     raise UsageError(
         f"{public_address(address)}: the kind of source is not recognised. dupr reads a folder of "
         f"images, archives (.tar, .tar.gz, .zip), WebDataset shards, a VOC tree, COCO's JSON, "
-        f"YOLO's labels, a list (.txt, .csv, .parquet), and hf://owner/name.{advice}"
+        f"YOLO's labels, images with semantic masks, a list (.txt, .csv, .parquet), and hf://owner/name.{advice}"
     )
 
 

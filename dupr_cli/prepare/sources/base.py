@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dupr_cli.addresses import public_address, split_user
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.pixel_formats import PixelFormat
@@ -118,8 +121,9 @@ class RawImage:
     image after its EXIF orientation is applied. unit: boxes are fractions of width and height.
     size: (width, height) that the labels were made for, if the source says so. left_out, remarks:
     as in `Labels`. label: class of the whole image. source: where the image originally came from,
-    if not from this source. info, extras: see `Sample`. pixels: of an image whose channels and
-    values are kept by the shards that it comes from.
+    if not from this source. info, extras: see `Sample`. mask: (height, width) class numbers of the
+    stored or the upright image, whose names `info` has as MASK_CLASSES. pixels: of an image whose
+    channels and values are kept by the shards that it comes from.
     """
 
     data: bytes
@@ -134,6 +138,7 @@ class RawImage:
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     pixels: PixelFormat | None = None
+    mask: NDArray[np.uint8] | None = None
 
     @classmethod
     def of(cls, data: bytes, labels: Labels | None) -> RawImage:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from dupr_cli.artifacts.reading import require_size
 from dupr_cli.artifacts.remote import is_remote
+from dupr_cli.artifacts.shard_files import MASK, MASK_CLASSES
 from dupr_cli.artifacts.shards import (
     MANIFEST,
     Manifest,
     ShardSet,
     open_shards,
 )
+from dupr_cli.datasets.masks import read_mask
 from dupr_cli.datasets.shards import holds_shards, labels_of
 from dupr_cli.errors import RunError, UsageError
 from dupr_cli.outside_text import tar_key
@@ -77,11 +80,15 @@ class ShardSource(BuiltIn):
         shards = self._open(split)
         require_size(shards.bytes_of(number), self.options.max_bytes)
         sample = shards.whole(number)
+        extras, mask = dict(sample.extras), None
+        if MASK_CLASSES in sample.info and MASK in extras:
+            mask = read_mask(io.BytesIO(extras.pop(MASK)), f"{entry.name}.{MASK}")
         return replace(
             RawImage.of(sample.image, labels_of(sample)),
             label=sample.label,
             source=sample.source,
             info=sample.info,
-            extras={tar_key(suffix): data for suffix, data in sample.extras.items()},
+            extras={tar_key(suffix): data for suffix, data in extras.items()},
             pixels=sample.pixels,
+            mask=mask,
         )
