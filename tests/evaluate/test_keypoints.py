@@ -224,3 +224,40 @@ def test_yolos_pose_sets_and_shards(tmp_path: Path) -> None:
     shutil.rmtree(root / "labels")
     broken = dupr(*common, "--data", root / "data.yaml", "--out", tmp_path / "none", code=2)
     assert "Traceback" not in broken.stderr
+
+
+def _edited(root: Path, change: Any) -> Path:
+    """The set with every object of its keypoints' file changed."""
+    file = root / "annotations" / "person_keypoints_train.json"
+    content = json.loads(file.read_text())
+    for number, row in enumerate(content["annotations"]):
+        change(number, row)
+    file.write_text(json.dumps(content))
+    return root
+
+
+def test_a_set_without_keypoints_is_refused(tmp_path: Path) -> None:
+    root = coco_faces(tmp_path / "coco", {"train": 2})
+    (root / "annotations" / "person_keypoints_train.json").unlink()
+    with pytest.raises(UsageError, match=r"no object has keypoints, but the detector"):
+        opened(root)
+
+
+def test_different_numbers_of_keypoints_are_refused(tmp_path: Path) -> None:
+    def shorten(number: int, row: dict[str, Any]) -> None:
+        row["keypoints"] = row["keypoints"][: 9 - 3 * number]
+
+    root = _edited(coco_faces(tmp_path / "coco", {"train": 2}), shorten)
+    with pytest.raises(UsageError, match=r"different numbers of keypoints \(\[2, 3\]\)"):
+        opened(root)
+
+
+def test_an_object_without_keypoints_stays_and_does_not_count(tmp_path: Path) -> None:
+    def forget(number: int, row: dict[str, Any]) -> None:
+        if number == 0:
+            row["keypoints"], row["num_keypoints"] = [0] * 9, 0
+
+    images = opened(_edited(coco_faces(tmp_path / "coco", {"train": 2}), forget))
+    assert len(images.annotations[0].names) == 1
+    assert not images.annotations[0].keypoints.any()
+    assert images.annotations[1].keypoints[..., 2].all()
