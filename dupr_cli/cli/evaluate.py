@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dupr_cli.cli import evaluate_detections, evaluate_probes
-from dupr_cli.cli.command import Common, Planned, Profile, command, overrides
+from dupr_cli.cli.command import Common, Planned, Profile, command, overrides, shell_words
 from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode="rich")
     for name, function in _PROTOCOLS:
-        command(group, name, show)(function)
+        command(group, name, show, following=following)(function)
     command(group, "report", show_report)(report)
     evaluate_detections.add_to(group)
     evaluate_probes.add_to(group)
@@ -414,6 +415,14 @@ def show(results: Results | LabelCurves) -> None:
     from dupr_cli.evaluate.results_table import table
 
     print_text(table(results) if isinstance(results, Results) else text(results))
+
+
+def following(results: Results | LabelCurves, arguments: Mapping[str, object]) -> str:
+    from dupr_cli.artifacts.results import Results
+
+    if isinstance(results, Results) and len(results.seeds) == 1 and len(results.results) > 1:
+        return "the same command with --seeds 5 gives each difference an interval"
+    return shell_words("dupr", "report", arguments["out"], "--out", "report.html")
 
 
 def report(

@@ -12,7 +12,10 @@ import pytest
 from dupr_cli.pretrain.retrieval_check import learned
 from tests.support.command_line import dupr, pretrain
 from tests.support.images import noise_image
+from tests.support.labelled_scenes import make_tree
+from tests.support.recipes import SMALL_DETECTOR
 
+SMALL = "detector.backbone=timm:test_resnet"
 NEXT = re.compile(r"^Next: (.*?)(?:  \(|$)", re.MULTILINE)
 
 
@@ -107,3 +110,14 @@ def test_what_was_learned_compares_with_the_start() -> None:
         "more than at the start: res4 2.0% -> 20.0%; no more than at the start: res5 5.0% -> 5.0%"
     )
     assert learned({}, {"loss": 1.0}) == ""
+
+
+def test_an_evaluation_says_what_comes_next(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "voc", 2, 2)
+    settings = [part for key in (*SMALL_DETECTOR, SMALL) for part in ("--set", key)]
+    done = dupr(
+        "evaluate", "voc", "none", "--frozen", "--data", tree, "--out", tmp_path / "one", *settings
+    )
+    assert _next(done.stderr)[:3] == ["dupr", "report", str(tmp_path / "one")]
+    dupr("report", tmp_path / "one", "--out", tmp_path / "report.html")
+    assert (tmp_path / "report.html").is_file()
