@@ -35,8 +35,8 @@ def confusion(truth: Mask, predicted: Mask, classes: int) -> Integers:
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"a prediction of {predicted.shape} for a mask of {truth.shape}")
-    # Both numbers of a pixel in 16 bits, and parts that stay in the processor's cache: arithmetic on
-    # wider integers, or on whole masks, would take as long as the counting.
+    # Both numbers of a pixel in 16 bits, and parts that stay in the processor's cache: arithmetic
+    # on wider integers, or on whole masks, would take as long as the counting.
     counts = np.zeros(1 << 16, dtype=np.int64)
     flat, found = truth.reshape(-1), predicted.reshape(-1)
     for start in range(0, len(flat), _PART):

@@ -144,6 +144,10 @@ def deciding(results: Results) -> list[PairedDifference]:
     return found or [each for each in results.differences if each.metric == "AP"]
 
 
+def _what(metric: str) -> str:
+    return "a better segmentation" if metric == "mIoU" else "a better detector"
+
+
 def results_findings(named: Named[Results]) -> list[Finding]:
     """What helps the detector of an evaluation?"""
     results = named.content
@@ -203,7 +207,7 @@ def _pair_finding(name: str, results: Results, pair: PairedDifference) -> Findin
     random = {entry.extra.get("folder") for entry in results.results if not entry.weights_sha256}
     return Finding(
         BAD if better in random else GOOD,
-        f"{name}: {better} gives a better detector than {worse}: {mean:+.1f} {pair.metric} "
+        f"{name}: {better} gives {_what(pair.metric)} than {worse}: {mean:+.1f} {pair.metric} "
         f"[{low:+.1f}, {high:+.1f}], {pair.trials} seeds, {results.train.images} labelled images. "
         f"This is more than chance.",
     )
