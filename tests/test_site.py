@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dupr_cli.recipe import RECIPE_MODELS, recipe_schema, shipped_recipes
-from tests.cli.test_help import COMMANDS
+from tests.support.command_line import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / ".mkdocs.yml"

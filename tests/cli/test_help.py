@@ -6,30 +6,13 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
-from dupr_cli.cli.app import app
 from dupr_cli.cli.doctor import EXTRAS
-from tests.support.command_line import dupr
-
-
-def _commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command that runs something, with the words that call it."""
-    if not hasattr(command, "commands"):
-        yield words, command
-        return
-    for name, child in command.commands.items():
-        # `dupr prepare` is a group whose own command has a name that nobody types.
-        yield from _commands(child, words if name == "run" else (*words, name))
-
-
-COMMANDS = dict(_commands(typer.main.get_command(app)))
+from tests.support.command_line import COMMANDS, dupr
 
 
 def _help(*words: str) -> str:

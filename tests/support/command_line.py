@@ -6,6 +6,10 @@ program does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import typer
 from typer.testing import CliRunner, Result
 
 from dupr_cli.cli.app import app
@@ -32,3 +36,16 @@ def pretrain(data: object, out: object, *more: object, code: int = 0, **env: str
         "pretrain", "dupr-r18-cpu-smoke", "--data", data, "--out", out, *TINY_SET,
         "--set", SMALL_NETWORK, *more, code=code, env=env,
     )  # fmt: skip
+
+
+def _commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that runs something, with the words that call it."""
+    if not hasattr(command, "commands"):
+        yield words, command
+        return
+    for name, child in command.commands.items():
+        # `dupr prepare` is a group whose own command has a name that nobody types.
+        yield from _commands(child, words if name == "run" else (*words, name))
+
+
+COMMANDS = dict(_commands(typer.main.get_command(app)))
