@@ -74,7 +74,6 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="MkDocs is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--config-file", CONFIG,
          "--site-dir", tmp_path / "site"],

@@ -48,8 +48,6 @@ def _example(line: str) -> list[str]:
         if not fitting[: max(end, 0)].strip():
             break
         lines[-1:] = [lines[-1][:end] + " \\", 2 * _INDENT + lines[-1][end + 1 :]]
-        if len(lines[-1]) <= _WIDTH:
-            break
     return lines
 
 

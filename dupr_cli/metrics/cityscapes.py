@@ -73,10 +73,10 @@ class _Overlaps:
         right, wrong = [], []
         counted = self.counted(limits)
         for row in matched[counted]:
-            *others, best = sorted(self.scores[row].tolist()) or [None]
-            if best is not None:
-                right.append(best)
-            wrong += others
+            # The surest detection of an instance is right, any other is wrong.
+            found = sorted(self.scores[row].tolist())
+            right += found[-1:]
+            wrong += found[:-1]
         # A detection of nothing is wrong, unless most of it lies where nothing counts.
         ignored = self.void + (self.shared * self.group[:, None]).sum(axis=0)
         ignored = ignored + (self.shared * self._left_out(limits)[:, None]).sum(axis=0)
