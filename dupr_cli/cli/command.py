@@ -219,8 +219,10 @@ def command(
                 _print_result(result, show, options.json)
                 if following is not None and _is_final(result):
                     text = following(result, arguments)
-                    if text is not None:
-                        make_reporter(options).info(f"Next: {text}")
+                    if text is not None and not (options.quiet or options.json):
+                        from dupr_cli.cli.console import print_following
+
+                        print_following(text)
                 if exit_code is not None and _is_final(result):
                     sys.exit(exit_code(result))
             except BrokenPipeError:
@@ -311,7 +313,7 @@ def _fail(error: BaseException, traceback: bool) -> NoReturn:
 
         print_traceback(error)
     if isinstance(error, KeyboardInterrupt):
-        report_error("interrupted; the same command continues from the finished work.")
+        report_error("interrupted. Finished work is kept: give the same command again.")
         sys.exit(128 + signal.SIGINT)
     if isinstance(error, OSError):
         error = _explain_os_error(error)

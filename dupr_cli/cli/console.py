@@ -8,6 +8,7 @@ through `outside_text`, since names in it come from outside, and through `withou
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,18 @@ def _line(text: str) -> str:
     return one_line(without_secrets(text))
 
 
-def _message(text: str) -> str:
-    return escape(message_text(without_secrets(text)))
+def _print_message(console: Console, message: str, label: str = "", style: str = "") -> None:
+    """Print a message after a label. A terminal wraps it between words and leaves longer words, such
+    as paths, in one piece; a log keeps its lines."""
+    shown = message_text(without_secrets(f"{label} {message}" if label else message))
+    if console.is_terminal:
+        shown = "\n".join(
+            textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+            for line in shown.split("\n")
+        )
+    text = Text(shown)
+    text.stylize(style, 0, len(label) or None)
+    console.print(text, soft_wrap=True)
 
 
 def cell(text: str) -> str:
@@ -145,16 +156,14 @@ class ConsoleReporter:
 
     def info(self, message: str) -> None:
         if self.verbosity >= 0:
-            self.console.print(_message(message), highlight=False, soft_wrap=True)
+            _print_message(self.console, message)
 
     def detail(self, message: str) -> None:
         if self.verbosity >= 1:
-            self.console.print(f"[dim]{_message(message)}[/]", highlight=False, soft_wrap=True)
+            _print_message(self.console, message, style="dim")
 
     def warning(self, message: str) -> None:
-        self.console.print(
-            f"[yellow]warning:[/] {_message(message)}", highlight=False, soft_wrap=True
-        )
+        _print_message(self.console, message, "warning:", "yellow")
 
     @contextmanager
     def task(
@@ -177,8 +186,13 @@ class _QuietTask:
 
 
 def print_error(message: str) -> None:
-    console = Console(stderr=True, emoji=False)
-    console.print(f"[bold red]error:[/] {_message(message)}", highlight=False, soft_wrap=True)
+    _print_message(Console(stderr=True, emoji=False), message, "error:", "bold red")
+
+
+def print_following(command: str) -> None:
+    """Say what people do next; the command stays on one line, to be copied."""
+    shown = message_text(without_secrets(f"Next: {command}"))
+    Console(stderr=True, emoji=False).print(Text(shown), soft_wrap=True)
 
 
 def print_json(value: object) -> None:

@@ -86,8 +86,9 @@ def _end_now(number: int) -> NoReturn:
 
 def _say(message: str) -> None:
     """Write a line to standard error past Python's buffers, which the interrupted code may be
-    using."""
-    os.write(2, f"{message}\n".encode())
+    using. On a terminal it takes the place of the live line, which is drawn again below it."""
+    erased = "\r\x1b[K" if os.isatty(2) else ""
+    os.write(2, f"{erased}{message}\n".encode())
 
 
 # The signal that `stoppable` has received, kept in case its exception is swallowed.

@@ -180,3 +180,26 @@ def test_parts_are_taken_by_rank_up_to_the_first_that_does_not_fit() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (125, "2:05"), (7325, "2:02:05")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_terminal_wraps_messages_between_words_and_leaves_paths_whole() -> None:
+    console = on_terminal(40)
+    path = "/photos/" + "long" * 20 + "/image.jpg"
+    ConsoleReporter(0, console).warning(
+        f"the image {path} is damaged and was left out of the shards."
+    )
+    assert isinstance(console.file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
+    assert [line.rstrip() for line in shown.splitlines()] == [
+        "warning: the image",
+        path,
+        "is damaged and was left out of the",
+        "shards.",
+    ]
+
+
+def test_a_log_keeps_a_message_on_one_line() -> None:
+    console = Console(file=io.StringIO(), width=40, emoji=False)
+    ConsoleReporter(0, console).info("word " * 30)
+    assert isinstance(console.file, io.StringIO)
+    assert len(console.file.getvalue().splitlines()) == 1

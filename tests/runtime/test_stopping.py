@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -68,6 +70,20 @@ def test_a_second_time_after_seconds_ends_at_once() -> None:
     _, said = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGINT
     assert "SIGINT came again" in said
+
+
+def test_on_a_terminal_what_is_said_takes_the_place_of_the_live_line() -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, "alone", "0.5"], stdout=subprocess.PIPE, stderr=follower
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"in\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+    assert os.read(leader, 1000) == b"\r\x1b[K" + AT_ONCE.replace("\n", "\r\n").encode()
+    os.close(leader)
+    os.close(follower)
 
 
 def test_under_a_launcher_repetitions_are_the_launchers_part() -> None:
