@@ -128,6 +128,9 @@ class Redirection(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         plain, user = split_user(newurl)
         following = super().redirect_request(req, fp, code, msg, headers, plain)
+        if following is not None:
+            # ProxyHandler gives it to the proxy of the new address, if that has one.
+            following.remove_header("Proxy-authorization")
         own = req.unredirected_hdrs.get(_AUTHORIZATION)
         if following is not None and own and not user and _origin(req.full_url) == _origin(plain):
             following.add_unredirected_header(_AUTHORIZATION, own)

@@ -40,7 +40,7 @@ def require_regular(path: Path) -> int:
     return found.st_size
 
 
-class _Readable(Protocol):
+class Readable(Protocol):
     def read(self, size: int, /) -> bytes | None: ...
 
 
@@ -50,7 +50,7 @@ def require_size(size: int, max_bytes: int) -> None:
         raise UnfitImageError(f"too many bytes: {size}, more than source.max_bytes = {max_bytes}")
 
 
-def read_whole(file: _Readable, max_bytes: int, size: int | None = None) -> bytes:
+def read_whole(file: Readable, max_bytes: int, size: int | None = None) -> bytes:
     """All that a file or stream holds, unless that exceeds `max_bytes`.
 
     size: what it is said to hold, if anything; it may hold more or less.

@@ -34,8 +34,11 @@ def _line(text: str) -> str:
 
 
 def _print_message(console: Console, message: str, label: str = "", style: str = "") -> None:
-    """Print a message after a label. A terminal wraps it between words and leaves longer words, such
-    as paths, in one piece; a log keeps its lines."""
+    """Print a message after a label.
+
+    A terminal wraps it between words and leaves longer words, such as paths, whole; a log keeps its
+    lines.
+    """
     shown = message_text(without_secrets(f"{label} {message}" if label else message))
     if console.is_terminal:
         shown = "\n".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dupr_cli.errors import UsageError
+from dupr_cli.parsing import ParseError, read_limited
 
 
 def encoding_of(path: Path) -> str:
@@ -16,11 +17,14 @@ def encoding_of(path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises OSError, or UsageError if the file is not text."""
+    """The text of a file. Raises OSError, or UsageError if the file is not text or too large."""
     try:
-        return path.read_text(encoding=encoding_of(path))
+        text = read_limited(path).decode(encoding_of(path))
     except UnicodeError as error:
         raise not_text(path, error) from error
+    except ParseError as error:
+        raise UsageError(f"{path}: {error}. Give the file that was meant.") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def not_text(path: Path, error: UnicodeError) -> UsageError:

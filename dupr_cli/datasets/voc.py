@@ -32,6 +32,7 @@ from dupr_cli.datasets.layout import split_folders, split_named
 from dupr_cli.datasets.placement import Labels
 from dupr_cli.datasets.text import read_text
 from dupr_cli.errors import RunError, UsageError
+from dupr_cli.parsing import MEBIBYTE, ParseError, read_limited
 
 _LISTS = Path("ImageSets", "Main")
 _PAIRS = (("JPEGImages", "Annotations"), ("images", "annotations"), ("images", "Annotations"))
@@ -39,6 +40,8 @@ _FLAG = re.compile(r"(.*\S)\s+[+-]?[01]")
 _ROOT = re.compile(rb"<annotation[\s>]")
 # Number of XML files that are read to recognise VOC annotations.
 _PROBED_FILES = 5
+# 100,000 objects have 30 MB, and in memory ten times as much.
+_MAX_ANNOTATION_BYTES = 32 * MEBIBYTE
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,10 @@ def _parsed(path: Path) -> ET.Element:
         require_regular(path)
     except UnfitImageError as error:
         raise RunError(f"{path}: the annotation is {error}.") from None
-    return ET.parse(path).getroot()
+    try:
+        return ET.fromstring(read_limited(path, _MAX_ANNOTATION_BYTES))
+    except ParseError as error:
+        raise RunError(f"{path}: the annotation cannot be used: {error}.") from None
 
 
 def _parse_object(element: ET.Element) -> Box:

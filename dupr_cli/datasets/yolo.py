@@ -28,7 +28,7 @@ from dupr_cli.datasets.layout import SPLITS, split_folders, split_named, walk
 from dupr_cli.datasets.placement import Labels
 from dupr_cli.datasets.text import read_text
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.parsing import parse_yaml
+from dupr_cli.parsing import ParseError, parse_yaml, read_limited
 
 # Ultralytics accepts coordinates this far outside the image as rounding errors.
 _SLACK = 0.01
@@ -369,7 +369,10 @@ def _data_file(folder: Path) -> Path | None:
     for file in named(folder, lambda name: name.lower().endswith((".yaml", ".yml"))):
         if not file.is_file():  # opening a named pipe would wait for ever
             continue
-        text = file.read_bytes()
+        try:
+            text = read_limited(file)
+        except ParseError:  # no list of classes is so large
+            continue
         if b"names:" in text and b"train:" in text:
             return file
     return None

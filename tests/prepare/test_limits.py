@@ -234,6 +234,47 @@ def test_a_member_of_too_many_bytes_is_not_read(tmp_path: Path, suffix: str) -> 
     assert reasons(tmp_path / "out") == {f"a.{suffix}/odd.jpg": wanted}
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_holds_more_than_it_says_is_not_unpacked(tmp_path: Path, method: int) -> None:
+    archive = tmp_path / "photos.zip"
+    with zipfile.ZipFile(archive, "w", method) as opened:
+        opened.writestr("a.jpg", encode(noise_image(0)))
+        with opened.open("b.jpg", "w") as member:
+            for _ in range(300):
+                member.write(bytes(1 << 20))
+    data = bytearray(archive.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")  # of b.jpg; its unpacked size is at 24
+    data[entry + 24 : entry + 28] = (1000).to_bytes(4, "little")
+    archive.write_bytes(data)
+    command = [
+        sys.executable, "-m", "dupr_cli", "prepare", str(archive), str(tmp_path / "out"),
+        "--workers", "1", "--set", "source.max_bytes=1000000",
+    ]  # fmt: skip
+    peak = "import resource as r, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+    peak += "print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss // 1024)"
+    done = subprocess.run(
+        [sys.executable, "-c", peak, *command], capture_output=True, text=True, timeout=FEW_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(reasons(tmp_path / "out")) == ["photos.zip/b.jpg"]
+    assert int(done.stdout.split()[-1]) < 250
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_loses_its_image_only(tmp_path: Path, method: int) -> None:
+    archive = tmp_path / "photos.zip"
+    with zipfile.ZipFile(archive, "w", method) as opened:
+        for name in "abc":
+            opened.writestr(f"{name}.jpg", encode(noise_image(ord(name))))
+    data = bytearray(archive.read_bytes())
+    middle = data.index(b"b.jpg") + 60
+    data[middle : middle + 40] = bytes(byte ^ 0xFF for byte in data[middle : middle + 40])
+    archive.write_bytes(data)
+    prepare(archive, tmp_path / "out")
+    assert list(reasons(tmp_path / "out")) == ["photos.zip/b.jpg"]
+    assert len(open_shards(str(tmp_path / "out"))) == 2
+
+
 @pytest.mark.parametrize("large", ["b.jpg", "b.bin"])
 def test_a_sample_of_too_many_bytes_is_not_read(tmp_path: Path, large: str) -> None:
     image = encode(noise_image(1))

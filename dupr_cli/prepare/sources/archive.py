@@ -15,6 +15,8 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +24,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from dupr_cli.artifacts.files import atomic_file, is_image_name, named
-from dupr_cli.artifacts.reading import read_whole, require_size
+from dupr_cli.artifacts.reading import Readable, read_whole, require_size
 from dupr_cli.artifacts.shards import MANIFEST, UNFINISHED
 from dupr_cli.datasets.layout import has_images, is_label_name
 from dupr_cli.errors import RunError, UsageError
@@ -35,7 +37,8 @@ _OPEN: dict[str, Callable[[Path], Any]] = {
     ".tar.xz": lzma.open,
 }
 _SUFFIXES = (".tar", ".zip", *_OPEN)
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
+_UNREADABLE = (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
+_DAMAGED = (tarfile.TarError, OSError, *_UNREADABLE)
 
 
 def archives(path: Path) -> list[Path]:
@@ -97,10 +100,10 @@ class ArchiveSource(BuiltIn):
         if path.suffix.lower() == ".zip":
             try:
                 opened = _open_zip(path, os.getpid())
-                with opened.open(place[0]) as member:
-                    size = opened.getinfo(place[0]).file_size
-                    return RawImage(read_whole(member, self.options.max_bytes, size))
-            except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+                info = opened.getinfo(place[0])
+                with _open_member(opened, info) as member:
+                    return RawImage(read_whole(member, self.options.max_bytes, info.file_size))
+            except (RuntimeError, NotImplementedError, *_UNREADABLE) as error:
                 raise RunError(f"the zip archive cannot be read: {error}") from error
         offset, size = place
         require_size(size, self.options.max_bytes)
@@ -129,6 +132,37 @@ def _decompressed(path: Path) -> IO[bytes]:
 @lru_cache(maxsize=4)
 def _open_zip(path: Path, _process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
+
+
+@contextmanager
+def _open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[Readable]:
+    """A member of a zip, of which no more is unpacked than is read.
+
+    zipfile unpacks at once all that it takes from the disk for one call: a kilobyte of bzip2 can
+    become a gigabyte, and one of LZMA seven megabytes.
+    """
+    if info.compress_type == zipfile.ZIP_BZIP2:
+        packed = copy(info)
+        packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
+        del packed.CRC  # of what it holds; bzip2 has checksums of its own
+        with archive.open(packed) as stored, bz2.open(stored) as member:
+            yield member
+    elif info.compress_type == zipfile.ZIP_LZMA:
+        with archive.open(info) as member:
+            yield _InPieces(member)
+    else:
+        with archive.open(info) as member:
+            yield member
+
+
+class _InPieces:
+    """A file of which each call reads little."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int, /) -> bytes:
+        return self._file.read(min(size, 4096))
 
 
 def _members(archive: Path) -> Iterator[tuple[str, list[Any], str]]:
