@@ -7,7 +7,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from dupr_cli.parsing import read_json
@@ -54,6 +62,21 @@ def reject(key: str, message: str) -> NoReturn:
     completes the sentence "KEY is ...".
     """
     raise PydanticCustomError("dupr_check", "{message}", {"message": message, "key": key})
+
+
+def expects(words: str) -> WrapValidator:
+    """Metadata of a value's type: what a wrong value gets instead of a message for each kind of
+    value that would do. words: complete the sentence "it should be ..."."""
+
+    def check(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError(
+                "dupr_expected", "it should be {words}", {"words": words}
+            ) from None
+
+    return WrapValidator(check)
 
 
 # What a configuration says beside the shape of the network.

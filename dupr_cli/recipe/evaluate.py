@@ -14,6 +14,7 @@ from dupr_cli.recipe.base import (
     Level,
     Section,
     Seed,
+    expects,
     reject,
 )
 from dupr_cli.recipe.semantic import SemanticSection
@@ -181,7 +182,13 @@ class DetectionDataSection(Section):
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Test on this share of the labelled training images, and train on the rest: to choose settings
     without the test splits, which are then not opened."""
-    labels: Positive | Labels | LabelList | None = None
+    labels: Annotated[
+        Positive | Labels | LabelList | None,
+        expects(
+            "a number of images, a share such as 10%, all, the path of a labels.json, or a list "
+            "of two or more numbers and shares such as 50,100,all"
+        ),
+    ] = None
     """Train only on this number of labelled images, on this share of them (`1%`), or on those that
     a labels.json names. A list of numbers and shares, such as [50, 100, all], evaluates each and
     says how many labels the weights save."""

@@ -444,6 +444,9 @@ def _explain(
     if details["type"] == "missing":
         return f"{place}: {key} is missing; it has no default."
     found = json.dumps(details["input"], default=str)
+    if details["type"] == "dupr_expected":
+        verb = "has the name" if "[key]" in map(str, details["loc"]) else "is"
+        return f"{place}: {key} {verb} {found}, but {details['msg']}."
     if "[key]" in map(str, details["loc"]):
         valid = str(context.get("expected", ""))
         near = difflib.get_close_matches(at[-1], re.findall(r"'(\w+)'", valid), n=1)
@@ -463,9 +466,12 @@ def _key_path(model: type[BaseModel], location: tuple[int | str, ...]) -> Path_:
     keys: list[str] = []
     section: type[BaseModel] | None = model
     inside_value = False
-    for part in location:
+    for place, part in enumerate(location):
         text = str(part)
         if text == "[key]":
+            continue
+        if location[place + 1 : place + 2] == ("[key]",):
+            keys.append(text)
             continue
         if inside_value and not isinstance(part, int) and not re.fullmatch(r"\w+", text):
             continue

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from dupr_cli.plugins import SOURCES, is_plugin, plugin_names
-from dupr_cli.recipe.base import Fraction, Section, Seed, reject
+from dupr_cli.recipe.base import Fraction, Section, Seed, expects, reject
 
 Side = Annotated[int, Field(ge=1)]
 
 
-def _rgb_or_number(value: object) -> object:
-    # A union would report its two branches apart.
-    if value == "rgb" or (type(value) is int and value >= 1):
-        return value
-    raise PydanticCustomError("channels", "it should be rgb, or the number of channels")
-
-
-Channels = Annotated[Literal["rgb"] | int, BeforeValidator(_rgb_or_number)]
+Channels = Annotated[
+    Literal["rgb"] | Annotated[int, Field(ge=1, strict=True)],
+    expects("rgb, or the number of channels"),
+]
 
 
 class SourceSection(Section):
@@ -74,7 +69,9 @@ class SplitSection(Section):
     held_out: Fraction = 0.0
     """Share of the train split that becomes a separate split, chosen by a hash of the key, so that
     an image stays in its split when others are added."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")] = "held_out"
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9_]+$"), expects("letters, digits and underscores")
+    ] = "held_out"
     """Name of that split."""
 
 

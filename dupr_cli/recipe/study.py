@@ -6,10 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dupr_cli.recipe.base import PERMUTED, Section, Seed, reject
+from dupr_cli.recipe.base import PERMUTED, Section, Seed, expects, reject
 from dupr_cli.recipe.evaluate import LabelList
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
+Name = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][\w.+-]*$"),
+    expects("letters, digits and any of . + - _, because a folder is named after it"),
+]
 
 
 class StudyMethodSection(Section):

@@ -24,6 +24,7 @@ from dupr_cli.recipe import (
     shipped_recipes,
 )
 from dupr_cli.recipe.load import recipe_stage
+from dupr_cli.recipe.study import StudyRecipe
 
 SHIPPED = [(path.parent.name, name) for name, path in shipped_recipes().items()]
 
@@ -119,6 +120,42 @@ def test_wrong_recipe_gets_place_value_expectation_and_way_out(
     text: str, expected: str, tmp_path: Path
 ) -> None:
     assert expected in problem(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "expected"),
+    [
+        (
+            EvaluateRecipe,
+            "extends: voc-tiny\ndata: {labels: 20x}\n",
+            'line 2: data.labels is "20x", but it should be a number of images, a share such as '
+            "10%, all, the path of a labels.json, or a list of two or more numbers and shares such as "
+            "50,100,all.",
+        ),
+        (
+            PrepareRecipe,
+            "split:\n  name: a b\n",
+            'line 2: split.name is "a b", but it should be letters, digits and underscores.',
+        ),
+        (
+            StudyRecipe,
+            "extends: small-cpu\nmethods:\n  a/b: {recipe: densecl-like}\n",
+            'line 3: methods.a/b has the name "a/b", but it should be letters, digits and any of '
+            ". + - _, because a folder is named after it.",
+        ),
+    ],
+)
+def test_a_value_of_several_kinds_gets_one_message(
+    model: type[PrepareRecipe] | type[EvaluateRecipe] | type[StudyRecipe],
+    text: str,
+    expected: str,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(model, str(file))
+    assert str(caught.value) == f"{file}, {expected}"
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
