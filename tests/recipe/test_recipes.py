@@ -129,8 +129,8 @@ def test_wrong_recipe_gets_place_value_expectation_and_way_out(
             EvaluateRecipe,
             "extends: voc-tiny\ndata: {labels: 20x}\n",
             'line 2: data.labels is "20x", but it should be a number of images, a share such as '
-            "10%, all, the path of a labels.json, or a list of two or more numbers and shares such as "
-            "50,100,all.",
+            "10%, all, the path of a labels.json, or a list of two or more numbers and shares "
+            "such as 50,100,all.",
         ),
         (
             PrepareRecipe,
