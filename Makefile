@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast fuzz lint docs bench reliability dist audit clean
+.PHONY: setup demo test test-fast fuzz lint docs bench reliability dist lowest audit clean
 
 setup: $(STAMP)
 
@@ -61,6 +61,16 @@ dist: setup
 	$(BIN)/uv pip freeze --quiet --python dist/environment/bin/python | grep -v '^dupr-cli' > dist/constraints.txt
 	$(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py environment --output-file dist/sbom.json dist/environment/bin/python
 	rm -rf dist/environment
+
+# The fast tests on the lowest versions that pyproject.toml allows, which it would otherwise only claim.
+LOWEST := dist/lowest
+lowest: setup
+	rm -rf $(LOWEST)
+	$(BIN)/uv venv --quiet $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct '.[timm,hf,tiff,probes,onnx,transformers]'
+	$(BIN)/uv pip freeze --quiet --python $(LOWEST)/bin/python | grep -v '^dupr-cli' > $(LOWEST)/constraints.txt
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --constraint $(LOWEST)/constraints.txt pytest pytest-xdist hypothesis imagehash jsonschema
+	$(LOWEST)/bin/python -m pytest -m "not slow"
 
 # Known holes in these versions, by the advisories of PyPI; needs a network.
 audit: dist

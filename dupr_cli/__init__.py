@@ -5,4 +5,4 @@ artifacts they write and read (docs/formats.md): prepare, pretrain, export, eval
 docs/architecture.md shows the whole on one page.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
