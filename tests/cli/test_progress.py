@@ -180,3 +180,19 @@ def test_parts_are_taken_by_rank_up_to_the_first_that_does_not_fit() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (125, "2:05"), (7325, "2:02:05")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_notebook_has_one_line_that_is_written_again(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    reporter = ConsoleReporter(0, Console(force_jupyter=True, width=80), clock)
+    with reporter.task("pretrain", 100, "steps") as task:
+        work(task, clock, 90, 0.25, STATUS)
+        work(task, clock, 10, 0.25, "short")
+    written = capsys.readouterr().out
+    assert written.count("\n") == 1
+    lines = written.removesuffix("\n").split("\r")[1:]
+    assert len(lines) == 51  # twice a second, and at the end
+    longest = max(map(len, lines))
+    shorter = next(line for line in lines if "short" in line)
+    assert len(shorter) == longest  # blanks cover the rest of the line before
+    assert lines[-1].rstrip() == "pretrain 100/100 steps  ━━━━━━━━━━━━━━━━━━━━  done  short  4/s"
