@@ -1,15 +1,17 @@
-"""The generated pages of the site: every command, every recipe key, and the Python interface.
+"""The generated pages of the site: commands, recipe keys, the Python interface, and the tutorial.
 
 MkDocs calls `on_files` (.mkdocs.yml names this file as a hook). The pages come from the program
-itself, so that they cannot differ from it.
+and from the tutorial's notebook, so that they cannot differ from them.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -32,6 +34,9 @@ PYTHON = {
 }
 
 
+TUTORIAL = Path(__file__).parents[1] / "tutorial.ipynb"
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages; called by MkDocs."""
     from mkdocs.structure.files import File
@@ -48,6 +53,7 @@ def pages() -> dict[str, str]:
         "reference/recipe-keys.md": recipe_keys(),
         "reference/shipped-recipes.md": recipes(),
         "reference/python.md": python(),
+        "tutorial.md": tutorial(),
     }
 
 
@@ -211,6 +217,17 @@ def python() -> str:
             paragraphs = (inspect.getdoc(found) or "").split("\n\n")
             parts += [f"{_escaped(' '.join(text.split()))}\n" for text in paragraphs]
     return "\n".join(parts)
+
+
+def tutorial() -> str:
+    """The cells of the notebook: its text as it is, its code in fences."""
+    title, *cells = json.loads(TUTORIAL.read_text(encoding="utf-8"))["cells"]
+    link = "This page is a notebook: [download it](tutorial.ipynb) and run it.\n"
+    parts = ["".join(title["source"]), link]
+    for cell in cells:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join(parts) + "\n"
 
 
 def _signature(found: Any) -> str:
