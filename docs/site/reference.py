@@ -28,9 +28,18 @@ PYTHON = {
     "dupr_cli.export": ("plan", "run", "check", "load_into"),
     "dupr_cli.evaluate": ("plan", "run", "run_labels"),
     "dupr_cli.study": ("plan", "run"),
+    "dupr_cli.report": ("run",),
+    "dupr_cli.measure.plan": ("propose",),
+    "dupr_cli.prepare.view": ("draw_sheet",),
+    "dupr_cli.inspect.network": ("open_network", "open_frozen"),
+    "dupr_cli.inspect.views": ("draw_views",),
+    "dupr_cli.inspect.curves": ("draw_curves",),
+    "dupr_cli.inspect.matches": ("draw_matches",),
+    "dupr_cli.inspect.features": ("draw_features",),
     "dupr_cli.recipe": ("load_recipe", "recipe_schema", "recipe_yaml"),
     "dupr_cli.artifacts.results": ("Results",),
-    "dupr_cli.progress": ("Reporter", "SilentReporter"),
+    "dupr_cli.progress": ("Reporter", "SilentReporter", "LoggingReporter"),
+    "dupr_cli.cli.console": ("ConsoleReporter",),
 }
 
 
