@@ -1,15 +1,17 @@
-"""The generated pages of the site: every command, every recipe key, and the Python interface.
+"""The generated pages of the site: commands, recipe keys, the Python interface, and the tutorial.
 
 MkDocs calls `on_files` (.mkdocs.yml names this file as a hook). The pages come from the program
-itself, so that they cannot differ from it.
+and from the tutorial's notebook, so that they cannot differ from them.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -26,10 +28,22 @@ PYTHON = {
     "dupr_cli.export": ("plan", "run", "check", "load_into"),
     "dupr_cli.evaluate": ("plan", "run", "run_labels"),
     "dupr_cli.study": ("plan", "run"),
+    "dupr_cli.report": ("run",),
+    "dupr_cli.measure.plan": ("propose",),
+    "dupr_cli.prepare.view": ("draw_sheet",),
+    "dupr_cli.inspect.network": ("open_network", "open_frozen"),
+    "dupr_cli.inspect.views": ("draw_views",),
+    "dupr_cli.inspect.curves": ("draw_curves",),
+    "dupr_cli.inspect.matches": ("draw_matches",),
+    "dupr_cli.inspect.features": ("draw_features",),
     "dupr_cli.recipe": ("load_recipe", "recipe_schema", "recipe_yaml"),
     "dupr_cli.artifacts.results": ("Results",),
-    "dupr_cli.progress": ("Reporter", "SilentReporter"),
+    "dupr_cli.progress": ("Reporter", "SilentReporter", "LoggingReporter"),
+    "dupr_cli.cli.console": ("ConsoleReporter",),
 }
+
+
+TUTORIAL = Path(__file__).parents[1] / "tutorial.ipynb"
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -48,6 +62,7 @@ def pages() -> dict[str, str]:
         "reference/recipe-keys.md": recipe_keys(),
         "reference/shipped-recipes.md": recipes(),
         "reference/python.md": python(),
+        "tutorial.md": tutorial(),
     }
 
 
@@ -211,6 +226,17 @@ def python() -> str:
             paragraphs = (inspect.getdoc(found) or "").split("\n\n")
             parts += [f"{_escaped(' '.join(text.split()))}\n" for text in paragraphs]
     return "\n".join(parts)
+
+
+def tutorial() -> str:
+    """The cells of the notebook: its text as it is, its code in fences."""
+    title, *cells = json.loads(TUTORIAL.read_text(encoding="utf-8"))["cells"]
+    link = "This page is a notebook: [download it](tutorial.ipynb) and run it.\n"
+    parts = ["".join(title["source"]), link]
+    for cell in cells:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join(parts) + "\n"
 
 
 def _signature(found: Any) -> str:

@@ -1,8 +1,9 @@
 """Prints messages, progress and tables for people, or one JSON value for programs.
 
-Progress is a live bar on a terminal and an occasional plain line in a log. Results go to standard
-output and everything else to standard error, so that a result can be piped. All of it passes
-through `outside_text`, since names in it come from outside, and through `without_secrets`.
+Progress is a live bar on a terminal and in a notebook, and an occasional plain line in a log.
+Results go to standard output and everything else to standard error, so that a result can be piped.
+All of it passes through `outside_text`, since names in it come from outside, and through
+`without_secrets`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from rich.text import Text
 from dupr_cli.addresses import without_secrets
 from dupr_cli.outside_text import json_text, message_text, one_line, several_lines
 from dupr_cli.pace import Pace, duration, fitted
+from dupr_cli.progress import Task
 
 Clock = Callable[[], float]
 
 _LOG_EVERY_SECONDS = 15.0
+_NOTEBOOK_EVERY_SECONDS = 0.5
 _BAR_WIDTH = 20
 
 
@@ -93,9 +96,26 @@ class _Progress:
     def share(self) -> float:
         return min(1.0, self.done / self.total) if self.total else 1.0
 
+    def line(self, width: int) -> list[tuple[str, str]]:
+        """Texts of one line with their styles: of what does not fit, the details go first."""
+        filled = round(_BAR_WIDTH * self.share)
+        bar = "━" * filled + " " * (_BAR_WIDTH - filled)
+        first, *details = self.status or [""]
+        parts = [
+            (0, self.counted, "bold"),
+            (3, bar, "green"),
+            (0, self.left, "cyan"),
+            (0, first, ""),
+            (1, self.rate, ""),
+            *((2, detail, "dim") for detail in details),
+        ]
+        parts = [part for part in parts if part[1]]
+        shown = fitted([(rank, text) for rank, text, _ in parts], width)
+        return [parts[place][1:] for place in shown]
+
 
 class _LiveTask:
-    """One live line on a terminal: of what does not fit, the details go first."""
+    """One live line on a terminal."""
 
     def __init__(self, console: Console, progress: _Progress):
         from rich.live import Live
@@ -107,23 +127,30 @@ class _LiveTask:
         self._progress.advance(count, status)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        progress = self._progress
-        filled = round(_BAR_WIDTH * progress.share)
-        bar = "━" * filled + " " * (_BAR_WIDTH - filled)
-        first, *details = progress.status or [""]
-        parts = [
-            (0, progress.counted, "bold"),
-            (3, bar, "green"),
-            (0, progress.left, "cyan"),
-            (0, first, ""),
-            (1, progress.rate, ""),
-            *((2, detail, "dim") for detail in details),
-        ]
-        parts = [part for part in parts if part[1]]
-        shown = fitted([(rank, text) for rank, text, _ in parts], options.max_width)
-        line = Text("  ").join(Text(parts[place][1], parts[place][2]) for place in shown)
+        line = Text("  ").join(Text(*part) for part in self._progress.line(options.max_width))
         line.no_wrap, line.overflow = True, "ellipsis"
         yield line
+
+
+class _NotebookTask:
+    """One line below the cell of a notebook, which is written again in place.
+
+    Rich's live displays need ipywidgets there; a carriage return needs nothing.
+    """
+
+    def __init__(self, progress: _Progress, width: int, clock: Clock):
+        self._progress, self._width, self._clock = progress, width, clock
+        self._last, self._length = float("-inf"), 0
+
+    def advance(self, count: int = 1, status: str = "") -> None:
+        progress = self._progress
+        progress.advance(count, status)
+        now = self._clock()
+        if now - self._last >= _NOTEBOOK_EVERY_SECONDS or progress.done == progress.total:
+            self._last = now
+            line = "  ".join(text for text, _ in progress.line(self._width))
+            sys.stdout.write("\r" + line.ljust(self._length))
+            self._length = len(line)
 
 
 class _LogTask:
@@ -169,12 +196,13 @@ class ConsoleReporter:
         _print_message(self.console, message, "warning:", "yellow")
 
     @contextmanager
-    def task(
-        self, description: str, total: int, unit: str, done: int = 0
-    ) -> Iterator[_LiveTask | _LogTask | _QuietTask]:
+    def task(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         progress = _Progress(description, total, unit, done, self._clock)
         if self.verbosity < 0:
             yield _QuietTask()
+        elif self.console.is_jupyter:
+            yield _NotebookTask(progress, self.console.width, self._clock)
+            sys.stdout.write("\n")
         elif self.console.is_terminal:
             task = _LiveTask(self.console, progress)
             with task.live:

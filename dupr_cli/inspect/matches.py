@@ -395,8 +395,8 @@ def _rank_panel(
 def _frame(
     panel: Image.Image, box: tuple[float, float, float, float], scale: float, colour: str
 ) -> None:
-    """A square that is seen on bright and on dark ground."""
-    x0, y0, x1, y1 = (scale * edge for edge in box)
+    """A square that is seen on bright and on dark ground, and whole at the panel's edge."""
+    x0, y0, x1, y1 = (min(max(scale * edge, 1), SIDE - 2) for edge in box)
     draw = ImageDraw.Draw(panel)
     draw.rectangle([x0 - 1, y0 - 1, x1 + 1, y1 + 1], outline="black", width=4)
     draw.rectangle([x0, y0, x1, y1], outline=colour, width=2)

@@ -203,3 +203,19 @@ def test_a_log_keeps_a_message_on_one_line() -> None:
     ConsoleReporter(0, console).info("word " * 30)
     assert isinstance(console.file, io.StringIO)
     assert len(console.file.getvalue().splitlines()) == 1
+
+
+def test_a_notebook_has_one_line_that_is_written_again(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    reporter = ConsoleReporter(0, Console(force_jupyter=True, width=80), clock)
+    with reporter.task("pretrain", 100, "steps") as task:
+        work(task, clock, 90, 0.25, STATUS)
+        work(task, clock, 10, 0.25, "short")
+    written = capsys.readouterr().out
+    assert written.count("\n") == 1
+    lines = written.removesuffix("\n").split("\r")[1:]
+    assert len(lines) == 51  # twice a second, and at the end
+    longest = max(map(len, lines))
+    shorter = next(line for line in lines if "short" in line)
+    assert len(shorter) == longest  # blanks cover the rest of the line before
+    assert lines[-1].rstrip() == "pretrain 100/100 steps  ━━━━━━━━━━━━━━━━━━━━  done  short  4/s"

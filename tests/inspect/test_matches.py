@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dupr_cli.inspect.matches import bin_box, cut_pairs, similarity_map
+from dupr_cli.inspect.matches import _frame, bin_box, cut_pairs, similarity_map
 from dupr_cli.inspect.network import open_network
+from dupr_cli.inspect.sheet import SIDE
 from tests.support.command_line import dupr, pretrain
 from tests.support.images import noise_image
 from tests.support.weights import random_weights
@@ -164,3 +165,11 @@ def test_wrong_use_is_one_message_with_exit_code_2(
         assert message in done.stderr
         assert done.stderr.count("error:") == 1
     assert not (tmp_path / "new.png").exists()
+
+
+def test_the_frame_of_a_patch_at_the_edge_is_whole() -> None:
+    panel = Image.new("RGB", (SIDE, SIDE), "gray")
+    _frame(panel, (0, 32, 16, 64), SIDE / 64, "white")
+    middle = 3 * SIDE // 4
+    for place in ((1, middle), (SIDE // 4, middle), (SIDE // 8, SIDE // 2), (SIDE // 8, SIDE - 2)):
+        assert panel.getpixel(place) == (255, 255, 255), place
