@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Device, Recipe, Set, command, shell_words
+from dupr_cli.cli.command import Device, Overwrite, Recipe, Set, command, shell_words
 from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
 
@@ -45,6 +45,7 @@ def plan(
     ] = 20.0,
     set_: Set = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
     *,
     reporter: Reporter,
 ) -> Proposal:
@@ -65,7 +66,8 @@ def plan(
 
     return propose(
         shards, recipe=recipe, detector=detector, hours=hours, overrides=set_ or [],
-        device=device, seconds=seconds, write=write, reporter=reporter,
+        device=device, seconds=seconds, write=write, overwrite=overwrite,
+        reporter=reporter,
     )  # fmt: skip
 
 

@@ -15,12 +15,12 @@ from dupr_cli.probe.image_readers import Files, Samples
 from dupr_cli.progress import Reporter
 
 
-def open_images(address: str, pixels: PixelFormat | None, reporter: Reporter) -> ImageSet:
+def open_images(address: str | Path, pixels: PixelFormat | None, reporter: Reporter) -> ImageSet:
     """All images of a folder at any depth, or of shards, whatever labels they have.
 
     pixels: the format that the network takes. Raises UsageError when there are none.
     """
-    path = Path(address)
+    address, path = str(address), Path(address)
     if is_remote(address) or address.endswith(".tar") or (path.is_dir() and holds_shards(path)):
         shards = open_shards(address)
         require_format(address, shards.pixels, pixels, reporter)

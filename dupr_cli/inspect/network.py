@@ -41,6 +41,7 @@ from dupr_cli.recipe.pretrain import (
     PatchReidSection,
     ViewsSection,
 )
+from dupr_cli.runtime.devices import choose_device
 from dupr_cli.views.geometry import pool_patches
 
 _PATCH_HEADS = "query.patch_heads."
@@ -116,16 +117,19 @@ def parse_level(name: str | None) -> Level | None:
     return name
 
 
-def open_frozen(address: str, device: torch.device) -> tuple[ComparedWeights, FrozenBackbone]:
+def open_frozen(
+    address: str | Path, device: str | torch.device = "auto"
+) -> tuple[ComparedWeights, FrozenBackbone]:
     """Weights by their address, see `open_compared`, and their backbone. Raises UsageError."""
-    (taken,) = open_compared([address])
-    return taken, freeze(taken, 0, device, torch.float32)
+    (taken,) = open_compared([str(address)])
+    return taken, freeze(taken, 0, choose_device(str(device)), torch.float32)
 
 
-def open_network(address: str, device: torch.device) -> Network:
+def open_network(address: str | Path, device: str | torch.device = "auto") -> Network:
     """The network of a run, a checkpoint or weights, see `open_compared`.
 
-    Raises UsageError when there are no such weights, or the run's recipe cannot be read.
+    device: as --device takes it. Raises UsageError when there are no such weights, or the run's
+    recipe cannot be read.
     """
     taken, frozen = open_frozen(address, device)
     folder = _run_of(Path(address))

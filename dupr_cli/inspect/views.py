@@ -40,14 +40,14 @@ from dupr_cli.views.geometry import shared_region_boxes
 _NUMBER = 24  # pixels of the picture that a number needs, in both directions
 
 
-def draw_views(path: Path, recipe: PretrainRecipe, data: str, count: int = 6) -> list[str]:
+def draw_views(path: Path, recipe: PretrainRecipe, data: str | Path, count: int = 6) -> list[str]:
     """Write a PNG of `count` images' view pairs, with the bins of the finest patch level.
 
     data: shards, as for `dupr pretrain`. The images are held-out images; if these are too few,
     the first other images follow. Returns the keys of the images drawn.
     Raises UsageError when no image can be decoded.
     """
-    shards = open_shards(data, recipe.data.split)
+    shards = open_shards(str(data), recipe.data.split)
     method, size = recipe.method, recipe.method.views.size
     pairs = ViewPairs(shards, method, recipe.seed)
     level = max(retrieval_levels(method), key=lambda v: _bins(method, v))

@@ -125,21 +125,24 @@ def propose(
     overrides: Overrides = (),
     device: str = "auto",
     seconds: float = 20.0,
-    write: Path | None = None,
+    write: str | Path | None = None,
+    overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Proposal:
     """Propose a recipe for these shards on this machine, with its time measured.
 
     recipe: to start from; its values stay, except those that do not fit. detector: one of
     `DETECTORS`. hours: that the run may take. seconds: of the measurement, about. write: file for
-    the recipe. Raises UsageError for an unknown detector, a `write` that exists, and whatever
-    `pretrain.plan` refuses.
+    the recipe. overwrite: replace it. Raises UsageError for an unknown detector, a `write` that
+    exists otherwise, and whatever `pretrain.plan` refuses.
     """
-    reporter = reporter or SilentReporter()
+    reporter, write = reporter or SilentReporter(), Path(write) if write is not None else None
     if detector is not None and detector not in DETECTORS:
         raise UsageError(f"--detector {detector}: use one of {', '.join(DETECTORS)}.")
-    if write is not None and write.exists():
-        raise UsageError(f"--write {write} exists already; give the name of a new file.")
+    if write is not None and write.exists() and not overwrite:
+        raise UsageError(
+            f"--write {write} exists already; give the name of a new file, or --overwrite."
+        )
     chosen = choose_device(device)
     base = _base(data, chosen) if recipe is None else str(recipe)
     if Path(base).is_file():

@@ -75,9 +75,9 @@ class Stats:
     kept: KeptValues | None = None
 
 
-def measure(address: str, split: str | None, reporter: Reporter) -> Stats:
+def measure(address: str | Path, split: str | None, reporter: Reporter) -> Stats:
     """Read every sample once. Raises UsageError when `address` holds no shards."""
-    shards = open_shards(address, split)
+    shards = open_shards(str(address), split)
     shards.cached_indexes = 8
     every = max(1, len(shards) // _COLOURS_OF)
     sizes: list[tuple[int, int]] = []

@@ -34,9 +34,9 @@ class View:
     pixels: PixelFormat | None = None
 
 
-def draw_sheet(address: str, split: str | None, path: Path, count: int, seed: int) -> View:
+def draw_sheet(address: str | Path, split: str | None, path: Path, count: int, seed: int) -> View:
     """Write a PNG of `count` samples, chosen at random by `seed`, in the order of the shards."""
-    shards = open_shards(address, split)
+    shards = open_shards(str(address), split)
     shards.cached_indexes = 8
     chosen = sorted(Random(seed).sample(range(len(shards)), min(count, len(shards))))
     samples = [shards[number] for number in chosen]

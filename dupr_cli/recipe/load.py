@@ -365,7 +365,7 @@ def recipe_description(path: Path, stage: str) -> str:
 
 
 def load_recipe(
-    model: type[R], name_or_file: str | None, overrides: Sequence[Override | str] = ()
+    model: type[R], name_or_file: str | Path | None, overrides: Sequence[Override | str] = ()
 ) -> R:
     """Read, merge, override and validate one recipe of the stage that `model` belongs to.
 
@@ -376,7 +376,7 @@ def load_recipe(
     stage = str(model.model_fields["stage"].default)
     documents: list[_Document] = []
     if name_or_file is not None:
-        documents = list(_read_chain(find_recipe(name_or_file, stage), stage))
+        documents = list(_read_chain(find_recipe(str(name_or_file), stage), stage))
     values: dict[str, object] = {}
     origins: dict[Path_, Origin] = {}
     for document in documents:

@@ -38,7 +38,7 @@ def run(
     sources: Sequence[str | Path],
     out: str | Path,
     *,
-    shards: str | None = None,
+    shards: str | Path | None = None,
     images: Sequence[Path] = (),
     title: str = "",
     device: str = "auto",

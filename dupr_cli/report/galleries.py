@@ -56,7 +56,7 @@ def inlined(path: Path, title: str, alt: str) -> Inlined:
 
 
 def run_gallery(
-    run: Run, shards: str | None, images: Sequence[Path], device: torch.device
+    run: Run, shards: str | Path | None, images: Sequence[Path], device: torch.device
 ) -> list[Inlined]:
     """Views of held-out images, and matches of the first and the last checkpoint that are kept.
 
@@ -77,7 +77,7 @@ def run_gallery(
             found.append(inlined(picture, f"{name}: views", "Pairs of views with their patches"))
         kept = [run.checkpoints[0], run.checkpoints[-1]]
         for checkpoint in dict.fromkeys(kept):
-            network = open_network(str(checkpoint), device)
+            network = open_network(checkpoint, device)
             draw_matches(picture, network, _pictured(network, shards, images, run), count=1)
             step = int(checkpoint.name.removeprefix("step-"))
             alt = "Heat maps of the similarity of patches over another view"
@@ -86,13 +86,13 @@ def run_gallery(
 
 
 def _pictured(
-    network: Network, shards: str | None, images: Sequence[Path], run: Run
+    network: Network, shards: str | Path | None, images: Sequence[Path], run: Run
 ) -> list[tuple[str, AnyImage]]:
     """The given images, or the first held-out ones of the shards."""
     if images:
         return [(path.name, read_image(path, network.taken.input.pixels)) for path in images]
     assert shards is not None
-    opened = open_shards(shards, str(run.recipe.get("data.split", "train")))
+    opened = open_shards(str(shards), str(run.recipe.get("data.split", "train")))
     wanted = run.recipe.get("data.holdout")
     numbers = held_out(len(opened), wanted if isinstance(wanted, int) else 0)
     chosen = [*map(int, numbers), *range(len(opened))][:_IMAGES]

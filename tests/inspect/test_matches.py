@@ -72,7 +72,7 @@ def test_a_patch_is_found_in_a_view_that_is_the_same(
 def test_the_heat_map_is_brightest_at_the_true_place_and_moves_with_the_patch(
     identity_run: Path, pictures: list[Path]
 ) -> None:
-    network = open_network(str(identity_run), torch.device("cpu"))
+    network = open_network(identity_run, "cpu")
     image = Image.open(pictures[0]).convert("RGB")
     pairs = cut_pairs(network, [("a", image)], [], seed=0)
     seen = set()
@@ -131,7 +131,7 @@ def test_a_run_from_before_cell_centres_is_pooled_as_it_was_trained(
     (old / "recipe.yaml").write_text(re.sub(r" *cell_centres: .*\n", "", recipe))
     grids = []
     for run in (tiny_run, old):
-        heads = open_network(str(run), torch.device("cpu")).heads
+        heads = open_network(run, "cpu").heads
         assert heads is not None
         grids.append(heads.grids["res5"].first)
     assert grids[1] == 16
