@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dupr_cli.cli.app import app
-from dupr_cli.cli.launch import end_with_launcher
-from dupr_cli.runtime.stopping import ignore_signals
+import sys
 
 
 def main() -> None:
+    if sys.platform == "win32":  # no file locks, fork servers and signals as used here
+        sys.exit("error: dupr runs on Linux and macOS. On Windows, install it in WSL 2.")
+    from dupr_cli.cli.app import app
+    from dupr_cli.cli.launch import end_with_launcher
+    from dupr_cli.runtime.stopping import ignore_signals
+
     end_with_launcher()
     try:
         app()

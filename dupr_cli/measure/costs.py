@@ -7,7 +7,6 @@ not.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,7 +23,7 @@ from dupr_cli.pretrain.estimate import NetworkSize, estimate_run, memory_gib, ne
 from dupr_cli.pretrain.step import Training, autocast, memory_format
 from dupr_cli.pretrain.trainer import timed
 from dupr_cli.recipe.pretrain import PretrainRecipe
-from dupr_cli.runtime.machine import device_memory_bytes
+from dupr_cli.runtime.machine import device_memory_bytes, peak_memory_bytes
 from dupr_cli.runtime.parallel import World
 from dupr_cli.runtime.phases import PhaseTimes
 from dupr_cli.views.pairs import ViewPairBatch
@@ -228,9 +227,7 @@ def measure_training(
 def _peak_gib(device: torch.device, workers: int) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return (own + workers * largest) / 2**20
+    return (peak_memory_bytes() + workers * peak_memory_bytes(of_children=True)) / 2**30
 
 
 def whole_memory_gib(

@@ -7,7 +7,6 @@ writes them. Between log steps the device is only asked whether a step was finit
 from __future__ import annotations
 
 import math
-import resource
 import time
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +27,7 @@ from dupr_cli.pretrain.trackers import Trackers
 from dupr_cli.progress import Reporter
 from dupr_cli.recipe.base import Level
 from dupr_cli.recipe.pretrain import PretrainRecipe
+from dupr_cli.runtime.machine import peak_memory_bytes
 from dupr_cli.runtime.parallel import World
 from dupr_cli.views.pairs import ViewPairBatch
 
@@ -335,7 +335,7 @@ class Monitor:
 
 def _memory(device: torch.device) -> dict[str, float]:
     """Peak memory of this process in GiB, in main memory and on its GPU."""
-    facts = {"memory/process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    facts = {"memory/process_gib": peak_memory_bytes() / 2**30}
     if device.type == "cuda":
         facts["memory/gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return facts

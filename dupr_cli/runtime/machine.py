@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +36,13 @@ def memory_bytes() -> int:
     except OSError:
         return whole
     return min(whole, int(limit)) if limit.isdigit() else whole
+
+
+def peak_memory_bytes(of_children: bool = False) -> int:
+    """The most main memory that this process, or the largest of its ended children, has held."""
+    who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+    # In KiB, but on macOS in bytes.
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def require_room(processes: int, each: int, what: str) -> None:
