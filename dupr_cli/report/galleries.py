@@ -84,7 +84,7 @@ def evaluation_gallery(sources: Sources) -> tuple[list[Inlined], list[str]]:
                 notes.append(f"{each.name}: {name} cannot be read ({error}).")
                 continue
             if len(picture.uri) > room:
-                notes.append(f"{each.name}: {path} is left out to keep this page small.")
+                notes.append(f"{each.name}: {name} is left out to keep this page small.")
                 continue
             room -= len(picture.uri)
             found.append(picture)
