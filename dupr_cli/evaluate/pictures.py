@@ -200,6 +200,7 @@ def draw_curves(path: Path, outcomes: Mapping[str, Outcome], metric: str) -> Non
             [step for step, _ in curve],
             [value for _, value in curve],
             marker="o",
+            clip_on=False,  # a point at 0 is drawn whole
             label=plot_label(name),
         )
     titles = {"training loss": total, metric: score, **small}
