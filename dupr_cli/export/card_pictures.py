@@ -84,13 +84,15 @@ def _draw_retrieval(path: Path, run: RunFacts) -> None:
     axis = figure.add_subplot()
     for number, level in enumerate(run.retrieval[0][1]):
         points = [(step, of[level]) for step, of in run.retrieval if level in of]
-        axis.plot(*zip(*points, strict=True), "o-", color=f"C{number}", markersize=4, label=level)
+        axis.plot(*zip(*points, strict=True), "o-", color=f"C{number}", markersize=4, label=level,
+                  clip_on=False)  # fmt: skip
         if run.retrieval[0][0] == 0:
             axis.axhline(points[0][1], color=f"C{number}", linestyle="--", linewidth=1)
     axis.set_xlabel("step (dashed: before the training)")
     axis.set_ylabel("patches found again, %")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.set_ylim(bottom=0)
+    highest = max(share for _, of in run.retrieval for share in of.values())
+    axis.set_ylim(0, 1.08 * highest or 1)
     axis.grid(alpha=0.3)
     axis.legend()
     with atomic_file(path) as file:

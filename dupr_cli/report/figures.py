@@ -287,6 +287,8 @@ def _svg(
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.margins(x=0.06, y=0.1)
+        if axes.get_ylim()[0] == 0 < axes.dataLim.y1:  # otherwise without room above
+            axes.set_ylim(0, 1.08 * axes.dataLim.y1)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return Markup(_themed(buffer.getvalue()))
