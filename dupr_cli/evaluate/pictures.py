@@ -177,6 +177,7 @@ def draw_curves(path: Path, outcomes: Mapping[str, Outcome], metric: str) -> Non
     One line per weights, by name.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     parts = list(next(iter(outcomes.values())).losses[0].losses)
     figure = Figure(figsize=(14, 6), layout="constrained")
@@ -208,6 +209,7 @@ def draw_curves(path: Path, outcomes: Mapping[str, Outcome], metric: str) -> Non
         axis.set_title(title.replace("_", " "), fontsize=10)
         # From 0 on, and with room above the highest point even if all are equal.
         axis.set_ylim(0, 1.08 * (axis.dataLim.y1 if axis.dataLim.y1 > 0 else 1))
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.grid(alpha=0.3)
     total.set_xlabel("iteration")
     score.set_xlabel("iteration")
