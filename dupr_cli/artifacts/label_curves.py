@@ -27,6 +27,11 @@ class CurvePoint:
     high: float
     values: dict[int, float]
 
+    @property
+    def band(self) -> tuple[float, float]:
+        """The interval as it is drawn: Student's of few seeds may leave the range of percents."""
+        return min(100.0, max(0.0, self.low)), min(100.0, max(0.0, self.high))
+
 
 @dataclass(frozen=True)
 class LabelsNeeded:

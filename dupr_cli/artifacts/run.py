@@ -268,6 +268,12 @@ class _CheckedFacts:
 _CHECKED_FACTS = tuple(fact.name for fact in fields(_CheckedFacts))
 
 
+def retrieval_of(line: Mapping[str, float]) -> dict[str, float]:
+    """Held-out patch retrieval of all pairs in a log line, percent by level; empty without it."""
+    prefix = "retrieval/"
+    return {k.removeprefix(prefix): 100 * v for k, v in line.items() if k.startswith(prefix)}
+
+
 class MetricsLog:
     """metrics.jsonl: one line of JSON per log step, appended and flushed."""
 
@@ -288,12 +294,7 @@ class MetricsLog:
 
     def retrieval(self) -> list[dict[str, float]]:
         """Held-out patch retrieval of all pairs, percent by level, at the start and as measured."""
-        prefix = "retrieval/"
-        return [
-            {k.removeprefix(prefix): 100 * v for k, v in line.items() if k.startswith(prefix)}
-            for line in self.read()
-            if any(name.startswith(prefix) for name in line)
-        ]
+        return [shares for line in self.read() if (shares := retrieval_of(line))]
 
     def latest(self) -> dict[str, float]:
         """The newest value of every logged quantity."""

@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ TEXT, TABLE_CSV, TABLE_TEX, PLOT = (
 _DRAWS = 2000
 _FEWEST = 3  # seeds; fewer give no interval of the labels needed
 _WIDTH, _COLUMNS = 80, 5
+_LEGEND = 32  # letters
 
 
 def comparisons(whole: Comparison) -> dict[int, Comparison]:
@@ -355,21 +357,39 @@ def table_tex(curves: LabelCurves) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
+def legend_titles(weights: Mapping[str, str]) -> dict[str, str]:
+    """What a legend calls the weights, by name: the end of the address, if that is enough.
+
+    weights: address of each name.
+    """
+    ends = {
+        name: "random weights" if address == RANDOM_WEIGHTS else Path(address).name or address
+        for name, address in weights.items()
+    }
+    counts = Counter(ends.values())
+    titles = {name: end if counts[end] == 1 else name for name, end in ends.items()}
+    return {name: shortened(title, _LEGEND) for name, title in titles.items()}
+
+
 def draw(path: Path, curves: LabelCurves) -> None:
     """A PNG: each metric against the number of labels, with the labels saved as arrows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = figure.subplots(1, len(curves.curves))
+    axes = figure.subplots(1, len(curves.curves), squeeze=False)[0]
+    titles = legend_titles(curves.weights)
     for axis, (metric, of_weights) in zip(axes, curves.curves.items(), strict=True):
         counts = [point.labels for point in of_weights[curves.baseline]]
         for number, (name, points) in enumerate(of_weights.items()):
             colour = f"C{number}"
             means = [point.mean for point in points]
-            axis.plot(counts, means, "o-", color=colour, label=plot_label(name), linewidth=2)
-            axis.fill_between(
-                counts, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15
-            )
+            # A point on the axis is drawn whole.
+            axis.plot(
+                counts, means, "o-", color=colour, label=plot_label(titles[name]), linewidth=2,
+                clip_on=False,
+            )  # fmt: skip
+            lows, highs = zip(*(point.band for point in points), strict=True)
+            axis.fill_between(counts, lows, highs, color=colour, alpha=0.15)
         for row in curves.saved[metric]:
             saves = row.high is not None and row.high < row.baseline_labels
             if row.needed is not None and saves:
@@ -381,8 +401,8 @@ def draw(path: Path, curves: LabelCurves) -> None:
                 share = 1 - row.needed / row.baseline_labels
                 # At the point, because arrows of several weights may lie on one another.
                 axis.annotate(
-                    f"{share:.0%} fewer", (row.needed, row.target), (6, -1), va="top",
-                    textcoords="offset points", fontsize=8, color=f"C{number}",
+                    f"{share:.0%} fewer", (row.needed, row.target), (8, -4), va="top",
+                    textcoords="offset points", fontsize=9, color=f"C{number}",
                 )  # fmt: skip
         axis.set_xscale("log")
         axis.set_xticks(counts, [str(count) for count in counts])
@@ -391,7 +411,7 @@ def draw(path: Path, curves: LabelCurves) -> None:
         axis.set_ylabel(metric)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=9)
     percent = round(100 * curves.confidence)
     figure.suptitle(
         f"{plot_label(curves.protocol)}, {len(curves.seeds)} seeds; bands: {percent} % intervals; "

@@ -113,6 +113,15 @@ def _figure(row: SummaryRow, name: str) -> str:
     return f"{row.metrics[name]:.1f}{spread}"
 
 
+def _within_range(rows: Sequence[SummaryRow], name: str) -> list[list[float]]:
+    """Deviations below and above the mean, of which none leaves the range of percents."""
+    means = [row.metrics[name] for row in rows]
+    spreads = [row.deviations.get(name, 0.0) for row in rows]
+    below = [min(spread, max(0.0, mean)) for spread, mean in zip(spreads, means, strict=True)]
+    above = [min(spread, max(0.0, 100 - m)) for spread, m in zip(spreads, means, strict=True)]
+    return [below, above]
+
+
 def _plot(path: Path, summary: Summary) -> None:
     from matplotlib.figure import Figure
 
@@ -132,11 +141,12 @@ def _plot(path: Path, summary: Summary) -> None:
         axis.barh(
             labels,
             [row.metrics[name] for row in rows],
-            xerr=[row.deviations.get(name, 0.0) for row in rows],
+            xerr=_within_range(rows, name),
             capsize=3,
         )
         axis.invert_yaxis()
-        axis.set_xlabel(plot_label(f"{name}: {textwrap.shorten(metric, 90)}"), fontsize=8)
+        axis.set_xlim(left=0)
+        axis.set_xlabel(plot_label(f"{name}: {textwrap.shorten(metric, 90)}"), fontsize=9)
         axis.grid(axis="x", alpha=0.3)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=100)

@@ -18,7 +18,7 @@ from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.datasets.labelled import Annotation, LabelledSet, open_labelled
 from dupr_cli.datasets.semantic import SemanticSet, open_semantic
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate import pictures
+from dupr_cli.evaluate import detection_pictures, pictures
 from dupr_cli.evaluate.cell_scores import CellScores
 from dupr_cli.evaluate.class_maps import (
     PREDICTIONS_FILE,
@@ -314,7 +314,7 @@ class Detection:
         found: Mapping[str, Sequence[Detections]],
         count: int,
     ) -> None:
-        pictures.draw_detections(path, test, classes, found, count)
+        detection_pictures.draw_detections(path, test, classes, found, count)
 
     def analyse(
         self,

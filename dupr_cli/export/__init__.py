@@ -145,7 +145,14 @@ def run(
             if push is not None:
                 from dupr_cli.export.card import write_companions
 
-                write_companions(staged, result, read, recipe, push.repository, given)
+                of_formats = {chosen: places[chosen.name] for chosen in formats}
+                write_companions(staged, result, read, recipe, push, of_formats, given)
+                if recipe.card.license == "other" and not recipe.card.license_name:
+                    reporter.warning(
+                        "The model card states no licence, so nobody else may use the weights. "
+                        "Give one, such as --set card.license=cc-by-4.0, or your own with "
+                        "card.license_name and card.license_link."
+                    )
             files = write_record(staged, result)
             with deferred():
                 place(staged, target, result, push is not None, overwrite)

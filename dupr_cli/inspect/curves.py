@@ -139,6 +139,7 @@ def _plot(
         [factor * value for _, value in points],
         color=run.colour,
         marker="o" if len(points) <= _FEW_POINTS else None,
+        clip_on=False,  # a point at 0 is drawn whole
         markersize=4,
         linestyle=style,
         linewidth=width,
@@ -179,7 +180,7 @@ def _draw_loss(axes: Axes, runs: Sequence[_Run], name: str) -> None:
     if references:
         low, high = axes.get_ylim()  # room below the curves for the legend
         axes.set_ylim(low - (0.06 + 0.09 * len(references)) * (high - low), high)
-        axes.legend(fontsize=7, loc="lower right", frameon=False)
+        axes.legend(fontsize=9, loc="lower right", frameon=False)
     kind, _, level = place.partition("/")
     axes.set_title(f"{kind} loss, {level}" if level else f"{kind} loss")
     axes.set_ylabel("loss (nats, not weighted)")
@@ -216,5 +217,5 @@ def _finish(axes: Axes, last: float) -> None:
     axes.set_xlabel(axes.get_xlabel() or "step", fontsize=9)
     axes.yaxis.label.set_fontsize(9)
     axes.title.set_fontsize(10)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=9)
     axes.grid(alpha=0.3)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dupr_cli.artifacts.files import atomic_file
 from dupr_cli.artifacts.pixel_formats import ChannelImage
 from dupr_cli.outside_text import one_line
+from dupr_cli.picture_text import shortened, shortened_end
 from dupr_cli.recipe.pretrain import AugmentationSection
 
 SIDE = 300  # pixels of a panel
@@ -55,25 +56,6 @@ def sheet(
             place = (left, top + side + _CAPTION // 2 - 1)
             draw.text(place, shortened(one_line(caption), font, side), INK, font, anchor="lm")
     return picture
-
-
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-def shortened(text: str, font: _Font, width: int) -> str:
-    """Shorten text wider than `width` at its beginning, because keys differ at their ends."""
-    if font.getlength(text) <= width:
-        return text
-    kept = next(i for i in range(len(text)) if font.getlength("..." + text[i:]) <= width)
-    return "..." + text[kept:]
-
-
-def shortened_end(text: str, font: _Font, width: int) -> str:
-    """Shorten text wider than `width` at its end, for sentences."""
-    if font.getlength(text) <= width:
-        return text
-    kept = next(i for i in range(len(text), -1, -1) if font.getlength(text[:i] + "...") <= width)
-    return text[:kept] + "..."
 
 
 def as_panel(

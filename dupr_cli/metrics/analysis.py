@@ -96,6 +96,15 @@ class Analysis:
     confusion_score: float
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What became of the detections of one image. kinds: "right", "ignored" or one of
+    `ERROR_KINDS`. finds: (d,) the object that a right detection found, -1 for all others."""
+
+    kinds: list[str]
+    finds: Integers
+
+
 def analyse(
     truths: Sequence[Truth],
     detections: Sequence[Detections],
@@ -160,23 +169,29 @@ class _Overlaps:
     object: Integers
 
 
-def _errors(
-    objects: ObjectArrays,
-    found: DetectionArrays,
-    matches: Matches,
-    result: Outcome,
-    classes: int,
-    points: Points,
-) -> dict[str, ErrorKind]:
-    counted = matches.positives > 0
-    before = _mean_ap(matches, result, points, counted)
+@dataclass(frozen=True)
+class _Judged:
+    """All detections, in their own order. right, ignored: (d,). finds: (d,) the object of their
+    class that they overlap most, -1 without one. own, other: the objects of their class and of
+    other classes. kinds: (d,) flags of the errors, of which each wrong detection has one."""
+
+    right: Flags
+    ignored: Flags
+    finds: Integers
+    own: _Overlaps
+    other: _Overlaps
+    kinds: dict[str, Flags]
+
+
+def _judged(
+    objects: ObjectArrays, found: DetectionArrays, matches: Matches, result: Outcome
+) -> _Judged:
     # Restore the order of `found`.
     right, ignored = np.zeros(len(found), dtype=np.bool_), np.zeros(len(found), dtype=np.bool_)
     right[matches.place], ignored[matches.place] = result.right, result.ignored
-    taken = np.zeros(len(objects), dtype=np.bool_)
-    taken[matches.object[result.right]] = True
+    finds = np.full(len(found), -1)
+    finds[matches.place] = matches.object
     own, other = _overlaps(objects, found, same_class=True), _overlaps(objects, found, False)
-
     left = ~right & ~ignored
     kinds: dict[str, Flags] = {}
     # In this order: a detection that one kind claims is not counted by a later kind.
@@ -189,6 +204,74 @@ def _errors(
     ):
         kinds[kind] = left & applies
         left = left & ~applies
+    return _Judged(right, ignored, finds, own, other, kinds)
+
+
+def judge(
+    truths: Sequence[Truth], detections: Sequence[Detections], classes: int
+) -> list[Verdicts]:
+    """What `analyse` counts, detection by detection: one entry per image.
+
+    A detection's verdict does not depend on those with lower scores, so that leaving these out of
+    a picture changes none of the others.
+    """
+    # In the order of the images; a file's order only decides between equal scores.
+    listed = [replace(each, order=None) for each in detections]
+    objects, found = flatten_truths(truths), flatten_detections(listed)
+    matches = match(objects, found, classes)
+    judged = _judged(objects, found, matches, outcome(matches, FOREGROUND))
+    names = np.full(len(found), "right", dtype=object)
+    names[judged.ignored] = "ignored"
+    for kind, flags in judged.kinds.items():
+        names[flags] = kind
+    finds = np.where(judged.right, judged.finds, -1)
+    verdicts, start, first = [], 0, 0
+    for truth, each in zip(truths, listed, strict=True):
+        end = start + len(each.labels)
+        of_image = finds[start:end]
+        of_image = np.where(of_image >= 0, of_image - first, -1)
+        verdicts.append(Verdicts([str(kind) for kind in names[start:end]], of_image))
+        start, first = end, first + len(truth.labels)
+    return verdicts
+
+
+def best_score(
+    of_images: Sequence[Verdicts], detections: Sequence[Detections], objects: int
+) -> float:
+    """The score from which on detections have the best F1, over all images and classes.
+
+    of_images: the verdicts of `detections`. objects: the number of objects to find. Infinite
+    without detections.
+    """
+    counts = [
+        np.array([kind != "ignored" for kind in each.kinds], dtype=np.bool_) for each in of_images
+    ]
+    scores = np.concatenate([d.scores[c] for d, c in zip(detections, counts, strict=True)])
+    right = np.concatenate([(v.finds >= 0)[c] for v, c in zip(of_images, counts, strict=True)])
+    if not len(scores):
+        return float("inf")
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(right[order])
+    # Without a right detection: as many as there are objects.
+    f1 = 2 * hits / (np.arange(1, len(order) + 1) + objects)
+    best = np.argmax(f1) if hits[-1] else min(len(order), max(1, objects)) - 1
+    return float(scores[order][best])
+
+
+def _errors(
+    objects: ObjectArrays,
+    found: DetectionArrays,
+    matches: Matches,
+    result: Outcome,
+    classes: int,
+    points: Points,
+) -> dict[str, ErrorKind]:
+    counted = matches.positives > 0
+    before = _mean_ap(matches, result, points, counted)
+    judged = _judged(objects, found, matches, result)
+    kinds, own, other = judged.kinds, judged.own, judged.other
+    taken = np.zeros(len(objects), dtype=np.bool_)
+    taken[judged.finds[judged.right]] = True
 
     def cost(repaired_objects: ObjectArrays, repaired: DetectionArrays) -> float:
         again = match(repaired_objects, repaired, classes)

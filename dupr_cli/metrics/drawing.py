@@ -60,7 +60,7 @@ def _curves(analysis: Analysis) -> Figure:
     )  # fmt: skip
     axis.grid(alpha=0.3)
     if named and analysis.curves:
-        figure.legend(loc="outside right upper", fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -82,14 +82,14 @@ def _matrix(
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.set(xlabel=found, ylabel=labelled)
     axis.set_title(title, fontsize=9)
     if len(names) <= _WRITTEN_CELLS:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+            axis.text(column, row, str(count), ha="center", va="center", fontsize=9, color=colour)
     return figure
 
 
@@ -100,7 +100,8 @@ def _errors(analysis: Analysis) -> Figure:
     axis = figure.add_subplot()
     kinds = list(analysis.errors)
     bars = axis.barh(kinds, [analysis.errors[kind].cost for kind in kinds])
-    axis.bar_label(bars, [f" {analysis.errors[kind].count}" for kind in kinds], fontsize=8)
+    axis.bar_label(bars, [f" {analysis.errors[kind].count}" for kind in kinds], fontsize=9)
+    axis.margins(x=0.12)  # room for the number at the longest bar
     axis.invert_yaxis()
     axis.set_xlabel("loss of AP50, percent (and number of errors)")
     axis.grid(axis="x", alpha=0.3)

@@ -224,10 +224,13 @@ def _most_common(counts: dict[str, int], most: int = 20) -> str:
     return ", ".join(shown) + (f" and {len(counts) - most} more" if len(counts) > most else "")
 
 
+_WIDE = 5  # a histogram over more than this factor gets few numbers at its axis
+
+
 def draw_stats(stats: Stats, path: Path) -> None:
     """Write the histograms as a PNG."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     labelled = bool(stats.objects)
     figure = Figure(figsize=(11, 7 if labelled else 3.6), layout="constrained")
@@ -248,6 +251,10 @@ def draw_stats(stats: Stats, path: Path) -> None:
         axis.set_xscale("log")
         for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
             ticks(ScalarFormatter())
+        # The numbers from 5 to 10 of every decade would be written over one another.
+        if histogram.counts and histogram.edges[-1] > _WIDE * histogram.edges[0]:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(title)
         axis.set_ylabel("images" if axis in axes[0] else "objects")
     figure.suptitle(f"{stats.images} images in {stats.shards} shards")

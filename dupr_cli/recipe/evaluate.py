@@ -299,7 +299,7 @@ class DetectionTestSection(Section):
     keypoints."""
     precise_bn_batches: Annotated[int, Field(ge=0)] = 200
     """Training batches over which batch-norm statistics are re-estimated before testing."""
-    pictures: Annotated[int, Field(ge=0)] = 12
+    pictures: Annotated[int, Field(ge=0)] = 6
     """Number of test images drawn with detections beside the ground truth: best, worst and random
     ones."""
 

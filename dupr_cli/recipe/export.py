@@ -14,7 +14,11 @@ class CardSection(Section):
     license: str = "other"
     """License of the weights, by its name on the Hugging Face Hub: apache-2.0, cc-by-4.0, other,
     ...; also written into timm's config.json. It depends on the training images; `other` grants
-    nothing."""
+    nothing unless license_name and license_link follow."""
+    license_name: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9.-]*)?$")] = ""
+    """Name of a license that the Hub does not list, such as my-company-license; with `other`."""
+    license_link: Annotated[str, Field(pattern=r"^(https://\S+)?$")] = ""
+    """Address of its text; with `other`."""
     datasets: list[str] = []
     """Names of the pre-training data sets on the Hub."""
     base_model: str = ""
@@ -24,6 +28,19 @@ class CardSection(Section):
     """Further tags besides dupr's own."""
     about: str = ""
     """A paragraph of your own: what the images are, what the weights are for."""
+    pictures: list[str] = []
+    """PNG or JPEG files to show on the card, such as those of `dupr inspect` or of an evaluation.
+    They are published with the weights, so choose images that you may publish."""
+
+    @model_validator(mode="after")
+    def _license_is_whole(self) -> CardSection:
+        if bool(self.license_name) != bool(self.license_link):
+            reject("license_name", f"{self.license_name!r}, but license_name and license_link "
+                   f"belong together: give both or neither")  # fmt: skip
+        if self.license_name and self.license != "other":
+            reject("license", f"{self.license}, but license_name describes another license; use "
+                   f"`other`, or give no license_name")  # fmt: skip
+        return self
 
 
 class ExportRecipe(Section):

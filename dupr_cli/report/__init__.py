@@ -14,7 +14,7 @@ from pathlib import Path
 from dupr_cli.artifacts.files import write_bytes
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter, SilentReporter
-from dupr_cli.report.galleries import run_gallery
+from dupr_cli.report.galleries import evaluation_gallery, run_gallery
 from dupr_cli.report.page import GENERATOR, render
 from dupr_cli.report.sources import open_sources
 from dupr_cli.runtime.devices import choose_device
@@ -60,7 +60,8 @@ def run(
             for each in found.runs:
                 galleries += run_gallery(each, shards, images, chosen)
                 progress.advance()
-    page = render(found, galleries, title).encode()
+    pictures, notes = evaluation_gallery(found)
+    page = render(found, [*galleries, *pictures], title, notes).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, page)
     return Report(

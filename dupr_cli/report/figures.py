@@ -110,7 +110,7 @@ def _loss(runs: Sequence[Run], place: str) -> Figure:
             axes.annotate(
                 f"ln(1 + {math.exp(value) - 1:,.0f})", (1, value), (-2, 2),
                 xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="right", fontsize=8, color=_INK,
+                ha="right", fontsize=9, color=_INK,
             )  # fmt: skip
         if filled:
             axes.axvspan(0, filled, color=_INK, alpha=0.08, linewidth=0)
@@ -179,10 +179,7 @@ def _of_labels(curves: LabelCurves, metric: str) -> Figure:
             means = [point.mean for point in points]
             shade = colour(number)
             axes.plot(counts, means, "o-", color=shade, linewidth=2, markersize=4)
-            lows, highs = (
-                [min(100.0, max(0.0, edge)) for edge in edges]
-                for edges in ([p.low for p in points], [p.high for p in points])
-            )
+            lows, highs = zip(*(point.band for point in points), strict=True)
             axes.fill_between(counts, lows, highs, color=shade, alpha=0.15, linewidth=0)
             _mark(axes, counts[-1], means[-1], chr(ord("a") + number % 26), shade)
         axes.set_xscale("log")
@@ -290,6 +287,8 @@ def _svg(
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.margins(x=0.06, y=0.1)
+        if axes.get_ylim()[0] == 0 < axes.dataLim.y1:  # otherwise without room above
+            axes.set_ylim(0, 1.08 * axes.dataLim.y1)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return Markup(_themed(buffer.getvalue()))

@@ -1,7 +1,8 @@
 """The pictures of a report: views and matches of runs, and detections of evaluations.
 
 Pictures of runs are drawn from shards or images that are given with the report; a run directory
-holds none of its images. Pictures are inlined as JPEG, which needs a tenth of a PNG's bytes.
+holds none of its images. Those of evaluations are the ones in their folders. Pictures are inlined
+as JPEG, which needs a tenth of a PNG's bytes.
 """
 
 from __future__ import annotations
@@ -24,10 +25,18 @@ from dupr_cli.inspect.network import Network, open_network, read_image
 from dupr_cli.inspect.views import draw_views
 from dupr_cli.pretrain.data import decode, held_out
 from dupr_cli.recipe import PretrainRecipe, load_recipe
-from dupr_cli.report.sources import Run
+from dupr_cli.report.sources import Run, Sources
 
 _WIDTH = 1280  # pixels of a picture in the page
 _QUALITY = 80
+# Boxes and texts of an evaluation's sheet cannot be read any smaller.
+_SHEET_WIDTH = 1900
+# Pages are sent by mail, where 10 MB is a usual limit; curves and tables need the rest.
+_EVALUATION_BYTES = 6_000_000
+_EVALUATION_PICTURES = {
+    "detections.png": "Detections beside the ground truth",
+    "predictions.png": "Predicted classes of pixels beside the ground truth",
+}
 _VIEWS, _IMAGES = 2, 2  # images of a gallery
 
 
@@ -42,17 +51,44 @@ class Inlined:
     height: int
 
 
-def inlined(path: Path, title: str, alt: str) -> Inlined:
-    """Read a picture and shrink it to the width of the page."""
+def inlined(path: Path, title: str, alt: str, width: int = _WIDTH) -> Inlined:
+    """Read a picture and shrink it to this width."""
     with Image.open(path) as opened:
         picture = opened.convert("RGB")
-    if picture.width > _WIDTH:
-        height = max(1, round(picture.height * _WIDTH / picture.width))
-        picture = picture.resize((_WIDTH, height), Image.Resampling.LANCZOS)
+    if picture.width > width:
+        height = max(1, round(picture.height * width / picture.width))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
     uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Inlined(title, alt, uri, picture.width, picture.height)
+
+
+def evaluation_gallery(sources: Sources) -> tuple[list[Inlined], list[str]]:
+    """Detections, or predicted classes of pixels, of all evaluations that have such a picture.
+
+    They are added while there is room for them in the page. Also returns notes on those that are
+    left out. Raises nothing: a picture that cannot be read is left out like one that is missing.
+    """
+    found: list[Inlined] = []
+    notes: list[str] = []
+    room = _EVALUATION_BYTES
+    for each in sources.results:
+        for name, shows in _EVALUATION_PICTURES.items():
+            path = each.path / name
+            if not path.is_file():
+                continue
+            try:
+                picture = inlined(path, f"{each.name}: {shows.lower()}", shows, _SHEET_WIDTH)
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                notes.append(f"{each.name}: {name} cannot be read ({error}).")
+                continue
+            if len(picture.uri) > room:
+                notes.append(f"{each.name}: {name} is left out to keep this page small.")
+                continue
+            room -= len(picture.uri)
+            found.append(picture)
+    return found, notes
 
 
 def run_gallery(

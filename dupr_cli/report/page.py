@@ -82,8 +82,13 @@ class Part:
     folded: list[Table]
 
 
-def render(sources: Sources, galleries: Sequence[Inlined], title: str) -> str:
-    """The page as text. title: its heading; by default the names of what it is about."""
+def render(
+    sources: Sources, galleries: Sequence[Inlined], title: str, notes: Sequence[str] = ()
+) -> str:
+    """The page as text.
+
+    title: its heading; by default the names of what it is about. notes: besides those of sources.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -115,7 +120,7 @@ def render(sources: Sources, galleries: Sequence[Inlined], title: str) -> str:
         recipes=_recipe_tables(sources),
         environments=_environment_table(sources),
         warnings=[text for run in sources.runs for text in warnings(run)],
-        notes=_notes(sources),
+        notes=[*_notes(sources), *notes],
     )
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dupr_cli import evaluate
-from dupr_cli.artifacts.label_curves import CurvePoint, LabelCurves
+from dupr_cli.artifacts.label_curves import CurvePoint, LabelCurves, LabelsNeeded
 from dupr_cli.errors import UsageError
-from dupr_cli.evaluate.label_curves import crossing, labels_needed
+from dupr_cli.evaluate.label_curves import crossing, draw, labels_needed, legend_titles
 from dupr_cli.recipe import EvaluateRecipe
 from tests.support.command_line import dupr
 from tests.support.labelled_scenes import make_tree
@@ -177,3 +177,29 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "labels-saved.json").write_text("{")
     with pytest.raises(UsageError, match=r"labels-saved\.json.*--labels"):
         LabelCurves.read(tmp_path)
+
+
+def test_legends_name_what_was_compared() -> None:
+    weights = {
+        "01-drones": "runs/drones", "02-none": "none", "03-a": "one/same", "04-b": "two/same",
+        "05-long": f"runs/{'x' * 60}",
+    }  # fmt: skip
+    titles = legend_titles(weights)
+    assert [titles[name] for name in ("01-drones", "02-none")] == ["drones", "random weights"]
+    assert [titles[name] for name in ("03-a", "04-b")] == ["03-a", "04-b"]  # ends that are equal
+    assert len(titles["05-long"]) == 32
+
+
+def test_intervals_are_drawn_within_the_range_of_percents(tmp_path: Path) -> None:
+    assert CurvePoint(50, 1.0, -4.0, 6.0, {}).band == (0.0, 6.0)
+    assert CurvePoint(50, 97.0, 88.0, 106.0, {}).band == (88.0, 100.0)
+    low, high = CurvePoint(50, 1.0, -4.0, 6.0, {0: 1.0}), CurvePoint(99, 9.0, 5.0, 13.0, {0: 9.0})
+    for metrics in (["AP"], ["AP", "AP50"]):
+        curves = {name: {"none": [low, high]} for name in metrics}
+        saved: dict[str, list[LabelsNeeded]] = {name: [] for name in metrics}
+        draw(
+            tmp_path / "curves.png",
+            LabelCurves("p", "AP", "none", 0.95, {"none": "none"}, curves, saved, {}, 9, [0], []),
+        )
+        with Image.open(tmp_path / "curves.png") as picture:
+            assert picture.width > 1000

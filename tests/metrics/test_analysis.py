@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from dupr_cli.datasets.coco import read_coco
 from dupr_cli.metrics import Detections, Truth
-from dupr_cli.metrics.analysis import ERROR_KINDS, Analysis, analyse
+from dupr_cli.metrics.analysis import ERROR_KINDS, Analysis, analyse, best_score, judge
 from dupr_cli.metrics.drawing import write_analysis
 
 Box = tuple[float, float, float, float]
@@ -290,6 +292,66 @@ def test_many_errors_are_those_of_tide() -> None:
     costs = {"both": 1.144, "duplicate": 0.567, "background": 3.297, "missed": 8.426}
     for kind, cost in costs.items():
         assert analysis.errors[kind].cost == pytest.approx(cost, abs=0.3), kind
+
+
+def test_verdicts_are_what_is_counted() -> None:
+    """Detections in the order of a file are judged in the order of their images."""
+    truths, detections = many_errors()
+    listed = sum(len(each.labels) for each in detections)
+    order = np.random.default_rng(1).permutation(listed)
+    ends = np.cumsum([len(each.labels) for each in detections])[:-1]
+    shuffled = [
+        replace(each, order=places)
+        for each, places in zip(detections, np.split(order, ends), strict=True)
+    ]
+    classes = 1 + max(int(label) for t in truths for label in t.labels)
+    judged = judge(truths, shuffled, classes)
+    kinds = Counter(kind for each in judged for kind in each.kinds)
+    names = [f"class {number}" for number in range(classes)]
+    counted = counts(analyse(truths, detections, names))
+    counted.pop("missed", None)
+    assert {kind: kinds[kind] for kind in counted} == counted
+    for truth, each, verdict in zip(truths, detections, judged, strict=True):
+        found = verdict.finds[verdict.finds >= 0]
+        assert len(set(found.tolist())) == len(found) == verdict.kinds.count("right")
+        assert (truth.labels[found] == each.labels[verdict.finds >= 0]).all()
+
+
+def test_lower_scores_change_no_verdict() -> None:
+    truths, detections = many_errors()
+    whole = judge(truths, detections, 10)
+    kept = [np.flatnonzero(each.scores >= 0.5) for each in detections]
+    confident = [
+        Detections(each.boxes[places], each.labels[places], each.scores[places])
+        for each, places in zip(detections, kept, strict=True)
+    ]
+    for part, every, places in zip(judge(truths, confident, 10), whole, kept, strict=True):
+        assert part.kinds == [every.kinds[i] for i in places]
+
+
+def test_the_best_score_is_that_of_the_best_f1() -> None:
+    truths, detections = many_errors()
+    judged = judge(truths, detections, 10)
+    objects = sum(int(np.count_nonzero(~truth.difficult)) for truth in truths)
+
+    def f1(score: float) -> float:
+        kinds = [
+            kind for each, verdict in zip(detections, judged, strict=True)
+            for kind, value in zip(verdict.kinds, each.scores, strict=True) if value >= score
+        ]  # fmt: skip
+        counted = sum(kind != "ignored" for kind in kinds)
+        return 2 * kinds.count("right") / (counted + objects)
+
+    found = best_score(judged, detections, objects)
+    tried = [f1(float(score)) for each in detections for score in each.scores]
+    assert f1(found) == pytest.approx(max(tried))
+
+
+def test_without_a_right_detection_the_best_score_leaves_as_many_as_objects() -> None:
+    away = (300.0, 300.0, 320.0, 320.0)
+    wrong = [found((away, 0, 0.9), (away, 0, 0.8), (away, 1, 0.7))]
+    assert best_score(judge([truth()], wrong, 2), wrong, 2) == 0.8
+    assert best_score(judge([truth()], [found()], 2), [found()], 2) == float("inf")
 
 
 def test_files_of_an_analysis(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dupr_cli.artifacts.results import Results
 from dupr_cli.report.figures import thinned
@@ -195,6 +199,36 @@ def test_a_real_run_has_pictures_of_its_views_and_matches(
 
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\x1b[2J\u202e{{ 7*7 }}'
+
+
+def test_the_detections_of_evaluations_are_shown(tmp_path: Path) -> None:
+    shown = write_results(tmp_path / "shown", example())
+    Image.new("RGB", (1650, 900), (0, 158, 115)).save(shown / "detections.png")
+    broken = write_results(tmp_path / "broken", example())
+    (broken / "detections.png").write_bytes(b"no picture")
+    page = report(tmp_path / "page.html", shown, broken)
+    require_self_contained(page)
+    assert page.tags.count("img") == 1
+    picture = {name: value for tag, name, value in page.attributes if tag == "img"}
+    assert picture["alt"] == "Detections beside the ground truth"
+    assert (picture["width"], picture["height"]) == ("1650", "900")
+    content = base64.b64decode(picture["src"].partition(",")[2])
+    with Image.open(io.BytesIO(content)) as inlined:
+        assert inlined.getpixel((5, 5)) == pytest.approx((0, 158, 115), abs=3)
+    assert "broken: detections.png cannot be read" in page.text
+
+
+def test_pictures_that_make_a_page_too_large_for_a_mail_are_named(tmp_path: Path) -> None:
+    folders = []
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1900, 3), dtype=np.uint8)
+    for name in "abcdef":
+        folders.append(write_results(tmp_path / name, example()))
+        Image.fromarray(noise).save(folders[-1] / "detections.png", compress_level=1)
+    page = report(tmp_path / "page.html", *folders)
+    assert (tmp_path / "page.html").stat().st_size < 10_000_000
+    shown = page.tags.count("img")
+    assert 1 <= shown < 6
+    assert page.text.count("detections.png is left out to keep this page small") == 6 - shown
 
 
 def test_hostile_names_are_shown_as_they_are(tmp_path: Path) -> None:

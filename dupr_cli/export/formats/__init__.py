@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -22,8 +22,10 @@ from dupr_cli.recipe.base import Level
 __all__ = [
     "ExportFormat",
     "Features",
+    "HubFolder",
     "LibraryMissingError",
     "Loaded",
+    "LoadedByName",
     "folders_of",
     "make_format",
     "require_rgb",
@@ -45,6 +47,18 @@ class Loaded:
 
     features: Features
     by: str
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """The place of a format's files on the Hub.
+
+    revision: a branch, or None for the main one. folder: with its slash, or empty for the top.
+    """
+
+    repository: str
+    revision: str | None
+    folder: str
 
 
 class ExportFormat(Protocol):
@@ -82,6 +96,15 @@ class ExportFormat(Protocol):
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
         """How to use the files in `place`: pairs of a language (python, yaml, text) and a block."""
+        ...
+
+
+@runtime_checkable
+class LoadedByName(Protocol):
+    """A format that Python loads by the name of a Hub repository, without a download by hand."""
+
+    def hub_usage(self, weights: Weights, hub: HubFolder) -> Sequence[tuple[str, str]]:
+        """As `ExportFormat.usage`, for the files on the Hub."""
         ...
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.export.formats import LibraryMissingError, Loaded
+from dupr_cli.export.formats import HubFolder, LibraryMissingError, Loaded
 from dupr_cli.export.formats.safetensors_files import read_model, write_model
 from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.models.timm import TimmBackbone
@@ -116,26 +116,34 @@ class TimmFormat:
         return read_model(weights, folder, _same)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
-        address, channels = f"local-dir:{place or '.'}", weights.metadata.input.channels
-        if weights.metadata.layout == "torchvision":
-            return [
-                (
-                    "python",
-                    f"""import timm
+        return _blocks(weights, f"local-dir:{place or '.'}")
+
+    def hub_usage(self, weights: Weights, hub: HubFolder) -> Sequence[tuple[str, str]]:
+        revision = f"@{hub.revision}" if hub.revision else ""
+        return _blocks(weights, f"hf-hub:{hub.repository}{revision}")
+
+
+def _blocks(weights: Weights, address: str) -> Sequence[tuple[str, str]]:
+    channels = weights.metadata.input.channels
+    if weights.metadata.layout == "torchvision":
+        return [
+            (
+                "python",
+                f"""import timm
 import torch
 
 model = timm.create_model("{address}", pretrained=True)
 levels = timm.create_model("{address}", pretrained=True, features_only=True)
 features = levels(torch.zeros(1, {channels}, 224, 224))""",
-                )
-            ]
-        ours = _in_timm(weights)
-        options = "".join(f", {name}={value}" for name, value in ours.options.items())
-        names = ", ".join(ours.levels) + ("," if len(ours.levels) == 1 else "")
-        return [
-            (
-                "python",
-                f"""import timm
+            )
+        ]
+    ours = _in_timm(weights)
+    options = "".join(f", {name}={value}" for name, value in ours.options.items())
+    names = ", ".join(ours.levels) + ("," if len(ours.levels) == 1 else "")
+    return [
+        (
+            "python",
+            f"""import timm
 import torch
 
 levels = timm.create_model(
@@ -143,8 +151,8 @@ levels = timm.create_model(
     out_indices={ours.out_indices}{options},
 )
 {names} = levels(torch.zeros(1, {channels}, 224, 224))""",
-            )
-        ]
+        )
+    ]
 
 
 def _in_timm(weights: Weights) -> TimmBackbone:

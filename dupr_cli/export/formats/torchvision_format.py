@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dupr_cli.artifacts.hub_weights import EXPORTED
 from dupr_cli.artifacts.weights import Weights, read_safetensors, write_weights
 from dupr_cli.errors import UsageError
-from dupr_cli.export.formats import Loaded
+from dupr_cli.export.formats import HubFolder, Loaded
 from dupr_cli.export.formats.safetensors_files import load_strictly, renamed_back
 
 FILE = EXPORTED
@@ -51,37 +51,48 @@ class TorchvisionFormat:
         return renamed_back(weights, read_safetensors(folder / FILE)[0], lambda name: name)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
-        architecture, taken = weights.metadata.architecture, weights.metadata.input
-        # A network for other images than RGB has another first convolution.
-        first = (
-            f"model.conv1 = torch.nn.Conv2d(\n"
-            f"    {taken.channels}, 64, kernel_size=7, stride=2, padding=3, bias=False\n)\n"
-            if taken.channels != 3
-            else ""
+        return _blocks(weights, f'"{place}{FILE}"', "")
+
+    def hub_usage(self, weights: Weights, hub: HubFolder) -> Sequence[tuple[str, str]]:
+        revision = f', revision="{hub.revision}"' if hub.revision else ""
+        fetched = f'file = hf_hub_download("{hub.repository}", "{hub.folder}{FILE}"{revision})\n'
+        return _blocks(weights, "file", fetched)
+
+
+def _blocks(weights: Weights, file: str, fetched: str) -> Sequence[tuple[str, str]]:
+    """file: the path of the weights, as code. fetched: a line that downloads it, or nothing."""
+    architecture, taken = weights.metadata.architecture, weights.metadata.input
+    # A network for other images than RGB has another first convolution.
+    first = (
+        f"model.conv1 = torch.nn.Conv2d(\n"
+        f"    {taken.channels}, 64, kernel_size=7, stride=2, padding=3, bias=False\n)\n"
+        if taken.channels != 3
+        else ""
+    )
+    download = "from huggingface_hub import hf_hub_download\n" if fetched else ""
+    blocks = [
+        (
+            "python",
+            f"""import torch
+import torchvision
+{download}from safetensors.torch import load_file
+
+{fetched}model = torchvision.models.{architecture}(weights=None)
+{first}model.fc = torch.nn.Identity()
+model.load_state_dict(load_file({file}), strict=True)""",
         )
-        blocks = [
+    ]
+    if architecture == "resnet50" and taken.pixels is None:
+        blocks.append(
             (
                 "python",
-                f"""import torch
-import torchvision
-from safetensors.torch import load_file
+                f"""import torchvision
+{download}from safetensors.torch import load_file
 
-model = torchvision.models.{architecture}(weights=None)
-{first}model.fc = torch.nn.Identity()
-model.load_state_dict(load_file("{place}{FILE}"), strict=True)""",
-            )
-        ]
-        if architecture == "resnet50" and taken.pixels is None:
-            blocks.append(
-                (
-                    "python",
-                    f"""import torchvision
-from safetensors.torch import load_file
-
-detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+{fetched}detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
     weights=None, weights_backbone=None, trainable_backbone_layers=5
 )
-detector.backbone.body.load_state_dict(load_file("{place}{FILE}"), strict=True)""",
-                )
+detector.backbone.body.load_state_dict(load_file({file}), strict=True)""",
             )
-        return blocks
+        )
+    return blocks

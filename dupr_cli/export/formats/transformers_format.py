@@ -17,7 +17,7 @@ from torch import Tensor
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.artifacts.weights import Weights
 from dupr_cli.errors import RunError, UsageError
-from dupr_cli.export.formats import LibraryMissingError, Loaded, require_rgb
+from dupr_cli.export.formats import HubFolder, LibraryMissingError, Loaded, require_rgb
 from dupr_cli.export.formats.safetensors_files import read_model, write_model
 from dupr_cli.models.backbone import as_backbone, make_backbone
 from dupr_cli.models.naming import block_count, names_elsewhere
@@ -105,20 +105,30 @@ class TransformersFormat:
         return read_model(weights, folder, names_in("transformers", weights).__getitem__)
 
     def usage(self, weights: Weights, place: str) -> Sequence[tuple[str, str]]:
-        twin = transformers_twin(weights)
-        assert twin is not None  # it was written
-        (used,) = _config(weights, twin)["architectures"]
-        return [
-            (
-                "python",
-                f"""import torch
+        return _blocks(weights, f'"{place or "."}"')
+
+    def hub_usage(self, weights: Weights, hub: HubFolder) -> Sequence[tuple[str, str]]:
+        options = {"subfolder": hub.folder.rstrip("/"), "revision": hub.revision}
+        given = [f'{name}="{value}"' for name, value in options.items() if value]
+        return _blocks(weights, ", ".join([f'"{hub.repository}"', *given]))
+
+
+def _blocks(weights: Weights, source: str) -> Sequence[tuple[str, str]]:
+    """source: the arguments of `from_pretrained`, as code."""
+    twin = transformers_twin(weights)
+    assert twin is not None  # it was written
+    (used,) = _config(weights, twin)["architectures"]
+    return [
+        (
+            "python",
+            f"""import torch
 from transformers import AutoImageProcessor, {used}
 
-backbone = {used}.from_pretrained("{place or "."}")
-processor = AutoImageProcessor.from_pretrained("{place or "."}")
+backbone = {used}.from_pretrained({source})
+processor = AutoImageProcessor.from_pretrained({source})
 features = backbone(torch.zeros(1, 3, 224, 224)).feature_maps""",
-            ),
-        ]
+        ),
+    ]
 
 
 def _class(folder: Path) -> str:
