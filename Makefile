@@ -66,7 +66,7 @@ dist: setup
 LOWEST := dist/lowest
 lowest: setup
 	rm -rf $(LOWEST)
-	$(BIN)/uv venv --quiet $(LOWEST)
+	$(BIN)/uv venv --quiet --seed $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct '.[timm,hf,tiff,probes,onnx,transformers]'
 	$(BIN)/uv pip freeze --quiet --python $(LOWEST)/bin/python | grep -v '^dupr-cli' > $(LOWEST)/constraints.txt
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --constraint $(LOWEST)/constraints.txt pytest pytest-xdist hypothesis imagehash jsonschema

@@ -57,7 +57,7 @@ def shared(a: Box, b: Box) -> float:
 
 
 def test_the_font_has_every_glyph() -> None:
-    font = FT2Font(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    font = FT2Font(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
     glyphs = [*CLASSES.values(), *DISTRACTORS]
     # Glyph 0 is the box that stands for a missing character.
     assert all(font.get_char_index(ord(glyph)) > 0 for glyph in glyphs)
