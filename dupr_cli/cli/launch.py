@@ -63,7 +63,10 @@ def launch(nproc: int, nnodes: int, rendezvous: str, arguments: Sequence[str]) -
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         message = failure.message
         if failure.error_file_data is None or code > 128:
-            message = f"a process of the run ended with exit code {code} and without a message."
+            message = (
+                f"a process of the run ended with exit code {code} and without a message of dupr; "
+                f"what it printed itself is above."
+            )
         raise LaunchedError(message, code) from None
     except SignalException as error:
         code = 130 if error.sigval == signal.SIGINT else 75

@@ -7,6 +7,7 @@ geometry, losses, queues and checkpoints that they call are modules of their own
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -197,9 +198,12 @@ def _require_fit(recipe: PretrainRecipe, processes: int) -> None:
         f" x train.accumulate = {accumulate}" if accumulate > 1 else ""
     )
     if batch % shares:
+        groups = norm.groups if norm.sync or norm.groups % shares == 0 else shares
+        unit = math.lcm(shares, 1 if norm.sync else groups)
+        also = f" and method.batch_norm.groups={groups}" if groups != norm.groups else ""
         raise UsageError(
             f"data.batch_size is {batch}, which does not divide equally among {what}. "
-            f"Use {batch // shares * shares or shares}, for example."
+            f"Use {max(batch // unit * unit, 2 * unit)}{also}, for example."
         )
     if not norm.sync and norm.groups % shares:
         raise UsageError(

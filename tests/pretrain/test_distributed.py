@@ -140,9 +140,11 @@ def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path: Path, grainy_shard
     out = tmp_path / "run"
     done = command_line.pretrain(grainy_shards, out, "--nproc", 3, code=2)
     assert (
-        "data.batch_size is 8, which does not divide equally among 3 processes. Use 6"
-        in done.stderr
+        "data.batch_size is 8, which does not divide equally among 3 processes. Use 6 and "
+        "method.batch_norm.groups=3, for example." in done.stderr
     )
+    advised = ("--set", "data.batch_size=6", "--set", "method.batch_norm.groups=3")
+    command_line.pretrain(grainy_shards, out, "--nproc", 3, "--dry-run", *advised)
     groups = ("--set", "method.batch_norm.groups=1")
     done = command_line.pretrain(grainy_shards, out, "--nproc", 2, *groups, code=2)
     assert "groups of the global batch do not divide" in done.stderr
