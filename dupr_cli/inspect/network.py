@@ -131,6 +131,7 @@ def open_network(address: str | Path, device: str | torch.device = "auto") -> Ne
     device: as --device takes it. Raises UsageError when there are no such weights, or the run's
     recipe cannot be read.
     """
+    device = choose_device(str(device))
     taken, frozen = open_frozen(address, device)
     folder = _run_of(Path(address))
     if folder is None:

@@ -27,6 +27,8 @@ ALONE = World(torch.device("cpu"))
 STEPS = 3
 # Relative, of losses, by step: each step of a random network multiplies rounding.
 TOLERANCE = (2e-5, 2e-4, 1e-3)
+# Of weights, relative to how far they have moved; CPUs without AVX-512 round the most.
+APART = (0.1, 0.1, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_three_steps_are_those_of_the_reference(
                 if not name.endswith("num_batches_tracked"):
                     full = f"{side}.{name}"
                     apart = difference(state[full], wanted, start[full])
-                    assert apart < 0.1, (step, full, apart)
+                    assert apart < APART[step], (step, full, apart)
         for name, queue in reference.queues.items():
             full = f"{name.replace('/', '_queues.')}.keys"
             assert torch.allclose(state[full], queue, atol=20 * close), (step, full)

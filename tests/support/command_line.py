@@ -27,7 +27,7 @@ def dupr(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -
     done = runner.invoke(app, [*map(str, arguments)])
     assert isinstance(done.exception, SystemExit | None), done.exception
     assert done.exit_code == code, done.stdout + done.stderr
-    doubled = re.search(r"(?<![.])[.,:;!?][.,:;!?](?=\s|$)", done.stderr)
+    doubled = re.search(r"(?<!\.)[.,:;!][.,:;!?](?=\s|$)", done.stderr)
     assert doubled is None, done.stderr
     assert "Traceback" not in done.stderr
     return done
