@@ -34,7 +34,7 @@ def test_the_notebook_runs_from_top_to_bottom(
     work = tmp_path / "dupr-tutorial"
     assert {path.name for path in tmp_path.iterdir()} == {"dupr-tutorial"}
     assert names["prepared"].samples == {"train": 400}
-    assert names["trained"].steps == 60
+    assert names["trained"].steps == 30
     for picture in ("sheet", "views", "curves", "matches", "features"):
         assert min(Image.open(work / f"{picture}.png").size) > 300
     assert len(names["careless"].unexpected_keys) == len(names["weights"])
