@@ -40,5 +40,5 @@ def test_the_notebook_runs_from_top_to_bottom(
     assert len(names["careless"].unexpected_keys) == len(names["weights"])
     assert names["arrival"].place == "backbone.body."
     assert names["arrival"].max_difference < 1e-5
-    assert [len(each.trials) for each in names["results"].results] == [3, 3]
+    assert [len(each.trials) for each in names["results"].results] == [2, 2]
     assert (work / "report.html").stat().st_size == names["page"].bytes
