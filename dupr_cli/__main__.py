@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     if sys.platform == "win32":  # no file locks, fork servers and signals as used here
-        sys.exit("error: dupr runs on Linux and macOS. On Windows, install it in WSL 2.")
+        sys.exit("error: dupr does not run on Windows itself. Install it in WSL 2.")
     from dupr_cli.cli.app import app
     from dupr_cli.cli.launch import end_with_launcher
     from dupr_cli.runtime.stopping import ignore_signals

@@ -25,9 +25,7 @@ def test_windows_is_refused_by_name() -> None:
     program = "import sys; sys.platform = 'win32'; from dupr_cli.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "error: dupr runs on Linux and macOS. On Windows, install it in WSL 2.\n"
-    )
+    assert done.stderr == ("error: dupr does not run on Windows itself. Install it in WSL 2.\n")
 
 
 @pytest.mark.slow
