@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,6 @@ def test_windows_is_refused_by_name() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("spawn" not in multiprocessing.get_all_start_methods(), reason="no spawn here")
 def test_workers_need_no_fork(tmp_path: Path, tiny_shards: Path) -> None:
     program = tmp_path / "spawn.py"
     program.write_text(WITHOUT_FORK)
