@@ -81,11 +81,14 @@ class NetworkSize:
 
 
 def describe_hours(hours: float) -> str:
-    """A duration as people say it: 40 minutes, 7 hours, 12 days, 8 months."""
-    for size, unit in ((24 * 365, "years"), (24 * 30.4, "months"), (24, "days"), (1, "hours")):
+    """A duration as people say it: 50 seconds, 40 minutes, 7 hours, 12 days, 8 months."""
+    for size, unit in (
+        (24 * 365, "years"), (24 * 30.4, "months"), (24, "days"), (1, "hours"), (1 / 60, "minutes"),
+    ):  # fmt: skip
         if hours >= 2 * size:
             return f"{hours / size:.0f} {unit}"
-    return f"{hours * 60:.0f} minutes"
+    seconds = max(1, round(hours * 3600))
+    return "1 second" if seconds == 1 else f"{seconds} seconds"
 
 
 def network_size(recipe: PretrainRecipe) -> NetworkSize:
