@@ -236,6 +236,20 @@ def print_text(text: str) -> None:
     sys.stdout.write(shown if shown.endswith("\n") else shown + "\n")
 
 
+def print_markdown(text: str) -> None:
+    """Print a Markdown result: laid out for people on a terminal, as it is otherwise."""
+    console = Console(emoji=False)
+    if console.is_terminal:
+        from rich.markdown import Markdown
+
+        # A terminal has no pictures.
+        lines = [line for line in text.split("\n") if not line.startswith("![")]
+        shown = several_lines(without_secrets("\n".join(lines)))
+        console.print(Markdown(shown, hyperlinks=False))
+    else:
+        print_text(text)
+
+
 def print_traceback(error: BaseException) -> None:
     text = "".join(traceback.format_exception(error))
     sys.stderr.write(message_text(without_secrets(text)))

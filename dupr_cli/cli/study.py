@@ -90,8 +90,8 @@ def study(
 
 
 def show(report: StudyReport) -> None:
-    from dupr_cli.cli.console import print_text
+    from dupr_cli.cli.console import print_markdown, print_text
     from dupr_cli.study.report import markdown
 
-    print_text(markdown(report))
+    print_markdown(markdown(report))
     print_text(f"{report.out}/report.md, .csv, .tex, .json")

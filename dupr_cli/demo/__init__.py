@@ -212,7 +212,7 @@ def _report(result: DemoResult, curves: LabelCurves) -> str:
         )
         for name, points in zip(_NAMES, curves.curves["AP50"].values(), strict=True)
     ]
-    gains = [f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in result.gain.values()]
+    gains = [f"{m:+z.1f} [{low:+z.1f}, {high:+z.1f}]" for m, low, high in result.gain.values()]
     rows.append(("gain", gains))
     widths = [20] * len(counts) + [16] * len(levels)  # a line of 80
 

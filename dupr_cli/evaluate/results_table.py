@@ -148,7 +148,7 @@ def _difference_lines(results: Results, count: int) -> list[str]:
         if (found.first, found.second) != pair:
             pair = (found.first, found.second)
             lines += _wrapped(f"{found.first} minus {found.second}")
-        interval = f"[{found.low:+.1f}, {found.high:+.1f}]"
+        interval = f"[{found.low:+z.1f}, {found.high:+z.1f}]"
         verdict = "real" if found.is_real else "may be chance"
         if found.adjusted_p is None:
             verdict = ""

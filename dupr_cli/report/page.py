@@ -300,7 +300,7 @@ def _with_spread(entry: WeightsResult, metric: str) -> str:
 
 def _signed(value: float) -> str:
     """With its sign and one decimal; 0.0 has none."""
-    text = f"{value:+.1f}"
+    text = f"{value:+z.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text
 
 

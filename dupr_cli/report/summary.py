@@ -185,7 +185,8 @@ def _not_told_apart(
     if not pairs:
         return []
     listed = "; ".join(
-        f"{pair.first} minus {pair.second} is {pair.mean:+.1f} [{pair.low:+.1f}, {pair.high:+.1f}]"
+        f"{pair.first} minus {pair.second} is {pair.mean:+z.1f} "
+        f"[{pair.low:+z.1f}, {pair.high:+z.1f}]"
         for pair in pairs
     )
     return [
@@ -207,9 +208,9 @@ def _pair_finding(name: str, results: Results, pair: PairedDifference) -> Findin
     random = {entry.extra.get("folder") for entry in results.results if not entry.weights_sha256}
     return Finding(
         BAD if better in random else GOOD,
-        f"{name}: {better} gives {_what(pair.metric)} than {worse}: {mean:+.1f} {pair.metric} "
-        f"[{low:+.1f}, {high:+.1f}], {pair.trials} seeds, {results.train.images} labelled images. "
-        f"This is more than chance.",
+        f"{name}: {better} gives {_what(pair.metric)} than {worse}: {mean:+z.1f} {pair.metric} "
+        f"[{low:+z.1f}, {high:+z.1f}], {pair.trials} seeds, {results.train.images} labelled "
+        f"images. This is more than chance.",
     )
 
 
@@ -240,7 +241,7 @@ def study_findings(named: Named[StudyReport]) -> list[Finding]:
             for each in differences:
                 if each.metric != protocol.decides:
                     continue
-                interval = f"{each.mean:+.1f} [{each.low:+.1f}, {each.high:+.1f}]"
+                interval = f"{each.mean:+z.1f} [{each.low:+z.1f}, {each.high:+z.1f}]"
                 verdict = "more than chance" if each.is_real else "may be chance"
                 found.append(
                     Finding(

@@ -237,8 +237,8 @@ def _protocol_lines(protocol: ProtocolReport, baseline: str) -> list[str]:
         ]
         lines += _table([f"{metric} with labels", *map(str, counts)], rows)
     rows = [
-        [f"{d.first} - {d.second}", str(count), d.metric, f"{d.mean:+.1f}",
-         f"[{d.low:+.1f}, {d.high:+.1f}]", _verdict(d)]
+        [f"{d.first} - {d.second}", str(count), d.metric, f"{d.mean:+z.1f}",
+         f"[{d.low:+z.1f}, {d.high:+z.1f}]", _verdict(d)]
         for count, of in protocol.differences.items() for d in of
     ]  # fmt: skip
     if rows:
@@ -277,12 +277,13 @@ def _verdict(found: PairedDifference) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [_row(head), f"|{'---|' * len(head)}"]
-    return [*lines, *map(_row, rows), ""]
+    """Rows of a name and of what dupr itself wrote, such as figures, which needs no escapes."""
+    lines = [_row([*map(markdown_text, head)]), f"|{'---|' * len(head)}"]
+    return [*lines, *(_row([markdown_text(name), *figures]) for name, *figures in rows), ""]
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(markdown_text, cells))} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def table_csv(report: StudyReport) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,7 @@ def test_the_report_holds_every_start_and_number(whole: Path) -> None:
     assert len(rows) == 2 * 4 * 2
     text = (whole / "report.md").read_text()
     assert "Each pre-training run by itself, AP50" in text
+    assert re.search(r"^\| moco \| \d+\.\d ±\d+\.\d \| \d+\.\d ±\d+\.\d \|$", text, re.MULTILINE)
     assert Image.open(whole / "frozen.png").width > 600
     assert str(whole) not in text + (whole / "report.json").read_text()
 
@@ -117,8 +119,12 @@ def test_runs_of_a_method_are_averaged_seed_by_seed(whole: Path) -> None:
 def test_a_finished_study_runs_nothing(study: Path, whole: Path) -> None:
     before = reports(whole)
     ours = file_digests(whole)
-    done = dupr("study", study / "tiny.yaml", "--out", whole, "--device", "cpu")
+    terminal = {"FORCE_COLOR": "1"}
+    done = dupr("study", study / "tiny.yaml", "--out", whole, "--device", "cpu", env=terminal)
     assert done.stderr.count("finished before") == 11
+    assert "Held-out patch retrieval" in done.stdout
+    assert "|" not in done.stdout  # people get tables, no Markdown
+    assert "![" not in done.stdout
     assert "pretrain 4/4" not in done.stderr
     assert reports(whole) == before
     again = file_digests(whole)
