@@ -378,6 +378,7 @@ def draw(path: Path, curves: LabelCurves) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, len(curves.curves), squeeze=False)[0]
     titles = legend_titles(curves.weights)
+    arrows = False
     for axis, (metric, of_weights) in zip(axes, curves.curves.items(), strict=True):
         counts = [point.labels for point in of_weights[curves.baseline]]
         for number, (name, points) in enumerate(of_weights.items()):
@@ -393,6 +394,7 @@ def draw(path: Path, curves: LabelCurves) -> None:
         for row in curves.saved[metric]:
             saves = row.high is not None and row.high < row.baseline_labels
             if row.needed is not None and saves:
+                arrows = True
                 number = list(of_weights).index(row.weights)
                 axis.annotate(
                     "", (row.needed, row.target), (row.baseline_labels, row.target),
@@ -414,8 +416,8 @@ def draw(path: Path, curves: LabelCurves) -> None:
     axes[0].legend(fontsize=9)
     percent = round(100 * curves.confidence)
     figure.suptitle(
-        f"{plot_label(curves.protocol)}, {len(curves.seeds)} seeds; bands: {percent} % intervals; "
-        f"arrows: labels that reach the same figure",
+        f"{plot_label(curves.protocol)}, {len(curves.seeds)} seeds; bands: {percent} % intervals"
+        + ("; arrows: labels that reach the same figure" if arrows else ""),
         fontsize=10,
     )
     with atomic_file(path) as file:

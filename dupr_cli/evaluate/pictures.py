@@ -209,7 +209,7 @@ def draw_curves(path: Path, outcomes: Mapping[str, Outcome], metric: str) -> Non
         axis.set_title(title.replace("_", " "), fontsize=10)
         # From 0 on, and with room above the highest point even if all are equal.
         axis.set_ylim(0, 1.08 * (axis.dataLim.y1 if axis.dataLim.y1 > 0 else 1))
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     total.set_xlabel("iteration")
     score.set_xlabel("iteration")

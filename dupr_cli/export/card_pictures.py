@@ -90,7 +90,7 @@ def _draw_retrieval(path: Path, run: RunFacts) -> None:
             axis.axhline(points[0][1], color=f"C{number}", linestyle="--", linewidth=1)
     axis.set_xlabel("step (dashed: before the training)")
     axis.set_ylabel("patches found again, %")
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     highest = max(share for _, of in run.retrieval for share in of.values())
     axis.set_ylim(0, 1.08 * highest or 1)
     axis.grid(alpha=0.3)

@@ -212,7 +212,7 @@ def _finish(axes: Axes, last: float) -> None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_xlim(-0.03 * last, max(1, 1.03 * last))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel(axes.get_xlabel() or "step", fontsize=9)
     axes.yaxis.label.set_fontsize(9)

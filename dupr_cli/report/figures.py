@@ -285,7 +285,7 @@ def _svg(
         draw(axes)
         if not axes.get_xlabel():
             axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.margins(x=0.06, y=0.1)
         if axes.get_ylim()[0] == 0 < axes.dataLim.y1:  # otherwise without room above
             axes.set_ylim(0, 1.08 * axes.dataLim.y1)
