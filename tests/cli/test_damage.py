@@ -50,6 +50,12 @@ def test_one_shard_and_fewer_shards_than_workers(tmp_path: Path, per_shard: int)
     assert MetricsLog(tmp_path / "run").latest()["step"] == 6
 
 
+def test_so_few_images_that_one_is_held_out(tmp_path: Path) -> None:
+    """Its deepest map is a single cell, of which batch norm has no variance."""
+    pretrain(write_shards(tmp_path / "shards", 12), tmp_path / "run")
+    assert MetricsLog(tmp_path / "run").latest()["step"] == 6
+
+
 @pytest.mark.slow
 def test_a_shard_that_vanishes_and_comes_back(tmp_path: Path) -> None:
     shards, out = write_shards(tmp_path / "shards", 300, 10), tmp_path / "run"
