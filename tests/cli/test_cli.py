@@ -208,6 +208,21 @@ def test_an_allocation_that_fails_is_one_message(
     )
 
 
+def test_a_limit_of_memory_that_torch_does_not_fit_in_is_one_message(
+    tmp_path: Path, tiny_shards: Path
+) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (1_200_000_000, 1_200_000_000))
+
+    done = subprocess.run(
+        pretrain_command(tiny_shards, tmp_path / "out"), preexec_fn=limit,
+        capture_output=True, text=True, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: out of memory. Use smaller batches or images")
+    assert "Traceback" not in done.stderr
+
+
 def test_traceback_only_on_request(tmp_path: Path) -> None:
     done = subprocess.run(
         command("prepare", tmp_path / "x", tmp_path / "y", "--traceback"),
