@@ -158,7 +158,7 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
                 "--set",
                 "data.train_sizes=[1000000]",
             ),
-            "data.train_sizes.0 is 1000000, but it should be less than or equal to 8192",
+            "error: --set data.train_sizes=[1000000]: data.train_sizes.0 is 1000000, but it should",
         ),
         (
             (
