@@ -137,7 +137,7 @@ def test_an_image_for_which_memory_is_lacking_is_not_called_damaged(tmp_path: Pa
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     noise_image(1).save(source / "a.png")
-    Image.new("RGB", (9000, 9000)).save(source / "b.png")  # 309 MiB when decoded
+    (source / "b.png").write_bytes(black_png(13_000))  # 645 MiB when decoded
 
     def with_little_memory() -> None:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -279,16 +279,26 @@ def test_how_much_is_decoded_is_the_recipes() -> None:
     assert 5 <= sum(isinstance(result, Skipped) for result in found) <= 45
 
 
-def png_bomb() -> bytes:
-    """A header that promises 100,000 x 100,000 pixels."""
-
+def png(side: int, compressed: bytes) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         )
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 1000))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
+
+
+def png_bomb() -> bytes:
+    """A header that promises 100,000 x 100,000 pixels."""
+    return png(100_000, zlib.compress(b"0" * 1000))
+
+
+def black_png(side: int) -> bytes:
+    """Made row by row: memory that the test has freed would be there for what it forks."""
+    rows = zlib.compressobj(1)
+    parts = [rows.compress(bytes(1 + 3 * side)) for _ in range(side)]
+    return png(side, b"".join([*parts, rows.flush()]))
 
 
 GOOD: dict[str, Callable[[int], tuple[str, bytes]]] = {
