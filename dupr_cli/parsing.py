@@ -10,6 +10,7 @@ otherwise cost gigabytes, or end in a RecursionError wherever the values are use
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,11 @@ class ParseError(ValueError):
 def read_limited(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """The content of a file. Raises ParseError if it is larger than allowed, and OSError."""
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
+        # `read` reserves all the memory that it is asked for: no more than the file has.
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(max_bytes, size) + 1)
+        if size < len(data) <= max_bytes:  # it has grown, or is one of those without a size
+            data += file.read(max_bytes + 1 - len(data))
     require_bytes(len(data), max_bytes)
     return data
 

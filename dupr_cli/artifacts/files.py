@@ -39,11 +39,11 @@ def fsync_directory(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the path to errors of writing, which otherwise do not name the file."""
+    """Name the path in errors of writing, which otherwise name no file or a temporary one."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename in (None, str(temporary_name(path))):
             error.filename = str(path)
         raise
 
@@ -130,7 +130,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` with its files only if the block ends without an error."""
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with naming(path):
+        temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in temporary.iterdir():
@@ -173,6 +174,12 @@ def is_possible_path(text: str) -> bool:
     """Whether a file of this path can exist; looking for others raises errors of its own."""
     raw = text.encode(errors="replace")
     return len(raw) < 4096 and b"\0" not in raw and all(len(p) < 256 for p in raw.split(b"/"))
+
+
+def is_present(path: Path) -> bool:
+    """Whether a file exists; false for a path that none can have, such as a name out of an
+    annotation that is too long, where `is_file` would raise."""
+    return is_possible_path(str(path)) and path.is_file()
 
 
 def leads_outside(name: str) -> bool:

@@ -149,7 +149,8 @@ class Globals:
 
 
 # What torch says when memory runs out on a GPU and on a CPU; it raises a RuntimeError for both.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+# The last is said of a library that does not fit into a limit of memory (ulimit -v).
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to map segment")
 
 # Set by the root command's options, before a command runs.
 root_globals = Globals()
@@ -231,7 +232,7 @@ def command(
                 sys.exit(1)
             except (DuprError, OSError, MemoryError, KeyboardInterrupt) as error:
                 _fail(error, options.traceback)
-            except RuntimeError as error:
+            except (RuntimeError, ImportError) as error:
                 if not any(said in str(error) for said in _OUT_OF_MEMORY):
                     raise
                 _fail(MemoryError(), options.traceback)

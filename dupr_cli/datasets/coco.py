@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeGuard
 from urllib.parse import unquote
 
-from dupr_cli.artifacts.files import named
+from dupr_cli.artifacts.files import is_present, named
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.datasets.layout import split_folders, split_named
 from dupr_cli.datasets.placement import Labels
@@ -482,7 +482,7 @@ def image_folder(coco: CocoSet, places: Sequence[Path] | None = None) -> Path | 
     None."""
     for place in places or image_folders(coco.file):
         some = coco.images[:_PROBED_IMAGES]
-        if not coco.images or any(image_path(place, i.file_name).is_file() for i in some):
+        if not coco.images or any(is_present(image_path(place, i.file_name)) for i in some):
             return place
     return None
 
@@ -491,12 +491,12 @@ def image_path(folder: Path, file_name: str) -> Path:
     """The file of an image in a folder: by the name as written, otherwise by a name in the style of
     another system or a label server. The file need not exist."""
     path = folder / file_name
-    if path.is_file():
+    if is_present(path):
         return path
     plain = unquote(file_name.replace("\\", "/")).rpartition(":")[2]
     parts = [part for part in PurePosixPath(plain).parts if part not in ("/", "..")]
     tails = (folder.joinpath(*parts[start:]) for start in range(len(parts)))
-    return next((tail for tail in tails if tail.is_file()), path)
+    return next((tail for tail in tails if is_present(tail)), path)
 
 
 def _plain_name(file: Path) -> str:

@@ -24,6 +24,7 @@ from typing import BinaryIO, Protocol, cast
 
 import numpy as np
 
+from dupr_cli.artifacts.files import is_present
 from dupr_cli.artifacts.pixel_formats import PixelFormat
 from dupr_cli.artifacts.results import DatasetIdentity
 from dupr_cli.artifacts.shard_files import MASK, MASK_CLASSES
@@ -120,7 +121,7 @@ class VocMasks(_WithoutObjects):
         tree, image_id = self._entries[number]
         path = tree / "JPEGImages" / f"{image_id}.jpg"
         png = path.with_suffix(".png")
-        return str(png if png.is_file() and not path.is_file() else path)
+        return str(png if is_present(png) and not is_present(path) else path)
 
     def image(self, number: int) -> BinaryIO:
         return Path(self.place(number)).open("rb")
@@ -128,7 +129,7 @@ class VocMasks(_WithoutObjects):
     def mask_place(self, number: int) -> str:
         tree, image_id = self._entries[number]
         paths = [tree / folder / f"{image_id}.png" for folder in self._folders]
-        return str(next((path for path in paths if path.is_file()), paths[-1]))
+        return str(next((path for path in paths if is_present(path)), paths[-1]))
 
     def mask(self, number: int) -> Mask:
         place = self.mask_place(number)

@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from dupr_cli.artifacts.files import is_image_name
+from dupr_cli.artifacts.files import is_image_name, is_present
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.reading import UnfitImageError, require_regular
 from dupr_cli.datasets.layout import split_folders, split_named
@@ -145,7 +145,7 @@ class VocTree:
             return folder / stated
         if files:
             return folder / files[0]
-        if stated and not self.has_lists and (folder / stated).is_file():
+        if stated and not self.has_lists and is_present(folder / stated):
             return folder / stated
         return folder / f"{name}.jpg"
 
@@ -160,7 +160,7 @@ class VocTree:
     def _annotation_path(self, image_id: str) -> Path:
         folder, name = _parted(self.root / self.annotations, image_id)
         path = folder / f"{name}.xml"
-        if not path.is_file() and is_image_name(name):
+        if is_image_name(name) and not is_present(path):
             return folder / f"{name.rpartition('.')[0]}.xml"
         return path
 
@@ -169,7 +169,7 @@ class VocTree:
         return [self.image_path(image_id), self._annotation_path(image_id)]
 
     def is_annotated(self, image_id: str) -> bool:
-        return self._annotation_path(image_id).is_file()
+        return is_present(self._annotation_path(image_id))
 
     def boxes(self, image_id: str) -> list[Box]:
         """Objects of one image; see `labels`."""

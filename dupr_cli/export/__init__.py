@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dupr_cli.artifacts.files import remove_abandoned, sha256_file, temporary_name
+from dupr_cli.artifacts.files import naming, remove_abandoned, sha256_file, temporary_name
 from dupr_cli.artifacts.weights import Weights, read_weights
 from dupr_cli.export.arrival import Checked, load_into
 from dupr_cli.export.formats import ExportFormat, folders_of, make_format
@@ -121,10 +121,12 @@ def run(
     read = _rounded(fitted(read), recipe.dtype)
     places = folders_of(formats)
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target)
-    staged = temporary_name(target)
+    beside = _on_its_file_system(target)
+    remove_abandoned(beside)
+    staged = temporary_name(beside)
     try:
-        staged.mkdir()
+        with naming(target):
+            staged.mkdir()
         with stoppable("Nothing was written."):
             exported = []
             for chosen in formats:
@@ -169,6 +171,15 @@ def run(
         return result
 
     return replace(result, hub_url=push_files(target, files, read, push, reporter))
+
+
+def _on_its_file_system(target: Path) -> Path:
+    """A path beside which files can be renamed to be at the target or in it.
+
+    That is inside the target if it is a file system of its own, or a link to a folder of another.
+    """
+    apart = target.is_dir() and target.stat().st_dev != target.parent.stat().st_dev
+    return target / target.name if apart else target
 
 
 def check(

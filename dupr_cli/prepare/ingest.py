@@ -28,7 +28,7 @@ from dupr_cli.datasets.channels import ChannelError, ChannelPicture, open_channe
 from dupr_cli.datasets.copies import ImageHashes, hash_image
 from dupr_cli.datasets.pixels import IMAGE_ERRORS, Picture, UnknownRangeError, open_picture
 from dupr_cli.datasets.placement import Placed, Size, placed, placed_mask
-from dupr_cli.errors import DuprError, StoppedRunError
+from dupr_cli.errors import DuprError, RunError, StoppedRunError
 from dupr_cli.prepare.exclusion import ExcludedImages
 from dupr_cli.prepare.sources import Entry, RawImage
 from dupr_cli.recipe import PrepareRecipe
@@ -89,6 +89,12 @@ def ingest(
         return found
     except StoppedRunError:
         raise
+    except MemoryError:
+        # With more memory the image may be a good one, so it is not left out.
+        raise RunError(
+            f"{name}: memory ran out while the image was read. Use fewer --workers, or skip images "
+            f"of its size with image.max_pixels, then give the same command again to continue."
+        ) from None
     except (OSError, ValueError, DuprError) as error:
         return Skipped(name, why_unreadable(error))
     except _UnusableImageError as error:
@@ -336,7 +342,7 @@ def _decoded(step: Callable[[], T]) -> T:
     """The result of a step of decoding. Raises _UnusableImageError when it fails."""
     try:
         return step()
-    except StoppedRunError:
+    except (StoppedRunError, MemoryError):
         raise
     except UnknownRangeError as error:
         raise _UnusableImageError(str(error)) from None

@@ -97,6 +97,8 @@ def measure(address: str | Path, split: str | None, reporter: Reporter) -> Stats
                 sizes.append(picture.upright)
                 if number % every == 0:
                     _add(picture, sums, values)
+            except MemoryError:
+                raise
             # On damaged files, decoders raise exceptions of any kind.
             except Exception:
                 unreadable += 1

@@ -176,6 +176,8 @@ def _problem_of_sample(shards: ShardSet, number: int) -> str:
             size = _decoded_size(sample)
     except DuprError as error:
         return str(error)
+    except MemoryError:
+        raise
     # On damaged files, decoders raise exceptions of any kind.
     except Exception as error:
         return f"does not decode: {error}"

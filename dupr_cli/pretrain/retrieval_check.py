@@ -114,8 +114,11 @@ def patch_retrieval(
 
     with measured_statistics(network):
         for batch in batches:
-            for view in range(2):
-                maps(recoloured(batch, view, max_sigma, device))
+            views = [recoloured(batch, view, max_sigma, device) for view in range(2)]
+            # The deepest map of one small image is one cell, which alone has no variance.
+            alone = len(views[0]) == 1 and min(cells.values()) == 1
+            for images in [torch.cat(views)] if alone else views:
+                maps(images)
     patches: dict[Level, list[PairedBins]] = {level: [] for level in levels}
     for batch in batches:
         found = paired_bins(maps, batch, bins, grids, method.views, max_sigma, device)

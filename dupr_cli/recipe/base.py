@@ -38,6 +38,8 @@ PERMUTED = "permuted:"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# Pixels. A square of the limit takes 0.8 GB as floats; what is far above fits no machine.
+ImageSide = Annotated[int, Field(ge=1, le=8192)]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

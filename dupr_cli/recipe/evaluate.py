@@ -11,6 +11,7 @@ from dupr_cli.recipe.base import (
     LEVEL_STRIDES,
     BackboneOrAuto,
     Fraction,
+    ImageSide,
     Level,
     Section,
     Seed,
@@ -200,12 +201,12 @@ class DetectionDataSection(Section):
     the average image. random: as published few-label results draw."""
     labels_seed: Seed = 0
     """Seed of that draw."""
-    train_sizes: Annotated[list[Positive], Field(min_length=1)] = list(range(480, 801, 32))
+    train_sizes: Annotated[list[ImageSide], Field(min_length=1)] = list(range(480, 801, 32))
     """Short sides, pixels; one is drawn for every training image. Exactly one if all of the
     backbone is frozen."""
-    test_size: Positive = 800
+    test_size: ImageSide = 800
     """Short side in testing, pixels."""
-    max_size: Positive = 1333
+    max_size: ImageSide = 1333
     """Limit of the long side, pixels."""
     square: bool = False
     """Resize to squares of these sizes, whatever the shape of the image, as RT-DETR and D-FINE do:

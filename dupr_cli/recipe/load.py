@@ -336,6 +336,8 @@ class Override:
             target[part] = dict(inner) if isinstance(inner, dict) else {}
             target = typing.cast(dict[str, object], target[part])
         target[parts[-1]] = self.value
+        for below in [at for at in origins if at[: len(parts)] == parts]:
+            del origins[below]  # entries of the value that is replaced
         origins[parts] = Origin(self.source or f"overrides, {self.key}", None)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dupr_cli.recipe.base import BackboneOrAuto, Fraction, Level, Section, Seed, reject
+from dupr_cli.recipe.base import BackboneOrAuto, Fraction, ImageSide, Level, Section, Seed, reject
 from dupr_cli.recipe.pretrain import BlurSection, ColorJitterSection, ViewsSection
 
 Positive = Annotated[int, Field(ge=1)]
@@ -21,7 +21,7 @@ ProbeProtocol = Literal["knn", "linear", "linear-fast", "voc07-cls", "patch-retr
 
 
 class ProbeImageSection(Section):
-    resize: Positive = 256
+    resize: ImageSide = 256
     """Short side to which images are resized, pixels."""
     crop: Annotated[int, Field(ge=32)] = 224
     """Side of the square cut from the middle, pixels; also of a linear probe's random crops."""

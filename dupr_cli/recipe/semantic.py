@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dupr_cli.recipe.base import Section, reject
+from dupr_cli.recipe.base import ImageSide, Section, reject
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -23,14 +23,14 @@ class SemanticSection(Section):
     """3 x 3 convolutions before the classifier."""
     dilation: Positive = 6
     """Dilation of these convolutions."""
-    short_side: Positive | None = None
+    short_side: ImageSide | None = None
     """Short side of all images, pixels; by default each image has its own size."""
     scale: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest factor of that size in training; a factor is drawn for every image."""
-    crop: Positive = 513
+    crop: ImageSide = 513
     """Side of the square that is cut from the scaled image in training, pixels. What lies outside
     the image is not labelled."""
-    window: Positive | None = None
+    window: ImageSide | None = None
     """Test on windows of this side, pixels, that overlap by a third, and take the mean of their
     outputs; by default on whole images."""
 

@@ -199,8 +199,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.parametrize("seconds", [1, 4_000_000_000], ids=["past", "future"])
 def test_a_cached_shard_that_changed_at_equal_size_is_fetched_again(
-    shards: Path, cache: Path
+    shards: Path, cache: Path, seconds: int
 ) -> None:
     with serve(shards) as served:
         wanted = open_shards(served.url)[0].image
@@ -209,7 +210,7 @@ def test_a_cached_shard_that_changed_at_equal_size_is_fetched_again(
         place = data.find(wanted)
         data[place : place + 4] = b"evil"
         copy.write_bytes(data)
-        os.utime(copy, (1, 1))
+        os.utime(copy, (seconds, seconds))
         assert open_shards(served.url)[0].image == wanted
 
 

@@ -18,9 +18,10 @@ from dupr_cli.cli.console import ConsoleReporter, print_error
 from dupr_cli.pretrain import estimate
 from tests.support.command_line import TINY_SET, dupr, pretrain
 from tests.support.images import noise_image
-from tests.support.processes import forked
-from tests.support.recipes import SMALL_NETWORK
-from tests.support.weights import METADATA
+from tests.support.labelled_scenes import make_tree
+from tests.support.processes import drop_rights_of_root, forked
+from tests.support.recipes import SMALL_DETECTOR, SMALL_NETWORK
+from tests.support.weights import METADATA, random_weights
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
 
@@ -144,6 +145,35 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
             (*tiny_run, "--set", f"method.queue_length={10**12}"),
             "GiB of memory, and there are",
         ),
+        ((*tiny_run, "--set", "method.views.size=1000000"), "be less than or equal to 1024"),
+        (
+            (
+                "evaluate",
+                "voc",
+                "none",
+                "--data",
+                out,
+                "--out",
+                out,
+                "--set",
+                "data.train_sizes=[1000000]",
+            ),
+            "error: --set data.train_sizes=[1000000]: data.train_sizes.0 is 1000000, but it should",
+        ),
+        (
+            (
+                "evaluate",
+                "knn",
+                "none",
+                "--data",
+                out,
+                "--out",
+                out,
+                "--set",
+                "images.resize=1000000",
+            ),
+            "images.resize is 1000000, but it should be less than or equal to 8192",
+        ),
         (
             ("prepare", tiny_shards, out, "--workers", 10**5),
             "100000 worker processes would need",
@@ -178,6 +208,21 @@ def test_an_allocation_that_fails_is_one_message(
     )
 
 
+def test_a_limit_of_memory_that_torch_does_not_fit_in_is_one_message(
+    tmp_path: Path, tiny_shards: Path
+) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (1_200_000_000, 1_200_000_000))
+
+    done = subprocess.run(
+        pretrain_command(tiny_shards, tmp_path / "out"), preexec_fn=limit,
+        capture_output=True, text=True, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: out of memory. Use smaller batches or images")
+    assert "Traceback" not in done.stderr
+
+
 def test_traceback_only_on_request(tmp_path: Path) -> None:
     done = subprocess.run(
         command("prepare", tmp_path / "x", tmp_path / "y", "--traceback"),
@@ -190,6 +235,43 @@ def test_traceback_only_on_request(tmp_path: Path) -> None:
 def test_output_that_cannot_be_written(image_folder: Path, tmp_path: Path) -> None:
     done = dupr("prepare", image_folder, "/proc/dupr-cannot-write-here", code=1)
     assert "/proc/dupr-cannot-write-here: No such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "export", "import", "evaluate"])
+def test_a_folder_where_others_alone_may_write_is_one_message(
+    tmp_path: Path, tiny_shards: Path, image_folder: Path, stage: str
+) -> None:
+    theirs, weights = tmp_path / "theirs", tmp_path / "weights.safetensors"
+    theirs.mkdir()
+    out = theirs / "out"
+    small = [word for override in SMALL_DETECTOR for word in ("--set", override)]
+    if stage in ("export", "import"):
+        random_weights(weights)
+    arguments: dict[str, list[object]] = {
+        "prepare": ["prepare", image_folder, out, "--workers", 1],
+        "pretrain": pretrain_command(tiny_shards, out, "--set", SMALL_NETWORK)[3:],
+        "export": ["export", weights, "--to", "timm", "--out", out],
+        "import": ["import", weights, "--out", out],
+        "evaluate": [
+            "evaluate", "voc", "none", "-r", "voc-frozen-tiny", "--data", tmp_path / "tree",
+            "--out", out, "--device", "cpu", *small,
+        ],
+    }  # fmt: skip
+    if stage == "evaluate":
+        make_tree(tmp_path / "tree")
+
+    def as_another_user() -> None:
+        drop_rights_of_root()
+        sys.argv = ["dupr", *map(str, arguments[stage])]
+        main()
+
+    theirs.chmod(0o555)
+    done = forked(as_another_user)
+    assert done.returncode == 1, done.stderr
+    assert f"error: {out}: Permission denied. Give a path that you may" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(theirs.iterdir()) == []
+    theirs.chmod(0o755)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Through the real command line, with real signals to real processes.
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import sys
@@ -158,6 +159,19 @@ def test_a_time_limit_saves_and_the_run_goes_on(
     errors = command_line.pretrain(shards, out, *options, code=75).stderr
     assert "stopped after --max-hours 0; step 1 of 24 is saved" in errors
     command_line.pretrain(shards, out, "--steps", STEPS, *SELDOM)
+    assert_same(out, whole)
+
+
+def test_a_run_of_the_future_is_continued(
+    tmp_path: Path, shards: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    """The clock was set back meanwhile."""
+    out = tmp_path / "run"
+    options = ("--steps", STEPS, *SELDOM)
+    command_line.pretrain(shards, out, *options, "--stop-after", 7, code=75)
+    for path in out.rglob("*"):
+        os.utime(path, (4_000_000_000, 4_000_000_000), follow_symlinks=False)
+    command_line.pretrain(shards, out, *options)
     assert_same(out, whole)
 
 

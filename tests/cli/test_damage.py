@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -47,6 +49,35 @@ def test_one_shard_and_fewer_shards_than_workers(tmp_path: Path, per_shard: int)
     shards = write_shards(tmp_path / "shards", 60, per_shard)
     assert len(list(shards.glob("*.tar"))) == 60 // per_shard
     pretrain(shards, tmp_path / "run")
+    assert MetricsLog(tmp_path / "run").latest()["step"] == 6
+
+
+def test_a_hostile_tar(tmp_path: Path) -> None:
+    """Names that lead outside, links and devices, an image twice, and one of 1.2 gigapixels."""
+    bomb = bytearray(encode(noise_image(0), "PNG"))
+    bomb[16:24] = (40_000).to_bytes(4, "big") + (30_000).to_bytes(4, "big")
+    images = {f"k{number}.jpg": encode(noise_image(number)) for number in range(40)}
+    images |= {"../../evil.jpg": images["k1.jpg"], "/abs/evil.jpg": images["k2.jpg"]}
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in [*images.items(), ("k1.jpg", b"again"), ("bomb.png", bytes(bomb))]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for number, kind in enumerate(kinds):
+            member = tarfile.TarInfo(f"special{number}.jpg")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    before = {path.name for path in tmp_path.iterdir()}
+    errors = pretrain(tmp_path / "a.tar", tmp_path / "run", "--steps", 10)
+    assert errors.count("cannot be decoded are replaced") <= 1
+    assert MetricsLog(tmp_path / "run").latest()["step"] == 10
+    assert {path.name for path in tmp_path.iterdir()} - before <= {"run", "cache"}
+
+
+def test_so_few_images_that_one_is_held_out(tmp_path: Path) -> None:
+    """Its deepest map is a single cell, of which batch norm has no variance."""
+    pretrain(write_shards(tmp_path / "shards", 12), tmp_path / "run")
     assert MetricsLog(tmp_path / "run").latest()["step"] == 6
 
 

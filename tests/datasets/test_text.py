@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from dupr_cli import prepare
+from dupr_cli.artifacts.files import is_present
+from dupr_cli.datasets.coco import image_path
 from dupr_cli.datasets.text import read_text
 from dupr_cli.datasets.voc import find_voc_trees
 from dupr_cli.errors import RunError, UsageError
+from tests.support.images import noise_image
 from tests.support.labelled_files import voc_xml
 
 GIBIBYTE = 1 << 30
@@ -51,3 +56,17 @@ def test_an_annotation_of_gigabytes_is_refused_by_name(tmp_path: Path) -> None:
     assert len(tree.boxes("a")) == 1
     with pytest.raises(RunError, match=r"b\.xml: the annotation cannot be used: it is larger"):
         tree.boxes("b")
+
+
+def test_a_name_that_no_file_can_have_is_that_of_a_missing_file(tmp_path: Path) -> None:
+    """The fault behind this test: one such name ended the preparation of the whole set."""
+    name = "x" * 5000
+    assert not is_present(image_path(tmp_path, f"{name}.jpg"))
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    noise_image(1).save(tmp_path / "JPEGImages/a.png")
+    (tmp_path / "Annotations/a.xml").write_text(voc_xml((2, 2, 9, 9), (48, 40)))
+    (tmp_path / "ImageSets/Main/train.txt").write_text(f"a\n{name}\n")
+    assert prepare.run("default", tmp_path, tmp_path / "out", workers=1).samples == {"train": 1}
+    (line,) = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "cannot be read: File name too long"

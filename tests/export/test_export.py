@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,22 @@ def test_file_in_the_way_is_kept_without_overwrite(tmp_path: Path) -> None:
     for overwrite in (False, True):
         export.run(RECIPE, str(tmp_path / "run"), out, overwrite=overwrite)
     assert read_weights(str(out)).metadata.step == 5
+
+
+def test_a_link_to_another_file_system_and_a_mount(tmp_path: Path) -> None:
+    """Files cannot be renamed from one to another."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system")
+    make_run(tmp_path / "run", "resnet18")
+    with tempfile.TemporaryDirectory(dir=memory) as there:
+        out = tmp_path / "out"
+        out.symlink_to(there)
+        for overwrite in (False, True):
+            export.run(RECIPE, str(tmp_path / "run"), out, overwrite=overwrite)
+        assert sorted(path.name for path in Path(there).iterdir()) == [
+            "backbone.safetensors", "export.json",
+        ]  # fmt: skip
 
 
 def test_a_folder_keeps_files_of_others_and_loses_those_of_the_export_before(

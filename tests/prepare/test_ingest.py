@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import resource
 import struct
+import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dupr_cli import prepare
+from dupr_cli.__main__ import main
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Skipped, open_shards
@@ -24,6 +29,7 @@ from dupr_cli.prepare.ingest import Ingested, ingest
 from dupr_cli.prepare.sources import Entry, RawImage
 from dupr_cli.recipe import PrepareRecipe, load_recipe
 from tests.support.images import encode, noise_image
+from tests.support.processes import forked
 
 
 def take(raw: RawImage | bytes, *overrides: str) -> Ingested | Skipped:
@@ -91,6 +97,59 @@ def test_of_an_animation_the_first_frame_stays(format_: str) -> None:
     assert (stored.mode, getattr(stored, "n_frames", 1)) == ("RGB", 1)
     first = np.asarray(noise_image(0), dtype=float)
     assert np.abs(np.asarray(stored, dtype=float) - first).mean() < 12
+
+
+def test_of_thousands_of_frames_only_the_first_is_decoded() -> None:
+    frames = [Image.new("P", (32, 32), number % 250) for number in range(10_000)]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:], optimize=False)
+    began = time.process_time()
+    assert taken(data).width == 32
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_of_many_pages_the_first_stays(ring: bool) -> None:
+    pages = [Image.new("RGB", (32, 24), (number, 0, 0)) for number in range(200)]
+    data = bytearray(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
+    if ring:  # the page after the first is the first
+        first = struct.unpack("<I", data[4:8])[0]
+        after = first + 2 + 12 * struct.unpack("<H", data[first : first + 2])[0]
+        data[after : after + 4] = struct.pack("<I", first)
+    stored = Image.open(io.BytesIO(taken(bytes(data)).image))
+    assert stored.convert("RGB").getpixel((5, 5)) == (0, 0, 0)
+
+
+def test_names_that_windows_reserves_are_kept_apart(tmp_path: Path) -> None:
+    """And no key is one of them, so that the shards can be unpacked there."""
+    names = ["CON.png", "aux.png", "NUL.txt.png", "COM1.png", "a:b.png", "a?.png", "end .png"]
+    for number, name in enumerate(names):
+        (tmp_path / "source").mkdir(exist_ok=True)
+        noise_image(number).save(tmp_path / "source" / name)
+    prepare.run(load_recipe(PrepareRecipe, None), tmp_path / "source", tmp_path / "out", workers=1)
+    shards = open_shards(str(tmp_path / "out"))
+    assert {shards[number].source for number in range(len(shards))} == set(names)
+    keys = {shards[number].key for number in range(len(shards))}
+    assert all(re.fullmatch(r"[\w-]+-[0-9a-f]{10}", key) for key in keys), keys
+
+
+def test_an_image_for_which_memory_is_lacking_is_not_called_damaged(tmp_path: Path) -> None:
+    """With more memory, the same command takes it."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    noise_image(1).save(source / "a.png")
+    (source / "b.png").write_bytes(black_png(13_000))  # 645 MiB when decoded
+
+    def with_little_memory() -> None:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (200 << 20), held + (200 << 20)))
+        sys.argv = ["dupr", "prepare", str(source), str(out), "--workers", "1"]
+        main()
+
+    done = forked(with_little_memory)
+    assert done.returncode == 1, done.stderr
+    assert "error: b.png: memory ran out while the image was read. Use fewer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert prepare.run("default", source, out, workers=1).samples == {"train": 2}
 
 
 def test_a_cameras_jpeg_with_a_preview_keeps_its_bytes() -> None:
@@ -220,16 +279,26 @@ def test_how_much_is_decoded_is_the_recipes() -> None:
     assert 5 <= sum(isinstance(result, Skipped) for result in found) <= 45
 
 
-def png_bomb() -> bytes:
-    """A header that promises 100,000 x 100,000 pixels."""
-
+def png(side: int, compressed: bytes) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         )
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0" * 1000))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
+
+
+def png_bomb() -> bytes:
+    """A header that promises 100,000 x 100,000 pixels."""
+    return png(100_000, zlib.compress(b"0" * 1000))
+
+
+def black_png(side: int) -> bytes:
+    """Made row by row: memory that the test has freed would be there for what it forks."""
+    rows = zlib.compressobj(1)
+    parts = [rows.compress(bytes(1 + 3 * side)) for _ in range(side)]
+    return png(side, b"".join([*parts, rows.flush()]))
 
 
 GOOD: dict[str, Callable[[int], tuple[str, bytes]]] = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -248,6 +250,33 @@ def test_tasks_and_merge_give_the_set_of_one_call(
     assert merged.samples == {"train": 24}
     assert digests(out) == digests(tmp_path / "one")
     assert prepare.merge(out) == merged  # nothing is left to do
+
+
+def test_work_of_the_future_is_continued(image_folder: Path, tmp_path: Path) -> None:
+    """The clock was set back meanwhile."""
+    prepare.run(SMALL, image_folder, tmp_path / "one", workers=1)
+    out = tmp_path / "tasks"
+    prepare.run(SMALL, image_folder, out, workers=1, task=(1, 2))
+    for path in out.rglob("*"):
+        os.utime(path, (4_000_000_000, 4_000_000_000))
+    prepare.run(SMALL, image_folder, out, workers=1, task=(2, 2))
+    prepare.merge(out)
+    assert digests(out) == digests(tmp_path / "one")
+    assert prepare.plan(SMALL, image_folder, out).action == "nothing"
+
+
+def test_a_link_to_another_file_system(image_folder: Path, tmp_path: Path) -> None:
+    """Files cannot be renamed from one to another."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system")
+    prepare.run(SMALL, image_folder, tmp_path / "one", workers=1)
+    with tempfile.TemporaryDirectory(dir=memory) as there:
+        out = tmp_path / "out"
+        out.symlink_to(there)
+        for overwrite in (False, True):
+            prepare.run(SMALL, image_folder, out, workers=1, overwrite=overwrite)
+            assert digests(out) == digests(tmp_path / "one")
 
 
 def test_overwriting_keeps_the_old_set_until_the_new_one_is_whole(

@@ -8,10 +8,12 @@ server of their own (`dupr prepare`) or by a launcher are started afresh instead
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -127,6 +129,20 @@ def forked(
     out, err = process.communicate(timeout)
     assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+
+def drop_rights_of_root() -> None:
+    """Let this process meet permissions as other users do: root without its capabilities.
+
+    Raises OSError where there are none to drop.
+    """
+    if os.geteuid() == 0:
+        header = struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+        if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)):
+            raise OSError(ctypes.get_errno(), "capset")
 
 
 def as_main(code: str) -> Callable[[], None]:
