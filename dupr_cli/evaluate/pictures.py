@@ -31,6 +31,11 @@ CAPTION = 22
 FONT_SIZE = 14
 PAPER, INK = (255, 255, 255), (20, 20, 20)
 _WRONG = np.array([[220, 20, 20]])
+# Colours that people with any colour vision can tell apart (Okabe and Ito, 2008), without black.
+_TOLD_APART = (
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (240, 228, 66), (86, 180, 233), (213, 94, 0),
+    (204, 121, 167),
+)  # fmt: skip
 
 
 def draw_class_maps(
@@ -70,7 +75,32 @@ def draw_class_maps(
             ]
         rows.append(joined(panels))
     titles = [title for name in predictions for title in (name, f"{name}: errors")]
-    draw_sheet(path, ["image", "ground truth", *titles], _LONG_SIDE, rows)
+    titles = ["image", "ground truth", *titles]
+    legend = _legend(classes, colours, len(titles) * (_LONG_SIDE + GAP) - GAP)
+    draw_sheet(path, titles, _LONG_SIDE, rows, legend=legend)
+
+
+def _legend(
+    classes: Sequence[str], colours: NDArray[np.int64], width: int, most: int = 40
+) -> Image.Image:
+    """Rows of this width: a square of each class's colour, as it is on grey, with its name; of at
+    most this many classes."""
+    letters, side = font(FONT_SIZE), 16
+    places, left, top = [], 0, 0
+    shown = [shortened_end(one_line(name), letters, width - side - 8) for name in classes[:most]]
+    for name in shown:
+        needed = side + 8 + int(letters.getlength(name)) + 22
+        if left and left + needed > width:
+            left, top = 0, top + side + 6
+        places.append((left, top))
+        left += needed
+    legend = Image.new("RGB", (width, top + side), PAPER)
+    draw = ImageDraw.Draw(legend)
+    for name, (x, y), colour in zip(shown, places, colours, strict=False):
+        red, green, blue = (round(0.4 * 128 + 0.6 * part) for part in colour)
+        draw.rectangle((x, y, x + side, y + side - 1), fill=(red, green, blue))
+        draw.text((x + side + 8, y + side // 2), name, INK, letters, anchor="lm")
+    return legend
 
 
 def _coloured(
@@ -160,10 +190,15 @@ def small(image: Image.Image, side: int = _LONG_SIDE) -> Image.Image:
 
 
 def _colour(number: int, total: int) -> Colour:
-    """Hues spread evenly over the classes, and alternating in brightness."""
+    """Colours that all people can tell apart, of many classes also darker. For more classes than
+    that, hues spread evenly over them and alternating in brightness."""
+    shade, place = divmod(number, len(_TOLD_APART))
+    if total <= 2 * len(_TOLD_APART):
+        red, green, blue = _TOLD_APART[place]
+        return (red, green, blue) if shade == 0 else (red // 2, green // 2, blue // 2)
     value = (1.0, 0.8)[number % 2]
-    red, green, blue = colorsys.hsv_to_rgb(number / total, 0.85, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    hue = colorsys.hsv_to_rgb(number / total, 0.85, value)
+    return round(255 * hue[0]), round(255 * hue[1]), round(255 * hue[2])
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -249,6 +249,8 @@ def test_every_output_is_there(finished_run: tuple[Path, Results], root: Path) -
     assert set(results.results[0].metrics) == {"mIoU", "pixAcc", "mAcc"}
     for name in ("predictions.png", "curves.png", "01-none/analysis/confusion.png"):
         assert Image.open(out / name).width > 300
+    # The legend begins with the blue of the first class, as it is over grey.
+    assert Image.open(out / "predictions.png").getpixel((14, 14)) == (51, 120, 158)
     images = opened(root, "val")
     total = np.zeros((3, 3), dtype=np.int64)
     with zipfile.ZipFile(out / "01-none" / "seed-0" / "predictions.zip") as archive:
