@@ -101,7 +101,7 @@ def run_findings(run: Run) -> list[Finding]:
             Finding(
                 BAD,
                 f"{name} is not seen to learn: at step {step:,} it finds patches again in another "
-                f"view no more often than the same network before training ({figures}).",
+                f"view not clearly more often than the same network before training ({figures}).",
             )
         ]
     found = [
@@ -122,8 +122,8 @@ def run_findings(run: Run) -> list[Finding]:
         found.append(
             Finding(
                 OPEN,
-                f"{name}: where one of two views is mirrored, patches are found no more often than "
-                f"before training at {', '.join(flat)}.",
+                f"{name}: where one of two views is mirrored, patches are not found clearly more "
+                f"often than before training at {', '.join(flat)}.",
             )
         )
     return found
