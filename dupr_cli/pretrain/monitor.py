@@ -271,7 +271,8 @@ class Monitor:
                 "stall",
                 f"step {step}: patch retrieval has fallen below the untrained network's: "
                 f"{named(overall)}. "
-                f"{step} steps are few; if a longer run starts like this: {advice}",
+                f"{step} steps are few; if a longer run starts like this, "
+                f"{advice[0].lower()}{advice[1:]}",
             )
 
     def bad_step(self, step: int, batch: ViewPairBatch, shards: ShardSet) -> None:
