@@ -85,7 +85,8 @@ def describe_hours(hours: float) -> str:
     for size, unit in ((24 * 365, "years"), (24 * 30.4, "months"), (24, "days"), (1, "hours")):
         if hours >= 2 * size:
             return f"{hours / size:.0f} {unit}"
-    return f"{hours * 60:.0f} minutes"
+    minutes = max(1, round(hours * 60))
+    return "1 minute" if minutes == 1 else f"{minutes} minutes"
 
 
 def network_size(recipe: PretrainRecipe) -> NetworkSize:

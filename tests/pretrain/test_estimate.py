@@ -105,8 +105,8 @@ def test_parts_and_checkpointing_need_less_memory_and_a_queue_needs_more() -> No
 
 @pytest.mark.parametrize(
     ("hours", "words"),
-    [(0.5, "30 minutes"), (1.5, "90 minutes"), (5, "5 hours"), (72, "3 days"), (2200, "3 months"),
-     (20_000, "2 years")],
+    [(0.001, "1 minute"), (0.5, "30 minutes"), (1.5, "90 minutes"), (5, "5 hours"), (72, "3 days"),
+     (2200, "3 months"), (20_000, "2 years")],
 )  # fmt: skip
 def test_durations_are_said_as_people_say_them(hours: float, words: str) -> None:
     assert describe_hours(hours) == words
