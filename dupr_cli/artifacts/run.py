@@ -49,6 +49,9 @@ RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 LATEST = "latest"
+# Retrieval, relative to an untrained network's, that counts as learning.
+LEARNING = 1.2
+_ERRORS = 2.0  # standard errors beyond which a difference of shares is more than chance
 
 
 # Mean or standard deviation of each channel.
@@ -272,6 +275,12 @@ def retrieval_of(line: Mapping[str, float]) -> dict[str, float]:
     """Held-out patch retrieval of all pairs in a log line, percent by level; empty without it."""
     prefix = "retrieval/"
     return {k.removeprefix(prefix): 100 * v for k, v in line.items() if k.startswith(prefix)}
+
+
+def retrieval_rose(first: float, last: float, patches: float | None) -> bool:
+    """Whether a share of so many patches rose by a factor that counts, and by more than chance."""
+    error = math.sqrt((first * (1 - first) + last * (1 - last)) / max(1.0, patches or 1.0))
+    return last > LEARNING * first and last - first > _ERRORS * error
 
 
 class MetricsLog:

@@ -230,6 +230,20 @@ def print_json(value: object) -> None:
     sys.stdout.write(without_secrets(json_text(value, indent=1)) + "\n")
 
 
+def print_sentences(text: str, indent: str = "") -> None:
+    """Print sentences of a result, in which names from outside are `one_line` already.
+
+    A terminal wraps them between words, and indents what follows the first line.
+    """
+    console = Console(emoji=False)
+    if console.is_terminal:
+        text = textwrap.fill(
+            without_secrets(text), console.width, subsequent_indent=indent,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    print_text(text)
+
+
 def print_text(text: str) -> None:
     """Print lines of a result, in which names from outside are `one_line` already."""
     shown = several_lines(without_secrets(text))

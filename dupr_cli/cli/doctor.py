@@ -115,8 +115,20 @@ def _version(library: str) -> str | None:
 
 
 def show(diagnosis: Diagnosis) -> None:
-    from dupr_cli.cli.console import print_facts, print_text
+    from dupr_cli.cli.console import print_facts, print_sentences, print_table, print_text
 
     print_facts([*diagnosis.versions.items(), *diagnosis.machine.items()])
-    print_facts([*diagnosis.extras.items()], title="extra")
-    print_text("\n".join(["", *diagnosis.advice]))
+    print_text("")
+    missing = [name for name, state in diagnosis.extras.items() if not state.endswith("installed")]
+    print_table(
+        ("extra", "state", "for"),
+        [
+            (name, "missing" if name in missing else "installed", purpose)
+            for name, (_, purpose) in EXTRAS.items()
+        ],
+    )
+    print_text("")
+    if missing:
+        print_sentences(f"Install an extra by its name: pip install 'dupr-cli[{missing[0]}]'.")
+    for advice in diagnosis.advice:
+        print_sentences(advice)

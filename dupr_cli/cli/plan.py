@@ -74,7 +74,7 @@ def plan(
 def show(proposal: Proposal) -> None:
     import json
 
-    from dupr_cli.cli.console import print_facts, print_text
+    from dupr_cli.cli.console import print_facts, print_sentences
     from dupr_cli.pretrain.estimate import describe_hours
 
     cost = proposal.estimate
@@ -86,7 +86,7 @@ def show(proposal: Proposal) -> None:
         ]
     )
     for choice in proposal.keys:
-        print_text(f"  {choice.key}={json.dumps(choice.value)}  ({choice.why})")
+        print_sentences(f"  {choice.key}={json.dumps(choice.value)}  ({choice.why})", "    ")
     print_facts(
         [
             ("length", f"{proposal.steps:,} steps, {proposal.epochs:g} epochs"),
@@ -96,7 +96,7 @@ def show(proposal: Proposal) -> None:
         ]
     )
     for warning in proposal.warnings:
-        print_text(f"warning: {one_line(warning)}")
+        print_sentences(f"warning: {one_line(warning)}", "  ")
 
 
 def following(proposal: Proposal, arguments: Mapping[str, object]) -> str:

@@ -235,7 +235,7 @@ def following(result: PrepareResult, arguments: Mapping[str, object]) -> str:
     if result.task is not None:
         merge = shell_words("dupr", "prepare", "merge", result.out)
         return f"{merge}  (when all tasks have ended)"
-    return f"{shell_words('dupr', 'plan', result.out)}  (proposes a recipe, with its cost)"
+    return f"{shell_words('dupr', 'plan', result.out)}  # proposes a recipe, with its cost"
 
 
 def verify(shards: Shards, workers: Workers = None, *, reporter: Reporter) -> Verified:

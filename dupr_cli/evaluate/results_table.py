@@ -14,6 +14,7 @@ from dupr_cli.evaluate.statistics import compared_metrics
 from dupr_cli.metrics.semantic import MEAN_IOU
 from dupr_cli.metrics.types import Detections, Rle
 from dupr_cli.outside_text import json_text, one_line
+from dupr_cli.recipe import recipe_value
 
 _WIDTH = 80
 _NAME_WIDTH = 24
@@ -89,7 +90,9 @@ def table(results: Results) -> str:
     for verb, used in (("Trained", results.train), ("Tested", results.test)):
         lines += _wrapped(f"{verb} on {_describe(used)}")
     for key, (shipped, now) in results.changes.items():
-        lines += _wrapped(f"Changed: {key} is {now}; {results.protocol} has {shipped}")
+        lines += _wrapped(
+            f"Changed: {key} is {recipe_value(now)}; {results.protocol} has {recipe_value(shipped)}"
+        )
     for note in results.notes:
         lines += _wrapped(f"Note: {note}")
     count = len(results.seeds)

@@ -153,7 +153,9 @@ def _only_place(
     raise UsageError(
         f"{weights.address}: the model has no place for all {total} tensors of the "
         f"{weights.metadata.architecture}. "
-        f"{nearest if matched else 'No tensor has a name and shape that fits'}. Nothing was loaded."
+        f"{nearest if matched else 'No tensor has a name and shape that fits'}. Nothing was "
+        f"loaded. Build the detector on this network, or pre-train the detector's own as "
+        f"model.backbone (`dupr plan --detector` chooses it)."
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from dupr_cli.artifacts.files import write_json
-from dupr_cli.artifacts.run import MetricsLog
+from dupr_cli.artifacts.run import LEARNING, MetricsLog
 from dupr_cli.artifacts.shards import ShardSet
 from dupr_cli.errors import RunError
 from dupr_cli.pretrain.encoders import Embeddings
@@ -33,8 +33,6 @@ from dupr_cli.views.pairs import ViewPairBatch
 
 # Spread relative to that of random unit vectors, 1 / sqrt(D). Collapsed embeddings are near 0.
 _COLLAPSED = 0.02
-# Retrieval, relative to an untrained network's, that counts as learning after a quarter of the run.
-_LEARNING = 1.2
 # Before this many steps, no run is expected to have learned anything.
 _SOON = 300
 _POOL = "retrieval_pool/"
@@ -254,7 +252,7 @@ class Monitor:
 
         overall = [f"{RETRIEVAL['all']}/{level}" for level in levels]
         if step >= max(_SOON, self._steps / 4):
-            flat = [v for v in shares if shares[v] < _LEARNING * self._untrained.get(v, 0)]
+            flat = [v for v in shares if shares[v] < LEARNING * self._untrained.get(v, 0)]
             if all(name in flat for name in overall):
                 self._warn(
                     "stall",
@@ -273,7 +271,8 @@ class Monitor:
                 "stall",
                 f"step {step}: patch retrieval has fallen below the untrained network's: "
                 f"{named(overall)}. "
-                f"{step} steps are few; if a longer run starts like this: {advice}",
+                f"{step} steps are few; if a longer run starts like this, "
+                f"{advice[0].lower()}{advice[1:]}",
             )
 
     def bad_step(self, step: int, batch: ViewPairBatch, shards: ShardSet) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dupr_cli.artifacts.run import retrieval_rose
 from dupr_cli.models.backbone import as_backbone
 from dupr_cli.models.batch_norm import measured_statistics, ungroup_batch_norms
 from dupr_cli.pretrain.encoders import grid
@@ -67,20 +68,22 @@ def short_retrieval(shares: Mapping[str, float]) -> str:
 def learned(first: Mapping[str, float], last: Mapping[str, float]) -> str:
     """Whether patches are found again more often than by the random network of the start.
 
-    first, last: shares of all pairs by their names in metrics.jsonl; empty text without them.
+    first, last: shares of all pairs by their names in metrics.jsonl, last also with the numbers of
+    patches; empty text without them. The rule is that of `dupr report`.
     """
     better: list[str] = []
     not_better: list[str] = []
     for name, start in first.items():
         end = last[name]
-        kind = better if end > start else not_better
         level = name.removeprefix(f"{RETRIEVAL['all']}/")
+        rose = retrieval_rose(start, end, last.get(f"retrieval_pool/{level}"))
+        kind = better if rose else not_better
         kind.append(f"{level} {100 * start:.1f}% -> {100 * end:.1f}%")
     parts = []
     if better:
         parts.append(f"more than at the start: {', '.join(better)}")
     if not_better:
-        parts.append(f"no more than at the start: {', '.join(not_better)}")
+        parts.append(f"not clearly more than at the start: {', '.join(not_better)}")
     return "; ".join(parts)
 
 

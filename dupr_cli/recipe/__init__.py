@@ -18,6 +18,7 @@ from dupr_cli.recipe.load import (
     recipe_digest,
     recipe_keys,
     recipe_schema,
+    recipe_value,
     recipe_yaml,
     shipped_recipes,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "recipe_digest",
     "recipe_keys",
     "recipe_schema",
+    "recipe_value",
     "recipe_yaml",
     "resolve_recipe",
     "shipped_recipes",

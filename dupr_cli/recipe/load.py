@@ -537,6 +537,11 @@ def recipe_keys(values: object, at: str = "") -> dict[str, object]:
     return keys
 
 
+def recipe_value(value: object) -> str:
+    """A plain value as people write it in a recipe: null and true, not None and True."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
 def recipe_digest(recipe: Section) -> str:
     """sha256 of the resolved recipe, which depends on its values but not on their order or file."""
     values = recipe.model_dump(mode="json", exclude={"description"})

@@ -18,7 +18,7 @@ from dupr_cli.addresses import without_secrets
 from dupr_cli.artifacts.label_curves import LabelCurves
 from dupr_cli.artifacts.results import DatasetIdentity, Results, WeightsResult
 from dupr_cli.outside_text import html_text
-from dupr_cli.recipe import recipe_keys
+from dupr_cli.recipe import recipe_keys, recipe_value
 from dupr_cli.report.figures import (
     PALETTE,
     Figure,
@@ -275,7 +275,8 @@ def _evaluation(named: Named[Results]) -> Part:
         f"Trained on {_described(results.train)}",
         f"Tested on {_described(results.test)}",
         *(
-            f"Changed: {key} is {values[1]}; {results.protocol} has {values[0]}"
+            f"Changed: {key} is {recipe_value(values[1])}; "
+            f"{results.protocol} has {recipe_value(values[0])}"
             for key, values in results.changes.items()
             if len(values) == 2
         ),
@@ -415,7 +416,7 @@ def _recipe_tables(sources: Sources) -> list[Table]:
 
 
 def _value(recipe: Mapping[str, object], key: str) -> str:
-    text = str(recipe.get(key, _ABSENT))
+    text = recipe_value(recipe.get(key, _ABSENT))
     return text if len(text) <= _MOST_CELL else text[: _MOST_CELL - 3] + "..."
 
 

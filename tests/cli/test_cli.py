@@ -15,6 +15,7 @@ import pytest
 from dupr_cli.__main__ import main
 from dupr_cli.artifacts.run import list_checkpoints
 from dupr_cli.cli.console import ConsoleReporter, print_error
+from dupr_cli.cli.doctor import EXTRAS, Diagnosis, show
 from dupr_cli.pretrain import estimate
 from tests.support.command_line import TINY_SET, dupr, pretrain
 from tests.support.images import noise_image
@@ -41,6 +42,18 @@ def test_version_and_doctor() -> None:
     facts = json.loads(dupr("doctor", "--json").stdout)
     assert facts["versions"]["torch"]
     assert facts["advice"]
+
+
+def test_what_doctor_shows_fits_80_columns_and_can_be_copied(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for rich, this is a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    extras = {name: f"{purpose}: missing" for name, (_, purpose) in EXTRAS.items()}
+    show(Diagnosis({"torch": "2.11.0"}, {"memory": "8 GiB"}, extras, ["Use a GPU. " * 15]))
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("pip install 'dupr-cli[timm]'" in line for line in lines)
 
 
 def test_completion_knows_the_commands() -> None:

@@ -20,6 +20,7 @@ from dupr_cli.recipe import (
     load_recipe,
     recipe_digest,
     recipe_schema,
+    recipe_value,
     recipe_yaml,
     shipped_recipes,
 )
@@ -237,3 +238,8 @@ def _check_keys(value: dict[str, object], node: dict[str, Any], root: dict[str, 
         assert key in properties
         if isinstance(inner, dict):
             _check_keys(inner, properties[key], root)
+
+
+def test_values_are_shown_as_people_write_them() -> None:
+    shown = [recipe_value(value) for value in (None, True, 1, "a", [1, 2])]
+    assert shown == ["null", "true", "1", "a", "[1, 2]"]
