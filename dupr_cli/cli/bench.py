@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Device, Set, Workers, command, overrides
+from dupr_cli.cli.command import (
+    Device,
+    Set,
+    Workers,
+    command,
+    loading,
+    overrides,
+)
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -50,7 +57,9 @@ def bench(
       dupr bench dupr-r50-h100 --data shards/ --workers 16 --out bench.png --json
     """
     from dupr_cli.cli.inspect import require_png
-    from dupr_cli.measure.bench import bench as measure
+
+    with loading():
+        from dupr_cli.measure.bench import bench as measure
 
     if out is not None:
         require_png(out)

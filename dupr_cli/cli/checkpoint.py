@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import command
+from dupr_cli.cli.command import (
+    command,
+    loading,
+)
 from dupr_cli.cli.help_text import Group
 from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
@@ -47,7 +50,8 @@ def list_checkpoints(
 
       dupr checkpoint list runs/smoke
     """
-    from dupr_cli.artifacts.checkpoint_inspection import list_run
+    with loading():
+        from dupr_cli.artifacts.checkpoint_inspection import list_run
 
     return list_run(run)
 
@@ -71,7 +75,8 @@ def verify(
 
       dupr checkpoint verify runs/smoke/checkpoints/step-00000500
     """
-    from dupr_cli.artifacts import checkpoint_inspection
+    with loading():
+        from dupr_cli.artifacts import checkpoint_inspection
 
     return checkpoint_inspection.verify(addresses, reporter)
 
@@ -96,7 +101,8 @@ def diff(
 
       dupr checkpoint diff runs/a runs/b/checkpoints/step-00000100 --json
     """
-    from dupr_cli.artifacts import checkpoint_inspection
+    with loading():
+        from dupr_cli.artifacts import checkpoint_inspection
 
     return checkpoint_inspection.diff(a, b, reporter)
 

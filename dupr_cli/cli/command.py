@@ -19,7 +19,8 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -155,11 +156,26 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to map segme
 # Set by the root command's options, before a command runs.
 root_globals = Globals()
 
+# The global options of the command that runs.
+_given = Globals()
+
 
 def make_reporter(options: Globals) -> Reporter:
     from dupr_cli.cli.console import ConsoleReporter
 
     return ConsoleReporter(-1 if options.quiet or options.json else 1 if options.verbose else 0)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say on a terminal that a stage is being loaded: PyTorch takes seconds."""
+    if _given.quiet or _given.json or "torch" in sys.modules:
+        yield
+        return
+    from dupr_cli.cli.console import passing_line
+
+    with passing_line("loading PyTorch ..."):
+        yield
 
 
 def command(
@@ -210,6 +226,8 @@ def command(
                     for field in dataclasses.fields(Globals)
                 }
             )
+            global _given
+            _given = options
             if "reporter" in signature.parameters:
                 arguments["reporter"] = make_reporter(options)
             for name, group in groups.items():

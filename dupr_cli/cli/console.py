@@ -216,6 +216,23 @@ class _QuietTask:
         pass
 
 
+@contextmanager
+def passing_line(text: str) -> Iterator[None]:
+    """Show a line on a terminal for as long as the block takes; nothing in a log."""
+    console = Console(stderr=True, emoji=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield
+        return
+    # Without rich's live display, which hides the cursor: the process may be killed meanwhile.
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    try:
+        yield
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
 def print_error(message: str) -> None:
     _print_message(Console(stderr=True, emoji=False), message, "error:", "bold red")
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Device, DryRun, Overwrite, Seed, Workers, command
+from dupr_cli.cli.command import (
+    Device,
+    DryRun,
+    Overwrite,
+    Seed,
+    Workers,
+    command,
+    loading,
+)
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -40,7 +48,8 @@ def demo(
 
       dupr demo --out demo/
     """
-    from dupr_cli import demo as package
+    with loading():
+        from dupr_cli import demo as package
 
     if dry_run:
         from dupr_cli.cli.console import print_text

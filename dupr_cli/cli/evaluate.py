@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dupr_cli.cli import evaluate_detections, evaluate_probes
-from dupr_cli.cli.command import Common, Planned, Profile, command, overrides, shell_words
+from dupr_cli.cli.command import (
+    Common,
+    Planned,
+    Profile,
+    command,
+    loading,
+    overrides,
+    shell_words,
+)
 from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
@@ -357,7 +365,8 @@ def _carry_out(
     common: Common,
     reporter: Reporter,
 ) -> Results | LabelCurves | Planned | None:
-    from dupr_cli import evaluate as stage
+    with loading():
+        from dupr_cli import evaluate as stage
     from dupr_cli.cli.launch import launch
     from dupr_cli.evaluate.scaling import limited, rescaled, scale_to_devices
     from dupr_cli.runtime.parallel import world_size
@@ -443,7 +452,8 @@ def report(
 
       dupr evaluate report eval/a eval/b eval/c --out comparison/
     """
-    from dupr_cli.evaluate.summary import summarise
+    with loading():
+        from dupr_cli.evaluate.summary import summarise
 
     return summarise(results, out, reporter)
 

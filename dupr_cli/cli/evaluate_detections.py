@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import command
+from dupr_cli.cli.command import (
+    command,
+    loading,
+)
 
 if TYPE_CHECKING:
     from dupr_cli.evaluate.detection_files import Scored
@@ -80,7 +83,8 @@ def detections(
       dupr evaluate detections eval/01-mine/seed-0/detections.json --data VOCdevkit/VOC2007 \\
         --metric voc10 --iou 0.3 --out analysis/
     """
-    from dupr_cli.evaluate.detection_files import score_files
+    with loading():
+        from dupr_cli.evaluate.detection_files import score_files
 
     return score_files(files, data, split, metric.value, iou or (), out)
 

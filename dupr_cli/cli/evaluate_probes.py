@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Common, Planned, command, overrides
+from dupr_cli.cli.command import (
+    Common,
+    Planned,
+    command,
+    loading,
+    overrides,
+)
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 
@@ -213,7 +219,8 @@ def _probe(
     common: Common,
     reporter: Reporter,
 ) -> Results | Planned:
-    from dupr_cli import probe as stage
+    with loading():
+        from dupr_cli import probe as stage
 
     which = {field.name: getattr(splits, field.name) for field in fields(splits)}
     del which["limit"]  # the recipe contains it

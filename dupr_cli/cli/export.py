@@ -15,6 +15,7 @@ from dupr_cli.cli.command import (
     Recipe,
     Set,
     command,
+    loading,
     overrides,
     shell_words,
 )
@@ -142,7 +143,8 @@ def export(
     """
     import json
 
-    from dupr_cli import export as stage
+    with loading():
+        from dupr_cli import export as stage
     from dupr_cli.errors import UsageError
     from dupr_cli.export.hub import check_options
     from dupr_cli.export.types import PushOptions

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Overwrite, command
+from dupr_cli.cli.command import (
+    Overwrite,
+    command,
+    loading,
+)
 from dupr_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +70,8 @@ def import_checkpoint(
 
       dupr import checkpoint.pth --prefix teacher.backbone. --out teacher.safetensors
     """
-    from dupr_cli.export.public_checkpoints import import_weights
+    with loading():
+        from dupr_cli.export.public_checkpoints import import_weights
     from dupr_cli.recipe.base import IMAGENET_MEAN, IMAGENET_STD
 
     return import_weights(

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import COMMON, Device, Seed, Set, command, overrides
+from dupr_cli.cli.command import (
+    COMMON,
+    Device,
+    Seed,
+    Set,
+    command,
+    loading,
+    overrides,
+)
 from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
 from dupr_cli.outside_text import one_line
@@ -97,7 +105,8 @@ def views(
 
     require_png(out)
     resolved = load_recipe(PretrainRecipe, recipe, overrides(set_, seed=("seed", seed)))
-    from dupr_cli.inspect.views import draw_views
+    with loading():
+        from dupr_cli.inspect.views import draw_views
 
     return Picture(str(out), draw_views(out, resolved, data, count))
 
@@ -119,7 +128,8 @@ def curves(
 
       dupr inspect curves runs/a runs/b runs/c --out curves.png
     """
-    from dupr_cli.inspect.curves import draw_curves
+    with loading():
+        from dupr_cli.inspect.curves import draw_curves
 
     require_png(out)
     draw_curves(runs, out)
@@ -158,7 +168,8 @@ def matches(
     """
     places = [_place(text) for text in patch or []]
     require_png(out, images)
-    from dupr_cli.inspect.matches import draw_matches
+    with loading():
+        from dupr_cli.inspect.matches import draw_matches
     from dupr_cli.inspect.network import open_network
     from dupr_cli.runtime.devices import choose_device
 
@@ -200,8 +211,9 @@ def neighbours(
       dupr inspect neighbours runs/a photos/ --level res4 --queries 10 --out n.png
     """
     require_png(out)
+    with loading():
+        from dupr_cli.inspect.neighbours import draw_neighbours
     from dupr_cli.inspect.images import open_images
-    from dupr_cli.inspect.neighbours import draw_neighbours
     from dupr_cli.inspect.network import open_network, parse_level
     from dupr_cli.runtime.devices import choose_device
 
@@ -239,7 +251,8 @@ def features(
       dupr inspect features backbone.safetensors one.jpg --size 640 --out features.png
     """
     require_png(out, images)
-    from dupr_cli.inspect.features import draw_features
+    with loading():
+        from dupr_cli.inspect.features import draw_features
     from dupr_cli.inspect.network import open_frozen, read_image
     from dupr_cli.runtime.devices import choose_device
 
@@ -272,7 +285,8 @@ def weights(
 
       dupr inspect weights runs/a --against runs/b --json
     """
-    from dupr_cli.inspect.weights import inspect_weights
+    with loading():
+        from dupr_cli.inspect.weights import inspect_weights
 
     return inspect_weights(file, against)
 

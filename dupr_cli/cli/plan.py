@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Device, Overwrite, Recipe, Set, command, shell_words
+from dupr_cli.cli.command import (
+    Device,
+    Overwrite,
+    Recipe,
+    Set,
+    command,
+    loading,
+    shell_words,
+)
 from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
 
@@ -62,7 +70,8 @@ def plan(
 
       dupr plan shards/ --recipe dupr-r50-in1k-200ep
     """
-    from dupr_cli.measure.plan import propose
+    with loading():
+        from dupr_cli.measure.plan import propose
 
     return propose(
         shards, recipe=recipe, detector=detector, hours=hours, overrides=set_ or [],

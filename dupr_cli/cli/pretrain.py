@@ -20,6 +20,7 @@ from dupr_cli.cli.command import (
     Set,
     Workers,
     command,
+    loading,
     overrides,
     shell_words,
 )
@@ -131,7 +132,8 @@ def pretrain(
 
       dupr pretrain dupr-r50-in1k-200ep --data shards/ --out runs/b --nproc 8
     """
-    from dupr_cli import pretrain as stage
+    with loading():
+        from dupr_cli import pretrain as stage
     from dupr_cli.cli.launch import launch
     from dupr_cli.recipe import PretrainRecipe, load_recipe
 

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Device, command
+from dupr_cli.cli.command import (
+    Device,
+    command,
+    loading,
+)
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -58,7 +62,8 @@ def report(
 
       dupr report runs/a runs/b eval/ --shards shards/ --out report.html
     """
-    from dupr_cli.report import run
+    with loading():
+        from dupr_cli.report import run
 
     return run(
         sources, out, shards=shards, images=image or [], title=title, device=device,

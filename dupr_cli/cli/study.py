@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import Device, DryRun, Planned, Set, command, overrides, parse_task
+from dupr_cli.cli.command import (
+    Device,
+    DryRun,
+    Planned,
+    Set,
+    command,
+    loading,
+    overrides,
+    parse_task,
+)
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:
@@ -69,7 +78,8 @@ def study(
 
       dupr study mine.yaml --out study/ --task 3/8
     """
-    from dupr_cli import study as package
+    with loading():
+        from dupr_cli import study as package
     from dupr_cli.recipe import load_recipe
     from dupr_cli.recipe.study import StudyRecipe
 

@@ -262,7 +262,7 @@ def test_a_folder_where_others_alone_may_write_is_one_message(
         random_weights(weights)
     arguments: dict[str, list[object]] = {
         "prepare": ["prepare", image_folder, out, "--workers", 1],
-        "pretrain": pretrain_command(tiny_shards, out, "--set", SMALL_NETWORK)[3:],
+        "pretrain": [*pretrain_command(tiny_shards, out, "--set", SMALL_NETWORK)[3:]],
         "export": ["export", weights, "--to", "timm", "--out", out],
         "import": ["import", weights, "--out", out],
         "evaluate": [

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -203,6 +207,18 @@ def test_a_log_keeps_a_message_on_one_line() -> None:
     ConsoleReporter(0, console).info("word " * 30)
     assert isinstance(console.file, io.StringIO)
     assert len(console.file.getvalue().splitlines()) == 1
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_says_that_pytorch_is_loaded_and_forgets_it(tmp_path: Path, quiet: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dupr_cli", "inspect", "weights", tmp_path / "none.safetensors",
+         *(["--quiet"] if quiet else [])],
+        capture_output=True, check=False, env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    said, erased, rest = done.stderr.decode().partition("\r\x1b[K")
+    assert (said == "loading PyTorch ..." and "error:" in rest) or (quiet and not erased)
 
 
 def test_a_notebook_has_one_line_that_is_written_again(capsys: pytest.CaptureFixture[str]) -> None:
