@@ -138,6 +138,7 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
     wrong = tmp_path / "wrong.safetensors"
     write_weights(wrong, ResNetBackbone("resnet34").state_dict(), METADATA)  # says resnet18
     out = tmp_path / "out"
+    unused = ("none", "--data", out, "--out", out)
     tiny_run = ("pretrain", "dupr-r18-cpu-smoke", "--data", tiny_shards, "--out", out)
     for arguments, message in (
         (("prepare", tmp_path / "nowhere", out), "the file or folder does not exist"),
@@ -160,31 +161,11 @@ def test_wrong_input_is_one_message_with_exit_code_2(tmp_path: Path, tiny_shards
         ),
         ((*tiny_run, "--set", "method.views.size=1000000"), "be less than or equal to 1024"),
         (
-            (
-                "evaluate",
-                "voc",
-                "none",
-                "--data",
-                out,
-                "--out",
-                out,
-                "--set",
-                "data.train_sizes=[1000000]",
-            ),
+            ("evaluate", "voc", *unused, "--set", "data.train_sizes=[1000000]"),
             "error: --set data.train_sizes=[1000000]: data.train_sizes.0 is 1000000, but it should",
         ),
         (
-            (
-                "evaluate",
-                "knn",
-                "none",
-                "--data",
-                out,
-                "--out",
-                out,
-                "--set",
-                "images.resize=1000000",
-            ),
+            ("evaluate", "knn", *unused, "--set", "images.resize=1000000"),
             "images.resize is 1000000, but it should be less than or equal to 8192",
         ),
         (
