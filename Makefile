@@ -69,7 +69,7 @@ lowest: setup
 	$(BIN)/uv venv --quiet --seed $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct '.[timm,hf,tiff,probes,onnx,transformers]'
 	$(BIN)/uv pip freeze --quiet --python $(LOWEST)/bin/python | grep -v '^dupr-cli' > $(LOWEST)/constraints.txt
-	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --constraint $(LOWEST)/constraints.txt pytest pytest-xdist hypothesis imagehash jsonschema
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --constraint $(LOWEST)/constraints.txt pytest pytest-xdist hypothesis imagehash jsonschema hatchling
 	$(LOWEST)/bin/python -m pytest -m "not slow"
 
 # Known holes in these versions, by the advisories of PyPI; needs a network.
