@@ -196,7 +196,7 @@ def as_facts(stats: Stats) -> list[tuple[str, str]]:
         return f"{middle} (half from {quarter} to {three}, all from {low} to {high})"
 
     facts = [
-        ("images", f"{stats.images} in {stats.shards} shards, {stats.bytes / 1e6:.1f} MB"),
+        ("images", f"{stats.images} in {_shards(stats.shards)}, {stats.bytes / 1e6:.1f} MB"),
         ("widths", spread(stats.widths)),
         ("heights", spread(stats.heights)),
         ("mean", ", ".join(f"{value:.3f}" for value in stats.mean)),
@@ -229,6 +229,10 @@ def _most_common(counts: dict[str, int], most: int = 20) -> str:
 _WIDE = 5  # a histogram over more than this factor gets few numbers at its axis
 
 
+def _shards(number: int) -> str:
+    return "1 shard" if number == 1 else f"{number} shards"
+
+
 def draw_stats(stats: Stats, path: Path) -> None:
     """Write the histograms as a PNG."""
     from matplotlib.figure import Figure
@@ -257,8 +261,9 @@ def draw_stats(stats: Stats, path: Path) -> None:
         if histogram.counts and histogram.edges[-1] > _WIDE * histogram.edges[0]:
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(axis="x", which="both", length=3.5, pad=3.5)  # on one line
         axis.set_xlabel(title)
         axis.set_ylabel("images" if axis in axes[0] else "objects")
-    figure.suptitle(f"{stats.images} images in {stats.shards} shards")
+    figure.suptitle(f"{stats.images} images in {_shards(stats.shards)}")
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=100)
