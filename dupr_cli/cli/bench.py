@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    Device,
-    Set,
-    Workers,
-    command,
-    loading,
-    overrides,
-)
+from dupr_cli.cli.command import Device, Set, Workers, command, loading, overrides
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:

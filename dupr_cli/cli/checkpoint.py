@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    command,
-    loading,
-)
+from dupr_cli.cli.command import command, loading
 from dupr_cli.cli.help_text import Group
 from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter

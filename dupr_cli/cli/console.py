@@ -36,6 +36,13 @@ def _line(text: str) -> str:
     return one_line(without_secrets(text))
 
 
+def _wrapped(text: str, width: int, indent: str = "") -> str:
+    """Lines between words of a paragraph; longer words, such as paths, stay whole."""
+    return textwrap.fill(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def _print_message(console: Console, message: str, label: str = "", style: str = "") -> None:
     """Print a message after a label.
 
@@ -44,10 +51,7 @@ def _print_message(console: Console, message: str, label: str = "", style: str =
     """
     shown = message_text(without_secrets(f"{label} {message}" if label else message))
     if console.is_terminal:
-        shown = "\n".join(
-            textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
-            for line in shown.split("\n")
-        )
+        shown = "\n".join(_wrapped(line, console.width) for line in shown.split("\n"))
     text = Text(shown)
     text.stylize(style, 0, len(label) or None)
     console.print(text, soft_wrap=True)
@@ -254,10 +258,7 @@ def print_sentences(text: str, indent: str = "") -> None:
     """
     console = Console(emoji=False)
     if console.is_terminal:
-        text = textwrap.fill(
-            without_secrets(text), console.width, subsequent_indent=indent,
-            break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
+        text = _wrapped(without_secrets(text), console.width, indent)
     print_text(text)
 
 

@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dupr_cli.cli import evaluate_detections, evaluate_probes
-from dupr_cli.cli.command import (
-    Common,
-    Planned,
-    Profile,
-    command,
-    loading,
-    overrides,
-    shell_words,
-)
+from dupr_cli.cli.command import Common, Planned, Profile, command, loading, overrides, shell_words
 from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter

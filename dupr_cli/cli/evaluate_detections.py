@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    command,
-    loading,
-)
+from dupr_cli.cli.command import command, loading
 
 if TYPE_CHECKING:
     from dupr_cli.evaluate.detection_files import Scored

@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    Common,
-    Planned,
-    command,
-    loading,
-    overrides,
-)
+from dupr_cli.cli.command import Common, Planned, command, loading, overrides
 from dupr_cli.errors import UsageError
 from dupr_cli.progress import Reporter
 

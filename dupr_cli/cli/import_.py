@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    Overwrite,
-    command,
-    loading,
-)
+from dupr_cli.cli.command import Overwrite, command, loading
 from dupr_cli.errors import UsageError
 
 if TYPE_CHECKING:

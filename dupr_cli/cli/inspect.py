@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    COMMON,
-    Device,
-    Seed,
-    Set,
-    command,
-    loading,
-    overrides,
-)
+from dupr_cli.cli.command import COMMON, Device, Seed, Set, command, loading, overrides
 from dupr_cli.cli.help_text import Group
 from dupr_cli.errors import UsageError
 from dupr_cli.outside_text import one_line

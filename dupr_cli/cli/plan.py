@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    Device,
-    Overwrite,
-    Recipe,
-    Set,
-    command,
-    loading,
-    shell_words,
-)
+from dupr_cli.cli.command import Device, Overwrite, Recipe, Set, command, loading, shell_words
 from dupr_cli.outside_text import one_line
 from dupr_cli.progress import Reporter
 

@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dupr_cli.cli.command import (
-    Device,
-    command,
-    loading,
-)
+from dupr_cli.cli.command import Device, command, loading
 from dupr_cli.progress import Reporter
 
 if TYPE_CHECKING:

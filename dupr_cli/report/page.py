@@ -302,7 +302,7 @@ def _with_spread(entry: WeightsResult, metric: str) -> str:
 def _signed(value: float) -> str:
     """With its sign and one decimal; 0.0 has none."""
     text = f"{value:+z.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
+    return "0.0" if text == "+0.0" else text
 
 
 def _differences_table(results: Results) -> Table:
