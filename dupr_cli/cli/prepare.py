@@ -234,7 +234,7 @@ def show(result: PrepareResult) -> None:
 def following(result: PrepareResult, arguments: Mapping[str, object]) -> str:
     if result.task is not None:
         merge = shell_words("dupr", "prepare", "merge", result.out)
-        return f"{merge}  (when all tasks have ended)"
+        return f"{merge}  # when all tasks have ended"
     return f"{shell_words('dupr', 'plan', result.out)}  # proposes a recipe, with its cost"
 
 
