@@ -6,8 +6,8 @@ import io
 import json
 import os
 import re
-import resource
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dupr_cli import prepare
-from dupr_cli.__main__ import main
 from dupr_cli.artifacts.labels import Box
 from dupr_cli.artifacts.shard_files import Sample
 from dupr_cli.artifacts.shards import Skipped, open_shards
@@ -28,7 +27,6 @@ from dupr_cli.prepare.ingest import Ingested, ingest
 from dupr_cli.prepare.sources import Entry, RawImage
 from dupr_cli.recipe import PrepareRecipe, load_recipe
 from tests.support.images import encode, noise_image
-from tests.support.processes import forked
 
 
 def take(raw: RawImage | bytes, *overrides: str) -> Ingested | Skipped:
@@ -132,6 +130,18 @@ def test_names_that_windows_reserves_are_kept_apart(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"[\w-]+-[0-9a-f]{10}", key) for key in keys), keys
 
 
+# 200 MiB more than the imported program holds.
+WITH_LITTLE_MEMORY = """
+import resource
+from pathlib import Path
+from dupr_cli import prepare
+from dupr_cli.__main__ import main
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (200 << 20), held + (200 << 20)))
+main()
+"""
+
+
 def test_an_image_for_which_memory_is_lacking_is_not_called_damaged(tmp_path: Path) -> None:
     """With more memory, the same command takes it."""
     source, out = tmp_path / "source", tmp_path / "out"
@@ -139,13 +149,11 @@ def test_an_image_for_which_memory_is_lacking_is_not_called_damaged(tmp_path: Pa
     noise_image(1).save(source / "a.png")
     (source / "b.png").write_bytes(black_png(13_000))  # 645 MiB when decoded
 
-    def with_little_memory() -> None:
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + (200 << 20), held + (200 << 20)))
-        sys.argv = ["dupr", "prepare", str(source), str(out), "--workers", "1"]
-        main()
-
-    done = forked(with_little_memory)
+    # A fresh process: one forked from the tests would inherit memory that they have freed.
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_LITTLE_MEMORY, "prepare", source, out, "--workers", "1"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "error: b.png: memory ran out while the image was read. Use fewer" in done.stderr
     assert "Traceback" not in done.stderr
