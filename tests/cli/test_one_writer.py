@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -77,8 +78,9 @@ def test_prepare_that_overwrites_leaves_a_running_one_alone(tmp_path: Path) -> N
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(space.shards / ".prepare" / "state.json", process)
+    process.send_signal(signal.SIGSTOP)  # so that it does not end before the second is refused
     done = space.dupr(*words, "--overwrite", "--set", "image.quality=50")
-    assert process.poll() is None, "the first ended before the second could be refused"
+    process.send_signal(signal.SIGCONT)
     assert done.code == 2
     assert "is writing to it" in done.output
     out, said = process.communicate(timeout=120)
