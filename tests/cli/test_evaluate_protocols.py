@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.support.command_line import dupr
-from tests.support.labelled_scenes import KitObject, make_coco
+from tests.support.labelled_scenes import KitObject, cityscapes_instances, make_coco, yolo_set
 
 pytestmark = pytest.mark.slow
 
@@ -73,27 +71,6 @@ def test_coco(tmp_path: Path, recipe: str, more: list[str]) -> None:
     assert json.loads(rows.read_text())
 
 
-def yolo_set(root: Path) -> Path:
-    """data.yaml, images and labels in fractions of the image, as exporters write them."""
-    for split, count in (("train", 4), ("val", 3)):
-        for number in range(count):
-            image = np.full((72, 96, 3), 128, np.uint8)
-            lines = []
-            for half in range(2):
-                x0, y0, x1, y1 = 48 * half + 5, 10 + number, 48 * half + 40, 50
-                image[y0:y1, x0:x1] = 0
-                image[y0:y1, x0:x1, half] = 255
-                box = ((x0 + x1) / 192, (y0 + y1) / 144, (x1 - x0) / 96, (y1 - y0) / 72)
-                lines.append(" ".join(map(str, (half, *box))))
-            for folder in ("images", "labels"):
-                (root / folder / split).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(root / "images" / split / f"{number}.png")
-            (root / "labels" / split / f"{number}.txt").write_text("\n".join(lines))
-    file = root / "data.yaml"
-    file.write_text("train: images/train\nval: images/val\nnames: [red, green]\n")
-    return file
-
-
 @pytest.mark.parametrize("more", [["--frozen"], []], ids=["frozen", "fine-tuned"])
 def test_yolo(tmp_path: Path, more: list[str]) -> None:
     """Its figures are those of `evaluate detections` on data.yaml, and on shards made from it."""
@@ -130,19 +107,7 @@ def test_yolo(tmp_path: Path, more: list[str]) -> None:
 
 
 def test_cityscapes(tmp_path: Path) -> None:
-    root, out = tmp_path / "cityscapes", tmp_path / "out"
-    drawn = np.full((72, 96), 7, dtype=np.uint16)
-    drawn[10:50, 5:40], drawn[10:50, 53:88], drawn[60:, :20] = 26000, 24000, 24
-    for split, count in (("train", 3), ("val", 1)):
-        for number in range(count):
-            name = f"ulm_{split}_{number}"
-            for part, suffix, image in (
-                ("leftImg8bit", "leftImg8bit", Image.new("RGB", (96, 72))),
-                ("gtFine", "gtFine_instanceIds", Image.fromarray(drawn)),
-            ):
-                folder = root / part / split / "ulm"
-                folder.mkdir(parents=True, exist_ok=True)
-                image.save(folder / f"{name}_{suffix}.png")
+    root, out = cityscapes_instances(tmp_path / "cityscapes"), tmp_path / "out"
     dupr("evaluate", "cityscapes", "none", "--data", root, "--out", out, *settings())
     found = results(out)
     assert found["classes"] == ["car", "person"]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 from dupr_cli.datasets.labelled import open_labelled
 from dupr_cli.errors import UsageError
@@ -22,10 +21,8 @@ from dupr_cli.progress import SilentReporter
 from dupr_cli.recipe import EvaluateRecipe, load_recipe
 from dupr_cli.runtime.parallel import World
 from tests.support.command_line import dupr
+from tests.support.keypoint_sets import FLIPS, coco_faces, yolo_faces
 
-SIZE = 96, 80
-# Nose, left, right: left and right change in a mirrored image.
-FLIPS = [0, 2, 1]
 SIGMAS = [0.05, 0.1, 0.1]
 SET = [
     "detector.backbone=resnet18", "detector.roi_size=4", "detector.keypoint_roi_size=4",
@@ -37,42 +34,6 @@ SET = [
 ]  # fmt: skip
 GIVEN = [f"data.keypoint_flips={FLIPS}", f"test.keypoint_sigmas={SIGMAS}"]
 CPU = World(torch.device("cpu"))
-
-
-def _draw(path: Path, left: int, top: int) -> list[float]:
-    """A face: three dots on a square; returns its keypoints."""
-    image = Image.new("RGB", SIZE, (40, 60, 80))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((left, top, left + 39, top + 39), fill=(200, 180, 160))
-    points = [(left + 20, top + 20), (left + 8, top + 10), (left + 31, top + 10)]
-    for (x, y), colour in zip(points, ((255, 0, 0), (0, 255, 0), (0, 0, 255)), strict=True):
-        draw.rectangle((x - 2, y - 2, x + 2, y + 2), fill=colour)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return [value for x, y in points for value in (x, y, 2)]
-
-
-def coco_faces(root: Path, counts: dict[str, int]) -> Path:
-    """COCO's layout: instances with faces and trees, and their keypoints in a separate file."""
-    (root / "annotations").mkdir(parents=True)
-    for split, count in counts.items():
-        images, objects, faces = [], [], []
-        for number in range(count):
-            left, top = 3 + 9 * (number % 5), 2 + 7 * (number % 4)
-            name = f"{number:03d}.png"
-            points = _draw(root / split / name, left, top)
-            images.append({"id": number, "file_name": name, "width": SIZE[0], "height": SIZE[1]})
-            face = {
-                "id": 2 * number + 1, "image_id": number, "category_id": 1, "iscrowd": 0,
-                "bbox": [left, top, 40, 40], "area": 1600,
-            }  # fmt: skip
-            objects += [face, {**face, "id": 2 * number + 2, "category_id": 2}]
-            faces.append({**face, "keypoints": points, "num_keypoints": 3})
-        classes = [{"id": 1, "name": "face"}, {"id": 2, "name": "tree"}]
-        for kind, rows in (("instances", objects), ("person_keypoints", faces)):
-            content = {"images": images, "categories": classes, "annotations": rows}
-            (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(content))
-    return root
 
 
 def recipe(*more: str) -> EvaluateRecipe:
@@ -197,23 +158,10 @@ def test_coco_from_keypoints_to_results(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_yolos_pose_sets_and_shards(tmp_path: Path) -> None:
-    root = tmp_path / "pose"
-    for split, count in (("train", 4), ("val", 2)):
-        for number in range(count):
-            points = _draw(root / "images" / split / f"{number}.png", 5 + 9 * number, 4)
-            left = 5 + 9 * number
-            shares = [(left + 20) / SIZE[0], 24 / SIZE[1], 40 / SIZE[0], 40 / SIZE[1]]
-            placed = [v / (*SIZE, 1)[i % 3] for i, v in enumerate(points)]
-            labels = root / "labels" / split / f"{number}.txt"
-            labels.parent.mkdir(parents=True, exist_ok=True)
-            labels.write_text(" ".join(map(str, (0, *shares, *placed))) + "\n")
-    (root / "data.yaml").write_text(
-        "path: .\ntrain: images/train\nval: images/val\nnames: {0: face}\n"
-        f"kpt_shape: [3, 3]\nflip_idx: {FLIPS}\n"
-    )
+    file = yolo_faces(tmp_path / "pose" / "data.yaml")
     common = ("evaluate", "yolo", "none", "-r", "yolo-keypoint-tiny", *_settings(GIVEN[1]))
-    dupr(*common, "--data", root / "data.yaml", "--out", tmp_path / "direct")
-    dupr("prepare", root / "data.yaml", tmp_path / "shards")
+    dupr(*common, "--data", file, "--out", tmp_path / "direct")
+    dupr("prepare", file, tmp_path / "shards")
     dupr(*common, "--set", GIVEN[0], "--data", tmp_path / "shards", "--out", tmp_path / "sharded")
     found = [
         json.loads((tmp_path / name / "results.json").read_text())["results"][0]["metrics"]
@@ -221,8 +169,8 @@ def test_yolos_pose_sets_and_shards(tmp_path: Path) -> None:
     ]
     assert found[0].keys() == found[1].keys()
     assert "keypoint_AP" in found[0]
-    shutil.rmtree(root / "labels")
-    broken = dupr(*common, "--data", root / "data.yaml", "--out", tmp_path / "none", code=2)
+    shutil.rmtree(file.parent / "labels")
+    broken = dupr(*common, "--data", file, "--out", tmp_path / "none", code=2)
     assert "Traceback" not in broken.stderr
 
 

@@ -129,3 +129,43 @@ def voc_year(root: Path, objects: str = "", split: str = "a\nb\n") -> VocTree:
     (root / "ImageSets/Main/cat_train.txt").write_text("a  1\nb -1\n")
     (root / "Annotations/a.xml").write_text(f"<annotation>{objects}</annotation>")
     return VocTree(root)
+
+
+def yolo_set(root: Path, train: int = 4) -> Path:
+    """data.yaml, images and labels in fractions of the image, as exporters write them."""
+    for split, count in (("train", train), ("val", 3)):
+        for number in range(count):
+            image = np.full((72, 96, 3), 128, np.uint8)
+            lines = []
+            for half in range(2):
+                x0, y0, x1, y1 = 48 * half + 5, 10 + number % 8, 48 * half + 40, 50
+                image[y0:y1, x0:x1] = 0
+                image[y0:y1, x0:x1, half] = 255
+                box = ((x0 + x1) / 192, (y0 + y1) / 144, (x1 - x0) / 96, (y1 - y0) / 72)
+                lines.append(" ".join(map(str, (half, *box))))
+            for folder in ("images", "labels"):
+                (root / folder / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / "images" / split / f"{number}.png")
+            (root / "labels" / split / f"{number}.txt").write_text("\n".join(lines))
+    file = root / "data.yaml"
+    file.write_text("train: images/train\nval: images/val\nnames: [red, green]\n")
+    return file
+
+
+def cityscapes_instances(root: Path) -> Path:
+    """Three images to train on and one to test, each with a car, a person and a group of them."""
+    drawn = np.full((72, 96), 7, dtype=np.uint16)
+    drawn[10:50, 5:40], drawn[10:50, 53:88], drawn[60:, :20] = 26000, 24000, 24
+    classes = np.where(drawn < 1000, drawn, drawn // 1000).astype(np.uint8)
+    for split, count in (("train", 3), ("val", 1)):
+        for number in range(count):
+            name = f"ulm_{split}_{number}"
+            for part, suffix, image in (
+                ("leftImg8bit", "leftImg8bit", Image.new("RGB", (96, 72))),
+                ("gtFine", "gtFine_instanceIds", Image.fromarray(drawn)),
+                ("gtFine", "gtFine_labelIds", Image.fromarray(classes)),
+            ):
+                folder = root / part / split / "ulm"
+                folder.mkdir(parents=True, exist_ok=True)
+                image.save(folder / f"{name}_{suffix}.png")
+    return root
