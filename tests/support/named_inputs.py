@@ -99,6 +99,7 @@ def _voc(root: Path) -> Path:
     add_split(root, "trainval", train + val)
     add_split(root, "test", val)
     voc_year(root, scenes(train=8, val=4))
+    voc_year(root, scenes(train_aug=8), augmented=True)
     return root
 
 
