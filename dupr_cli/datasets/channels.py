@@ -123,7 +123,7 @@ def _damage_as_channel_error(what: str) -> Iterator[None]:
     """On damaged files, readers raise exceptions of any kind: those become ChannelErrors."""
     try:
         yield
-    except (StoppedRunError, *IMAGE_ERRORS):
+    except (StoppedRunError, MemoryError, *IMAGE_ERRORS):
         raise
     except Exception as error:
         raise ChannelError(f"{what}: {error}") from error

@@ -65,6 +65,8 @@ def _short(text: str) -> str:
 def _cell(sample: Sample) -> Image.Image:
     try:
         cell, scale = _small(sample)
+    except MemoryError:
+        raise
     # On damaged files, decoders raise exceptions of any kind.
     except Exception:
         cell = Image.new("RGB", (_CELL, _CELL), "#cc3333")

@@ -130,7 +130,7 @@ def test_names_that_windows_reserves_are_kept_apart(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"[\w-]+-[0-9a-f]{10}", key) for key in keys), keys
 
 
-# 200 MiB more than the imported program holds.
+# With 200 MiB more than the imported program holds.
 WITH_LITTLE_MEMORY = """
 import resource
 from pathlib import Path
@@ -142,22 +142,42 @@ main()
 """
 
 
+def with_little_memory(*words: object) -> subprocess.CompletedProcess[str]:
+    """A fresh process: one forked from the tests would inherit memory that they have freed."""
+    command = [sys.executable, "-c", WITH_LITTLE_MEMORY, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def test_an_image_for_which_memory_is_lacking_is_not_called_damaged(tmp_path: Path) -> None:
     """With more memory, the same command takes it."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     noise_image(1).save(source / "a.png")
     (source / "b.png").write_bytes(black_png(13_000))  # 645 MiB when decoded
-
-    # A fresh process: one forked from the tests would inherit memory that they have freed.
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_LITTLE_MEMORY, "prepare", source, out, "--workers", "1"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = with_little_memory("prepare", source, out, "--workers", "1")
     assert done.returncode == 1, done.stderr
     assert "error: b.png: memory ran out while the image was read. Use fewer" in done.stderr
     assert "Traceback" not in done.stderr
     assert prepare.run("default", source, out, workers=1).samples == {"train": 2}
+    shown = with_little_memory("prepare", "view", out, "--out", tmp_path / "view.png")
+    assert shown.returncode == 1, shown.stderr
+    assert "error: out of memory" in shown.stderr
+    assert not (tmp_path / "view.png").exists()
+
+
+def test_neither_is_one_of_several_channels(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name, side in (("a", 64), ("b", 8000)):
+        tifffile.imwrite(
+            source / f"{name}.tif", np.zeros((side, side, 5), np.uint8), photometric="minisblack",
+            planarconfig="contig", compression="zlib", compressionargs={"level": 1},
+        )  # fmt: skip
+    keys = ("--set", "image.channels=5", "--set", "image.range=[0, 255]")
+    done = with_little_memory("prepare", source, out, "--workers", "1", *keys)
+    assert done.returncode == 1, done.stderr
+    assert "error: b.tif: memory ran out while the image was read. Use fewer" in done.stderr
 
 
 def test_a_cameras_jpeg_with_a_preview_keeps_its_bytes() -> None:
