@@ -149,7 +149,8 @@ def test_transformers(architecture: str, tmp_path: Path) -> None:
     assert list(processor.image_mean) == [0.4, 0.5, 0.6]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# One of each kind of block; the others are longer, and as slow to export as they are long.
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
 def test_onnx_of_any_batch_and_size(
     architecture: str, of_resnet18: Callable[[str, Path], Path], tmp_path: Path
 ) -> None:

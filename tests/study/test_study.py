@@ -20,10 +20,10 @@ from tests.support.images import write_shards
 from tests.support.labelled_scenes import make_tree
 from tests.support.mask_sets import plain_folder, scenes
 from tests.support.ray_cluster import only_ray_test, small_cluster
-from tests.support.recipes import TINY
+from tests.support.recipes import SMALL_NETWORK, TINY
 from tests.support.trees import file_digests, tree_bytes
 
-PRETRAIN = [*TINY, "train.steps=4"]
+PRETRAIN = [*TINY, SMALL_NETWORK, "train.steps=4"]
 FROZEN = [
     "detector.pyramid_channels=32", "detector.head_convolutions=1",
     "detector.rpn_pre_nms=[50, 50]", "data.train_sizes=[64]", "data.test_size=64",
@@ -181,7 +181,7 @@ def test_all_starts_have_the_backbone_of_the_methods(whole: Path) -> None:
     for start in ("none", "dupr-s0", "permuted-dupr-s0"):
         file = whole / "evaluate" / "frozen" / start / "labels-4" / "results.json"
         (entry,) = json.loads(file.read_text())["results"]
-        assert entry["architecture"] == "resnet18"
+        assert entry["architecture"] == "timm:test_resnet"
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_other_data_is_another_study(study: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_evaluations_of_a_changed_run_are_not_finished(study: Path, whole: Path) -> None:
-    changed = "methods.moco.set=[train.steps=5]"
+    changed = f"methods.moco.set=[{SMALL_NETWORK}, train.steps=5]"
     recipe = load_recipe(StudyRecipe, str(study / "tiny.yaml"), [changed])
     missing = missing_cells(recipe, whole)
     assert missing == [
@@ -251,7 +251,7 @@ def test_wrong_studies_say_what_to_do(study: Path) -> None:
         (("--set", "controls=[none, dupr]"), "a method has this name"),
         (("--data", study / "nowhere"), "nowhere"),
         (("--set", "protocols.frozen.labels=[8, all]"), "like another number of the list"),
-        (("--set", "methods.moco.set=[model.backbone=resnet34]"), "resnet18 and resnet34"),
+        (("--set", "methods.moco.set=[model.backbone=resnet34]"), "resnet34 and timm:test_resnet"),
         (("--task", "4/3"), "--task 4/3"),
     ):
         done = dupr("study", tiny, "--out", out, *options, code=2)
