@@ -369,7 +369,7 @@ def overrides(
     for option, (key, value) in keys.items():
         if value is not None:
             source = f"--{option.replace('_', '-')} {value}"
-            joined.append(dataclasses.replace(Override.parse(f"{key}={value}"), source=source))
+            joined.append(Override.parse(f"{key}={value}", source))
     return joined
 
 

@@ -309,23 +309,26 @@ class Override:
     source: str = ""
 
     @classmethod
-    def parse(cls, option: str) -> Override:
-        """Parse `key=value` as given to --set; the value is YAML. Raises RecipeError."""
+    def parse(cls, option: str, source: str = "") -> Override:
+        """Parse `key=value` as given to --set; the value is YAML. Raises RecipeError.
+
+        source: another option that stands for the key, for messages.
+        """
         key, separator, text = option.partition("=")
-        key = key.strip()
+        key, source = key.strip(), source or f"--set {option}"
         if not separator or not key:
             raise RecipeError(f"--set {option}: write it as key=value, for example seed=1.")
         try:
             require_modest_yaml(text)
             loader = _Loader(text)
             try:
-                return cls(key, loader.get_single_data(), f"--set {option}")
+                return cls(key, loader.get_single_data(), source)
             finally:
                 loader.dispose()
         except yaml.YAMLError as error:
-            raise RecipeError(f"--set {option}: the value is not valid YAML.") from error
+            raise RecipeError(f"{source}: the value is not valid YAML.") from error
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise RecipeError(f"--set {option}: the value cannot be read ({error}).") from error
+            raise RecipeError(f"{source}: the value cannot be read ({error}).") from error
 
     def apply(self, values: dict[str, object], origins: dict[Path_, Origin]) -> None:
         parts = tuple(self.key.split("."))

@@ -94,6 +94,13 @@ def test_the_option_that_was_given_is_blamed(given: list[str], blamed: str) -> N
     assert blamed in done.stderr
 
 
+def test_an_option_whose_value_is_no_yaml_is_blamed(tmp_path: Path) -> None:
+    done = dupr(
+        "evaluate", "voc", "none", "--data", tmp_path, "--out", "y", "--labels", "[5", code=2
+    )
+    assert "error: --labels [5: the value is not valid YAML." in done.stderr
+
+
 def test_photos_are_never_proposed_as_an_output(folder: Path) -> None:
     photos = folder / "photos"
     message = dupr("pretrain", "voc-tiny", "--data", photos, "--out", "y", code=2).stderr

@@ -144,7 +144,7 @@ main()
 
 def with_little_memory(*words: object) -> subprocess.CompletedProcess[str]:
     """A fresh process: one forked from the tests would inherit memory that they have freed."""
-    command = [sys.executable, "-c", WITH_LITTLE_MEMORY, *words]
+    command = [sys.executable, "-c", WITH_LITTLE_MEMORY, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
