@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,7 +16,6 @@ import pytest
 
 from tests.support.labelled_scenes import make_tree
 from tests.support.named_inputs import photographs, smallest
-from tests.support.processes import forked
 from tests.support.recipes import SMALL_DETECTOR
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +50,9 @@ def test_every_plugin_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monke
     install_plugins(tmp_path / "site")
 
     def dupr(*words: object) -> dict[str, Any]:
-        command = [sys.executable, "-m", "dupr_cli", *words, "--json"]
-        done = forked(command, environment={"PYTHONPATH": str(tmp_path / "site")})
+        command = [sys.executable, "-m", "dupr_cli", *map(str, words), "--json"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
         return found
