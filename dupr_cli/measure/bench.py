@@ -104,15 +104,17 @@ def bench(
     measured = affordable(resolved, chosen, size, _STEP_SECONDS[chosen.type])
     images, workers = measured.data.batch_size, resolved.data.workers
     with reporter.task("bench", 3, "measurements") as task:
+        task.advance(0, "loads images")
         loader = measure_loader(shards, resolved, seconds / 5)
-        task.advance(1, f"{loader.images_per_second:.0f} images/s loaded by one process")
+        loads = f"{loader.images_per_second:.0f} images/s loaded by one process"
+        task.advance(1, f"times steps from memory  {loads}")
         step = measure_step(shards, measured, chosen, 2 * seconds / 5)
-        task.advance(1, f"{images / step.seconds:.0f} images/s from memory")
+        from_memory = images / step.seconds
+        task.advance(1, f"times training from the shards  {from_memory:.0f} images/s from memory")
         training = measure_training(shards, measured, chosen, 2 * seconds / 5)
         task.advance(1, f"{training.images / training.seconds:.0f} images/s from the shards")
     rate = matrix_rate(chosen, getattr(torch, resolved.train.precision))
     parts = _parts(step)
-    from_memory = images / step.seconds
     suggested = suggest_workers(from_memory, loader, chosen)
     bound, advice = _bound(parts, loader, training.waited, workers, suggested)
     result = BenchResult(

@@ -159,14 +159,16 @@ def propose(
     size = network_size(draft.recipe)
     with reporter.task("plan", 3, "measurements") as task:
         if recipe is None:
+            task.advance(0, "times steps in float32 and bfloat16")
             _choose_precision(draft, shards, chosen, seconds / 4)
-        task.advance(1, f"precision {draft.recipe.train.precision}")
+        task.advance(1, f"times steps from memory  precision {draft.recipe.train.precision}")
         measured = affordable(draft.recipe, chosen, size, _STEP_SECONDS[chosen.type])
         loader = measure_loader(shards, draft.recipe, seconds / 8)
         step = measure_step(shards, measured, chosen, seconds / 4)
         batch = draft.recipe.data.batch_size
-        task.advance(1, f"{step.images_per_second(batch):.3g} images/s from memory")
-        workers = suggest_workers(step.images_per_second(batch), loader, chosen)
+        from_memory = step.images_per_second(batch)
+        task.advance(1, f"times training from the shards  {from_memory:.3g} images/s from memory")
+        workers = suggest_workers(from_memory, loader, chosen)
         if workers != draft.recipe.data.workers:
             draft.set(
                 "data.workers", workers,
@@ -176,7 +178,7 @@ def propose(
         training = measure_training(shards, measured, chosen, seconds / 3)
         # The loader's share of what was measured, and the steps at the size of the whole batch.
         slowed = (training.seconds / training.images) / (step.seconds / step.images)
-        rate = step.images_per_second(batch) / max(1.0, slowed)
+        rate = from_memory / max(1.0, slowed)
         task.advance(1, f"{rate:.3g} images/s from the shards")
     images = BatchOrder(shards, draft.recipe).images
     _fit_time(draft, images, rate, hours, recipe is None, chosen)
