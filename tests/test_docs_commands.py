@@ -199,6 +199,11 @@ def test_the_path_from_photographs_runs(
     assert "AP50" in (results / "table.txt").read_text()
 
 
+@pytest.mark.parametrize("place", ELSEWHERE.values())
+def test_what_runs_elsewhere_has_its_tests(place: str) -> None:
+    assert (ROOT / place).is_file()
+
+
 PAGES = {
     "benchmarks": 14, "command-line": 2, "evaluate": 12, "evidence": 4, "how-to": 21, "inspect": 11,
     "licence": 1, "metrics": 3, "prepare": 15, "probes": 4, "recipes": 1, "report": 2, "study": 4,
