@@ -10,9 +10,11 @@ when a call is interrupted.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from dupr_cli.prepare.exclusion import count_excluded
 from dupr_cli.prepare.listing import Listing, read_listing, survey, write_listing
 from dupr_cli.prepare.source_record import SOURCE, KnownSource
 from dupr_cli.prepare.sources import ImageSource, make_source, nothing_found, recognise
-from dupr_cli.prepare.standing import look, require_other_folder
+from dupr_cli.prepare.standing import Standing, look, require_other_folder
 from dupr_cli.prepare.types import PreparePlan, PrepareResult
 from dupr_cli.prepare.unfinished import State, clear
 from dupr_cli.progress import Reporter, SilentReporter
@@ -104,20 +106,25 @@ def run(
     made = make_source(kind, source, recipe.source, out)
     require_other_folder(work)
     excluded = ExcludedSets(recipe, workers, reporter)
+    examine = partial(
+        look, work, made, excluded, overwrite=overwrite, append=append, is_task=task is not None
+    )
+    if _is_only_readable(out):
+        # A finished set of another user: without a file to write, there is no use for the lock.
+        standing = examine()
+        if standing.action == "nothing" and not standing.clears:
+            return _complete(out, standing, reporter)
     with (
         stoppable("Finished shards are kept, and the same command continues from there."),
         writing(out, "dupr prepare", shared=task is not None),
     ):
-        standing = look(
-            work, made, excluded, overwrite=overwrite, append=append, is_task=task is not None
-        )
-        if standing.warning:
-            reporter.warning(standing.warning)
+        standing = examine()
         if standing.clears:
             clear(work.folder)
         if standing.action == "nothing":
-            reporter.info(f"{out} is already complete; nothing to do")
-            return _result(out, Manifest.read(out))
+            return _complete(out, standing, reporter)
+        if standing.warning:
+            reporter.warning(standing.warning)
         if standing.action == "append":
             reporter.info(f"{out}: {standing.changes.describe('new')}; their shards are added")
         for address, count in excluded.counts.items():
@@ -162,6 +169,19 @@ def _recorded(recipe: PrepareRecipe) -> PrepareRecipe:
     """The recipe with the public form of all addresses in it."""
     public = {public_address(address): splits for address, splits in recipe.exclude.items()}
     return recipe.model_copy(update={"exclude": public})
+
+
+def _is_only_readable(out: Path) -> bool:
+    """Whether `out` holds a set that this process may not change."""
+    return (out / MANIFEST).is_file() and not os.access(out, os.W_OK)
+
+
+def _complete(out: Path, standing: Standing, reporter: Reporter) -> PrepareResult:
+    """The result of a call for which there is nothing to do."""
+    if standing.warning:
+        reporter.warning(standing.warning)
+    reporter.info(f"{out} is already complete; nothing to do")
+    return _result(out, Manifest.read(out))
 
 
 def _kind(recipe: PrepareRecipe, source: str) -> str:

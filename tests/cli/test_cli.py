@@ -17,6 +17,7 @@ from dupr_cli.artifacts.run import list_checkpoints
 from dupr_cli.cli.console import ConsoleReporter, print_error
 from dupr_cli.cli.doctor import EXTRAS, Diagnosis, show
 from dupr_cli.pretrain import estimate
+from dupr_cli.runtime.output import LOCK
 from tests.support.command_line import TINY_SET, dupr, pretrain
 from tests.support.images import noise_image
 from tests.support.labelled_scenes import make_tree
@@ -266,6 +267,33 @@ def test_a_folder_where_others_alone_may_write_is_one_message(
     assert "Traceback" not in done.stderr
     assert list(theirs.iterdir()) == []
     theirs.chmod(0o755)
+
+
+def test_a_finished_set_of_another_user_is_answered_as_for_its_owner(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    words = ["prepare", image_folder, out, "--workers", 1]
+    dupr(*words)
+    names = {path.name for path in out.iterdir()}
+
+    def as_another_user(*more: object) -> subprocess.CompletedProcess[str]:
+        def run() -> None:
+            drop_rights_of_root()
+            sys.argv = ["dupr", *map(str, [*words, *more])]
+            main()
+
+        return forked(run)
+
+    out.chmod(0o555)
+    done = as_another_user()
+    assert done.returncode == 0, done.stderr
+    assert f"{out} is already complete; nothing to do" in done.stderr
+    written = as_another_user("--overwrite", "--set", "image.quality=50")
+    assert written.returncode == 1
+    assert f"error: {out / LOCK}: Permission denied. Give a path" in written.stderr
+    assert {path.name for path in out.iterdir()} == names
+    out.chmod(0o755)
 
 
 @pytest.mark.slow
