@@ -6,7 +6,8 @@
     OUT/.prepare/source.jsonl.gz          the record that is kept with the set (`source_record`)
 
 A listing holds whole addresses, because workers, tasks and later calls fetch from them. Only its
-owner can read one that holds secrets, and it is removed with the rest when the set is finished.
+owner can read one that holds secrets, or that is not finished and may come to hold some. It is
+removed with the rest when the set is finished.
 
 A block has `shard.max_samples` entries. Writing a listing takes as much memory as the names in one
 folder, or, if shuffled, as a 64th of the entries.
@@ -21,9 +22,9 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
-from dupr_cli.addresses import public_address
+from dupr_cli.addresses import public_address, without_secrets
 from dupr_cli.artifacts.files import write_json
 from dupr_cli.parsing import parse_json, read_json
 from dupr_cli.prepare.source_record import (
@@ -161,25 +162,39 @@ def read_listing(folder: Path) -> Listing | None:
         return None
 
 
+def _open_private(path: Path, mode: str, buffering: int) -> BinaryIO:
+    """Open a file that only its owner can read, from its first byte on."""
+    path.touch(mode=0o600)
+    return cast(BinaryIO, path.open(mode, buffering))
+
+
+def _holds_secret(entry: Entry, line: bytes) -> bool:
+    """Whether an entry, or its line in the listing, holds more of an address than its public form.
+
+    What a source of another package keeps as the place of an entry may hold addresses too.
+    """
+    if b"://" not in line:
+        return False
+    text = line.decode()
+    return public_address(entry.name) != entry.name or without_secrets(text) != text
+
+
 class _SplitFile:
     """Writes the listing of one split."""
 
     def __init__(self, place: Path, recipe: PrepareRecipe) -> None:
         self._block, self._seed = recipe.shard.max_samples, recipe.seed
-        self._file: BinaryIO = place.with_suffix(".jsonl").open("wb", buffering=1 << 20)
+        self._file = _open_private(place.with_suffix(".jsonl"), "wb", 1 << 20)
         self._starts = place.with_suffix(".starts").open("wb", buffering=1 << 16)
         self._position, self._count, self._is_private = 0, 0, False
         self._buckets = [
-            place.with_suffix(f".bucket-{number:02d}").open("w+b", buffering=1 << 16)
+            _open_private(place.with_suffix(f".bucket-{number:02d}"), "w+b", 1 << 16)
             for number in range(_BUCKETS if recipe.shard.shuffle else 0)
         ]
 
     def add(self, entry: Entry) -> None:
-        if not self._is_private and public_address(entry.name) != entry.name:
-            self._is_private = True
-            for file in (self._file, *self._buckets):
-                os.fchmod(file.fileno(), 0o600)
         line = _line(entry)
+        self._is_private = self._is_private or _holds_secret(entry, line)
         if not self._buckets:
             self._append(line)
             return
@@ -205,6 +220,8 @@ class _SplitFile:
             bucket.close()
             Path(bucket.name).unlink()
         self._mark()
+        if not self._is_private:
+            os.fchmod(self._file.fileno(), os.fstat(self._starts.fileno()).st_mode)
 
     def close(self) -> None:
         for file in (self._file, self._starts, *self._buckets):

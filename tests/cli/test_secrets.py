@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from dupr_cli import prepare
 from dupr_cli.artifacts.shards import Manifest, open_shards
 from dupr_cli.errors import UsageError
 from dupr_cli.prepare import source_record
+from dupr_cli.prepare.listing import write_listing
+from dupr_cli.prepare.sources import Entry, RawImage
+from dupr_cli.recipe import PrepareRecipe, load_recipe
 from tests.support.command_line import dupr, pretrain
 from tests.support.images import encode, noise_image, write_shards
 from tests.support.servers import Guarded, guard
@@ -141,6 +145,46 @@ def test_the_listing_of_unfinished_work_is_for_its_owner_alone(
         run("prepare", listed, out / shuffle, "--workers", 1, *settings, "--task", "2/2")
         run("prepare", "merge", out / shuffle)
         require_no_secrets(out)
+
+
+class OtherSource:
+    """As of another package: what is to be fetched is the place of an entry and not its name."""
+
+    labelled, remote = False, True
+
+    def __init__(self, places: list[str], folder: Path) -> None:
+        self.notes: list[str] = []
+        self.places, self.folder = places, folder
+        self.modes_while_listing = set[int]()
+
+    def entries(self) -> Iterator[Entry]:
+        for number, place in enumerate(self.places):
+            yield Entry(f"{number}.png", place)
+            self.modes_while_listing |= modes(self.folder)
+
+    def read(self, entry: Entry) -> RawImage:
+        raise NotImplementedError
+
+
+def modes(folder: Path) -> set[int]:
+    """Of the files of a listing that hold entries."""
+    files = [path for path in (folder / "listing").iterdir() if path.suffix != ".starts"]
+    return {stat.S_IMODE(path.stat().st_mode) for path in files}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_listing_is_private_from_its_first_byte_until_it_is_known_to_hold_no_secret(
+    tmp_path: Path, shuffle: bool
+) -> None:
+    recipe = load_recipe(PrepareRecipe, None, [f"shard.shuffle={str(shuffle).lower()}"])
+    places = ["https://host/a.png", f"https://host/b.png?{SIGNATURE}"]
+    for count, mode in ((1, 0o644), (2, 0o600)):
+        source = OtherSource(places[:count], tmp_path / str(count))
+        before = os.umask(0o022)
+        write_listing(source, recipe, source.folder)
+        os.umask(before)
+        assert source.modes_while_listing == {0o600}
+        assert modes(source.folder) == {mode}
 
 
 def test_sets_that_were_made_with_whole_addresses_are_continued(
