@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
     "--download": "tests/prepare/test_download.py",
     "hf://": "tests/prepare/test_sources.py",
-    "--engine ray": "tests/prepare/test_prepare.py",
+    "--engine ray": "tests/cli/test_prepare.py",
     "--nnodes": "tests/pretrain/test_distributed.py",
     "s3://": "tests/artifacts/test_remote.py",
     "https://": "tests/artifacts/test_remote.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -159,3 +160,26 @@ def test_a_failure_in_a_process_is_one_message(tmp_path: Path, grainy_shards: Pa
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error:") == 1
     assert "was not finite in 2 steps in a row" in done.stderr
+
+
+def test_two_machines_are_one_run(grainy_shards: Path, tmp_path: Path) -> None:
+    """The same command on each, as the pages give it; here both are this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    options = [*SAME, "--set", "method.batch_norm.groups=2", "--device", "cpu"]
+    several = ("--nnodes", 2, "--nproc", 1, "--rendezvous", place)
+    command = pretrain(grainy_shards, tmp_path / "two", *options, *several)
+    environment = {**os.environ, **ENVIRONMENT}
+    machines = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [machine.communicate(timeout=240)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    command_line.pretrain(grainy_shards, tmp_path / "one", *options)
+    two, one = (
+        [line["loss"] for line in MetricsLog(tmp_path / out).read() if "loss" in line]
+        for out in ("two", "one")
+    )
+    assert len(one) == 5
+    assert two == pytest.approx(one, rel=1e-5)
